@@ -1,0 +1,267 @@
+"""Engine: feeds micro-batches to the workers, never lets them run too far ahead, and hears what they report."""
+
+from __future__ import annotations
+
+import math
+import queue
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..errors import EngineError, WorkerError
+from ..partition import Partition, torch_device
+from ..simulate.timeline import Timeline
+from .interleave import device_programs
+from .optimizers import StageOptimizer, snapshot_hyperparameters
+from .schedule import Clock, Pause, Slot, stages_by_device
+from .settings import EngineSettings, FinishedLoss, LossFunction
+from .stage_runner import StageRunner
+from .state import RunState
+from .transport import InProcessTransport
+from .weights import TiedLink
+from .worker import ForwardStarted, Paused, StepDone, Work, Worker
+
+
+class Engine:
+    """Delayed-gradient training of a partition, one worker thread per device.
+
+    Call `submit` for every micro-batch and `step` after the last one of an update. Both return as soon as the
+    workers have enough to do; losses come back through `collect`, up to K ticks later.
+
+    Args:
+        partition: the split model.
+        optimizer: optimizer of the whole model; its parameter groups give each update's hyper-parameters.
+        loss_fn: (logits, micro-batch, context) -> scalar, run by the last stage.
+        settings: settings of the run.
+        timeline: where to record executed instructions; None for nowhere.
+    """
+
+    def __init__(
+        self,
+        partition: Partition,
+        optimizer: torch.optim.Optimizer,
+        loss_fn: LossFunction,
+        settings: EngineSettings,
+        timeline: Timeline | None = None,
+    ):
+        plan = partition.plan
+        num_stages, placement = plan.num_stages, plan.placement
+        self.partition = partition
+        self.settings = settings
+        self.timeline = timeline
+        self._clock = Clock(num_stages, settings.is_synchronous)
+        self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._transport = InProcessTransport(num_stages, len(plan.devices))
+        self._finished: list[FinishedLoss] = []
+        self._norms: dict[int, dict[int, torch.Tensor | None]] = {}
+        self._last_norms: list[torch.Tensor] | None = None
+        self._started = -1
+        self._work: dict[int, tuple[Mapping[str, Any], Any, bool]] = {}
+        self._paused: set[int] = set()
+        self._failure: WorkerError | None = None
+        self._closed = False
+        link = TiedLink(partition.tied_name) if partition.tied_name and num_stages > 1 else None
+        self._runners = [
+            StageRunner(partition, k, torch_device(plan.rows[k].device), loss_fn, settings, link)
+            for k in range(num_stages)
+        ]
+        mean = sum(row.cost for row in plan.rows) / num_stages or 1.0
+        costs = [max(row.cost / mean, 1e-3) for row in plan.rows]
+        replay_cost = [
+            0.0 if k == num_stages - 1 or not settings.recompute else c for k, c in enumerate(costs)
+        ]
+        programs = device_programs(
+            settings.schedule,
+            placement,
+            costs,
+            [2 * c + r for c, r in zip(costs, replay_cost, strict=True)],
+            settings.micro_batches,
+            exchange=settings.clip_scope == "global",
+        )
+        self._workers = [
+            Worker(
+                index,
+                plan.devices[index],
+                torch_device(plan.devices[index]),
+                {k: self._runners[k] for k in stages},
+                programs[index],
+                self._transport,
+                settings,
+                num_stages,
+                self._events,
+                timeline,
+            )
+            for index, stages in enumerate(stages_by_device(placement))
+        ]
+        self.attach(optimizer)
+        for worker in self._workers:
+            worker.start()
+
+    # ---- training ----
+
+    def submit(self, batch: Mapping[str, Any], context: Any = None) -> int:
+        """Hands over the next micro-batch; returns its tick.
+
+        Args:
+            batch: `input_ids` [batch, time] and what else the family and the loss take.
+            context: passed on to the loss function.
+
+        Raises:
+            WorkerError: a worker failed (now or earlier).
+        """
+        self._check()
+        tick, slots = self._clock.next_tick()
+        self._work[tick] = batch, context, not self.settings.is_synchronous(self._clock.update)
+        self._release(slots)
+        return tick
+
+    def step(self) -> int:
+        """Closes the update after the newest micro-batch, with the optimizer's present hyper-parameters."""
+        self._check()
+        if self._clock.tick == self._clock.first_tick_of_update:
+            raise EngineError("step() without a micro-batch since the last step()")
+        hyperparameters = snapshot_hyperparameters(self.optimizer)
+        update, slots = self._clock.close_update()
+        self._release(slots, hyperparameters)
+        return update
+
+    def collect(self) -> list[FinishedLoss]:
+        """Losses finished since the last call, in tick order; never waits."""
+        self._hear(block=False)
+        finished, self._finished = self._finished, []
+        return finished
+
+    def wait_for_loss(self) -> None:
+        """Waits until at least one loss can be collected."""
+        while not self._finished:
+            self._hear(block=True)
+
+    @property
+    def grad_norm(self) -> float | None:
+        """Gradient norm, before clipping, of the newest update that all stages have closed."""
+        if self._last_norms is None:
+            return None
+        return math.sqrt(sum(float(norm) ** 2 for norm in self._last_norms))
+
+    # ---- looking at the weights ----
+
+    def synchronize(self) -> None:
+        """Waits until all stages have finished the newest tick; pending backwards stay pending."""
+        self._pause(Pause(settle=False))
+
+    def settle(self) -> None:
+        """Like `synchronize`, and runs the pending backwards: their gradients are kept, queued, not applied."""
+        self._pause(Pause(settle=True))
+
+    def state_dict(self) -> RunState:
+        """Settles and returns what a run is besides weights and optimizer state.
+
+        Raises:
+            EngineError: an update is open (micro-batches submitted since the last step).
+        """
+        if self._clock.tick != self._clock.first_tick_of_update:
+            raise EngineError("the state of a run is defined between updates; call step() first")
+        self.settle()
+        return RunState(
+            len(self._runners),
+            self.settings.tied_gradient,
+            self._runners[0].seed,
+            self._clock.tick,
+            self._clock.update,
+            self._clock.delay_start,
+            {runner.index: dict(runner.settled) for runner in self._runners},
+        )
+
+    def load_state_dict(self, state: RunState) -> None:
+        """Continues a run; only before the first micro-batch.
+
+        Raises:
+            CheckpointError: the state does not fit this run.
+        """
+        if self._clock.tick:
+            raise EngineError("load_state_dict() after the first micro-batch")
+        state.check(self.partition, self.settings)
+        self.synchronize()
+        for runner in self._runners:
+            runner.settled = {
+                tick: {name: g.to(runner.device) for name, g in gradients.items()}
+                for tick, gradients in state.pending.get(runner.index, {}).items()
+            }
+            runner.seed = state.seed
+        self._clock.resume(state.tick, state.update, state.delay_start)
+        self._started = state.tick - 1
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Cuts the stages' optimizers out of `optimizer`; again whenever its state was replaced."""
+        self.optimizer = optimizer
+        for runner in self._runners:
+            runner.optimizer = StageOptimizer(optimizer, self.partition.owned(runner.index).values())
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Stops the workers, whatever they are doing; safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        self._transport.abort()
+        for worker in self._workers:
+            worker.inbox.put(None)
+        deadline = time.monotonic() + timeout
+        for worker in self._workers:
+            worker.join(max(0.0, deadline - time.monotonic()))
+        for runner in self._runners:
+            runner.in_flight.clear()
+
+    # ---- inside ----
+
+    def _release(self, slots: list[Slot], hyperparameters: Any = None) -> None:
+        for slot in slots:
+            batch, context, delayed = self._work.pop(slot.tick, (None, None, False))
+            work = Work(slot, delayed, batch, context, hyperparameters if slot.update is not None else None)
+            for worker in self._workers:
+                worker.inbox.put(work)
+            if slot.tick is not None:
+                self._hear(block=False)
+                # Back-pressure: one micro-batch may wait in front of stage 0 besides the K in flight.
+                while self._started < slot.tick - 1:
+                    self._hear(block=True)
+
+    def _pause(self, pause: Pause) -> None:
+        self._check()
+        self._release(self._clock.interrupt())
+        self._paused.clear()
+        for worker in self._workers:
+            worker.inbox.put(pause)
+        while len(self._paused) < len(self._workers):
+            self._hear(block=True)
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        if self._closed:
+            raise EngineError("the engine is closed")
+
+    def _hear(self, block: bool) -> None:
+        """Takes in what workers have reported; with `block`, waits for at least one report."""
+        while True:
+            try:
+                event = self._events.get(block=block)
+            except queue.Empty:
+                return
+            block = False
+            match event:
+                case FinishedLoss():
+                    self._finished.append(event)
+                case ForwardStarted(tick):
+                    self._started = tick
+                case StepDone(stage, update, norm):
+                    norms = self._norms.setdefault(update, {})
+                    norms[stage] = norm
+                    if len(norms) == len(self._runners):
+                        self._last_norms = [n for n in self._norms.pop(update).values() if n is not None]
+                case Paused(device):
+                    self._paused.add(device)
+                case WorkerError():
+                    self._failure = event
+                    raise event

@@ -1,0 +1,107 @@
+"""How a device that holds several stages interleaves them: chosen by simulation from the stages' costs, then fixed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ..simulate.replay import Deadlock, makespan, replay
+from .schedule import (
+    Backward,
+    Clock,
+    Forward,
+    Instruction,
+    Pause,
+    Program,
+    Slot,
+    dataflow_program,
+    lockstep_program,
+    stages_by_device,
+)
+
+
+def device_programs(
+    schedule: str,
+    placement: Sequence[int],
+    forward_costs: Sequence[float],
+    backward_costs: Sequence[float],
+    micro_batches: int = 1,
+    exchange: bool = False,
+) -> list[Program]:
+    """The programs of all devices under a schedule.
+
+    Args:
+        schedule: "lockstep", "pipelined" or "1f1b".
+        placement: device of each stage.
+        forward_costs: relative time of each stage's forward.
+        backward_costs: relative time of each stage's backward and share of the step.
+        micro_batches: ticks per update, for the simulation.
+        exchange: whether gradient norms are exchanged at every update.
+    """
+    num_stages = len(placement)
+    held = stages_by_device(placement)
+    if schedule == "lockstep":
+        return [lockstep_program(stages, num_stages, exchange) for stages in held]
+    duration = _durations(forward_costs, backward_costs)
+    slots = sample_slots(num_stages, micro_batches, synchronous=schedule == "1f1b")
+    best: tuple[float, list[Program]] | None = None
+    for lags in candidate_lags(num_stages, most=max(len(stages) for stages in held)):
+        programs = [
+            dataflow_program(stages, _relative(lags, stages), num_stages, exchange) for stages in held
+        ]
+        try:
+            span = makespan(replay([program(slots) for program in programs], duration, num_stages))
+        except Deadlock:
+            continue
+        if best is None or span < best[0] * (1 - 1e-9):
+            best = span, programs
+    if best is None:
+        raise Deadlock(f"no interleaving of the stages {held} runs without a deadlock")
+    return best[1]
+
+
+def _relative(lags: Sequence[int], stages: Sequence[int]) -> list[int]:
+    """Lags within one device: only what its stages stay behind each other matters."""
+    base = 0 if 0 in stages else min((lags[k] for k in stages), default=0)
+    return [lags[k] - base for k in stages]
+
+
+def candidate_lags(num_stages: int, most: int) -> list[list[int]]:
+    """Half slots that each stage stays behind stage 0: spread evenly so that the last stage is 1 .. K-1 slots late.
+
+    Stage 0 itself may do its backward half a slot late, which puts it before the next forward.
+    """
+    if most == 1:
+        return [[0] * num_stages]
+    if num_stages <= 1:
+        return [[0]]
+    # A micro-batch needs (K-2)/3 periods up and 2(K-2)/3 down, so good leads lie between (K-2)/3 and (K+4)/3.
+    leads = {1, num_stages - 1, *range(-(-(num_stages - 2) // 3), (num_stages + 4) // 3 + 1)}
+    return [
+        [front, *(2 * -(-late * k // (num_stages - 1)) for k in range(1, num_stages))]
+        for late in sorted(lead for lead in leads if 1 <= lead < num_stages)
+        for front in (1, 0)
+    ]
+
+
+def sample_slots(num_stages: int, micro_batches: int, synchronous: bool) -> list[Slot | Pause]:
+    """Slots of a run that is long enough for a steady state: about 4 K ticks, in whole updates."""
+    clock = Clock(num_stages, lambda update: synchronous)
+    slots: list[Slot | Pause] = []
+    for _ in range(max(2, -(-4 * num_stages // micro_batches))):
+        for _ in range(micro_batches):
+            slots += clock.next_tick()[1]
+        slots += clock.close_update()[1]
+    return [*slots, Pause()]
+
+
+def _durations(
+    forward_costs: Sequence[float], backward_costs: Sequence[float]
+) -> Callable[[Instruction], float]:
+    def duration(instruction: Instruction) -> float:
+        if isinstance(instruction, Forward):
+            return forward_costs[instruction.stage]
+        if isinstance(instruction, Backward):
+            return backward_costs[instruction.stage]
+        return 0.0
+
+    return duration

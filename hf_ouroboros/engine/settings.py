@@ -1,0 +1,66 @@
+"""What decides a run's numbers and memory, shared by the engine and the reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+LossFunction = Callable[[torch.Tensor, Mapping[str, Any], Any], torch.Tensor]
+"""(logits [batch, time, vocabulary], micro-batch, whatever was submitted with it) -> scalar loss."""
+
+Hyperparameters = list[dict[str, Any]]
+"""Per parameter group of the optimizer, everything but the parameters: learning rate, betas, ..."""
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Settings of one training run.
+
+    Args:
+        schedule: "reference", "lockstep", "pipelined" or "1f1b".
+        tied_gradient: "joint" delays both sides of a tied embedding by K-1 ticks, "paper" only the input side.
+        max_grad_norm: bound of the gradient norm; None for no clipping.
+        clip_scope: "stage" bounds each stage's norm by max_grad_norm/sqrt(K), "global" the whole model's.
+        delay_warmup_steps: updates before the delays start.
+        seed: seed of the dropout masks.
+        autocast_dtype: dtype of mixed precision forwards; None for none.
+        recompute: keep only the inputs of in-flight micro-batches and replay their forward at backward.
+        threads: intra-op threads per CPU device; None leaves torch's setting.
+        micro_batches: expected ticks per update, used to choose the interleaving of stages.
+    """
+
+    schedule: str = "pipelined"
+    tied_gradient: str = "joint"
+    max_grad_norm: float | None = None
+    clip_scope: str = "stage"
+    delay_warmup_steps: int = 0
+    seed: int = 0
+    autocast_dtype: torch.dtype | None = None
+    recompute: bool = False
+    threads: int | None = None
+    micro_batches: int = 1
+
+    def is_synchronous(self, update: int) -> bool:
+        """Whether an update is drained, so that its gradients have no delay."""
+        return self.schedule == "1f1b" or update < self.delay_warmup_steps
+
+    def stage_norm_bound(self, num_stages: int) -> float:
+        """Bound of one stage's gradient norm under clip_scope="stage"; infinite without clipping."""
+        return math.inf if self.max_grad_norm is None else self.max_grad_norm / math.sqrt(num_stages)
+
+
+@dataclass(frozen=True)
+class FinishedLoss:
+    """The loss of one micro-batch, reported once.
+
+    Args:
+        tick: the micro-batch.
+        loss: detached scalar on the last stage's device, in the normalisation of its own update.
+    """
+
+    tick: int
+    loss: torch.Tensor

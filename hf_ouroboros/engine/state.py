@@ -1,0 +1,124 @@
+"""What a run is between ticks, besides weights and optimizer: clocks and pending gradients. Same for every schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError
+from ..partition import Partition
+from .settings import EngineSettings
+
+FORMAT = 1
+Pending = dict[int, dict[int, dict[str, torch.Tensor]]]
+"""{stage: {tick: {parameter name: gradient}}}: gradients that are known but not applied yet."""
+
+
+@dataclass
+class RunState:
+    """State of a settled run at an update boundary.
+
+    Args:
+        num_stages: K.
+        tied_gradient: rule for the tied embedding's gradient.
+        seed: seed of the dropout masks.
+        tick: ticks so far.
+        update: updates so far.
+        delay_start: first tick whose gradients are delayed; None before the delays start.
+        pending: gradients to come, [tick - d_k, tick) for each stage k.
+    """
+
+    num_stages: int
+    tied_gradient: str
+    seed: int
+    tick: int
+    update: int
+    delay_start: int | None
+    pending: Pending = field(default_factory=dict, repr=False)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The pending gradients by flat names, ready for safetensors."""
+        return {
+            f"pending.{stage}.{tick}.{name}": gradient
+            for stage, ticks in self.pending.items()
+            for tick, gradients in ticks.items()
+            for name, gradient in gradients.items()
+        }
+
+    def meta(self) -> dict[str, Any]:
+        """Everything else, ready for JSON."""
+        numbers = asdict(self)
+        del numbers["pending"]
+        ticks = {str(stage): sorted(entries) for stage, entries in self.pending.items()}
+        return {"format": FORMAT, **numbers, "pending_ticks": ticks}
+
+    @classmethod
+    def from_parts(cls, meta: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> RunState:
+        """Inverse of `meta()` and `tensors()`.
+
+        Raises:
+            CheckpointError: not a state of this format, or parts that don't belong together.
+        """
+        if meta.get("format") != FORMAT:
+            raise CheckpointError(
+                f"Ouroboros state has format {meta.get('format')!r}, this version reads format {FORMAT}"
+            )
+        try:
+            pending: Pending = {
+                int(stage): {int(tick): {} for tick in ticks}
+                for stage, ticks in meta["pending_ticks"].items()
+            }
+            for key, tensor in tensors.items():
+                kind, stage, tick, name = key.split(".", 3)
+                if kind != "pending":
+                    raise ValueError(f"unknown tensor {key}")
+                pending[int(stage)][int(tick)][name] = tensor
+            names = ("num_stages", "tied_gradient", "seed", "tick", "update", "delay_start")
+            return cls(**{name: meta[name] for name in names}, pending=pending)
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"Ouroboros state is damaged: {type(error).__name__}: {error}") from error
+
+    def check(self, partition: Partition, settings: EngineSettings) -> None:
+        """Refuses a state that can't be continued exactly by this run.
+
+        Raises:
+            CheckpointError: other number of stages, split, tied-gradient rule, or delays.
+        """
+        stages = len(partition.stages)
+        if self.num_stages != stages:
+            raise CheckpointError(
+                f"the checkpoint was written with {self.num_stages} stages, this run has {stages}; resume with "
+                f"num_stages={self.num_stages}, or start anew from its weights (model_name_or_path)"
+            )
+        delayed = any(entries for entries in self.pending.values())
+        if delayed and self.tied_gradient != settings.tied_gradient and partition.tied_name:
+            raise CheckpointError(
+                f"the checkpoint was written with tied_gradient={self.tied_gradient!r}, this run has "
+                f"{settings.tied_gradient!r}"
+            )
+        if delayed and settings.is_synchronous(self.update):
+            raise CheckpointError(
+                "the checkpoint holds delayed gradients that are still to be applied, but this run has no delays "
+                f"there (schedule={settings.schedule!r}, delay_warmup_steps={settings.delay_warmup_steps}); resume with "
+                "schedule pipelined, lockstep or reference and the same delay_warmup_steps"
+            )
+        for stage in range(stages):
+            delay = stages - 1 - stage
+            oldest = self.tick if self.delay_start is None else max(self.tick - delay, self.delay_start)
+            entries = self.pending.get(stage, {})
+            if sorted(entries) != list(range(oldest, self.tick)):
+                raise CheckpointError(
+                    f"the checkpoint's pending gradients of stage {stage} are of ticks {sorted(entries)}, expected "
+                    f"{list(range(oldest, self.tick))}"
+                )
+            owned = partition.owned(stage)
+            for gradients in entries.values():
+                for name, gradient in gradients.items():
+                    if name not in owned or gradient.shape != owned[name].shape:
+                        raise CheckpointError(
+                            f"the checkpoint has a pending gradient of {name!r} {tuple(gradient.shape)} for stage "
+                            f"{stage}, which does not hold such a parameter; resume with the same device_map"
+                        )

@@ -1,0 +1,74 @@
+"""How tensors travel between stages: queues between the threads of one process."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from typing import Any
+
+import torch
+
+
+class Aborted(Exception):
+    """Raised in workers that wait for something that will not come because the run was stopped."""
+
+
+class InProcessTransport:
+    """Hands tensors from stage to stage in tick order, without copies where the device stays the same.
+
+    Args:
+        num_stages: K.
+        num_devices: number of workers, for the meetings of all of them.
+    """
+
+    def __init__(self, num_stages: int, num_devices: int):
+        self._channels: dict[tuple[str, int], queue.SimpleQueue[Any]] = {
+            (direction, stage): queue.SimpleQueue()
+            for direction in ("hidden", "gradient")
+            for stage in range(num_stages)
+        }
+        self._barrier = threading.Barrier(num_devices)
+        self._shared: dict[int, dict[int, Any]] = {}
+        self.aborted = threading.Event()
+
+    def send(self, direction: str, stage: int, tick: int, tensor: torch.Tensor | None) -> None:
+        """Sends `direction` ("hidden" or "gradient") of a tick to a stage."""
+        self._channels[direction, stage].put((tick, tensor))
+
+    def receive(self, direction: str, stage: int, tick: int) -> torch.Tensor | None:
+        """Waits for what was sent to this stage for this tick.
+
+        Raises:
+            Aborted: the run was stopped.
+        """
+        item = self._channels[direction, stage].get()
+        if item is None:
+            self._channels[direction, stage].put(None)
+            raise Aborted
+        sent_tick, tensor = item
+        if sent_tick != tick:
+            raise RuntimeError(
+                f"stage {stage} expected the {direction} of tick {tick} but got tick {sent_tick}"
+            )
+        return tensor
+
+    def rendezvous(self) -> None:
+        """Waits until all devices are here."""
+        try:
+            self._barrier.wait()
+        except threading.BrokenBarrierError:
+            raise Aborted from None
+
+    def share(self, update: int, values: dict[int, Any]) -> dict[int, Any]:
+        """Puts together what the devices contribute to an update: {stage: value} of all of them."""
+        self._shared.setdefault(update, {}).update(values)
+        self.rendezvous()
+        self._shared.pop(update - 2, None)  # everybody has read it: all came to this rendezvous since
+        return self._shared[update]
+
+    def abort(self) -> None:
+        """Wakes all waiting workers with `Aborted`; may be called from any thread, more than once."""
+        self.aborted.set()
+        self._barrier.abort()
+        for channel in self._channels.values():
+            channel.put(None)

@@ -1,0 +1,60 @@
+"""Weight versions: what a pending backward sees while the optimizer goes on.
+
+A forward never uses a Parameter itself but a *leaf*: a tensor of its own on the same storage. Before an optimizer
+step that would write into storage that a pending backward still needs, the Parameter moves to fresh storage; the
+leaves keep the old one. Autograd's gradients are then those of the weights of the forward, exactly, and the
+Parameter object stays the same for everybody else. (Writing through `.data` in place would be silently wrong.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class WeightVersions:
+    """The newest version of a stage's parameters as autograd leaves.
+
+    Args:
+        parameters: the stage's own parameters by name.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter]):
+        self.parameters = parameters
+        self._leaves: dict[str, torch.Tensor] | None = None
+
+    def leaves(self) -> dict[str, torch.Tensor]:
+        """Leaves of the newest version, the same objects until the next step."""
+        if self._leaves is None:
+            # `.data`, unlike `.detach()`, has a version counter of its own: the optimizer's writes to fresh
+            # storage must not invalidate graphs on the old one.
+            self._leaves = {
+                name: parameter.data.requires_grad_(parameter.requires_grad)
+                for name, parameter in self.parameters.items()
+            }
+        return self._leaves
+
+    def advance(self, in_use: bool) -> None:
+        """To be called before an in-place step.
+
+        Args:
+            in_use: whether a pending forward or backward still needs the present values.
+        """
+        self._leaves = None
+        if in_use:
+            for parameter in self.parameters.values():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.clone()
+
+
+class TiedLink:
+    """What first and last stage tell each other about the matrix that they share; they share a device, too.
+
+    `weights[t]` is the version that stage 0 used at tick t, for the last stage's forward of tick t.
+    `gradients[t]` is the output side's gradient of tick t, for stage 0's backward of tick t.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        self.weights: dict[int, torch.Tensor] = {}
+        self.gradients: dict[int, torch.Tensor] = {}

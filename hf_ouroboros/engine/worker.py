@@ -1,0 +1,232 @@
+"""Worker: one device executing its program, instruction by instruction, in a thread of its own."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import WorkerError
+from ..simulate.timeline import Event, Timeline
+from .schedule import (
+    Backward,
+    Exchange,
+    Forward,
+    Instruction,
+    Pause,
+    Program,
+    Rendezvous,
+    Report,
+    Settle,
+    Slot,
+    Step,
+)
+from .settings import EngineSettings, FinishedLoss, Hyperparameters
+from .stage_runner import StageRunner
+from .transport import Aborted, InProcessTransport
+
+
+@dataclass(frozen=True)
+class Work:
+    """A slot with what it carries: the micro-batch that enters, the hyper-parameters of the update that closes.
+
+    `delayed` tells whether the micro-batch belongs to an update with delays.
+    """
+
+    slot: Slot
+    delayed: bool
+    batch: Mapping[str, Any] | None = None
+    context: Any = None
+    hyperparameters: Hyperparameters | None = None
+
+
+@dataclass(frozen=True)
+class ForwardStarted:
+    """Stage 0 has executed the forward of a tick."""
+
+    tick: int
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """A stage has closed an update; norm of its gradients before clipping, None if it had none."""
+
+    stage: int
+    update: int
+    norm: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Paused:
+    """A device reached the pause that the engine asked for."""
+
+    device: int
+
+
+class Worker(threading.Thread):
+    """Executes the program of one device.
+
+    Args:
+        index: device index.
+        name: device name, for messages.
+        device: where it computes.
+        runners: the device's stages by index.
+        program: yields instructions for the slots it is fed.
+        transport: to and from other stages.
+        settings: settings of the run.
+        events: where losses, norms, pauses and failures are reported to the engine.
+        timeline: records every executed instruction; None for no record.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        name: str,
+        device: torch.device,
+        runners: dict[int, StageRunner],
+        program: Program,
+        transport: InProcessTransport,
+        settings: EngineSettings,
+        num_stages: int,
+        events: queue.SimpleQueue[Any],
+        timeline: Timeline | None,
+    ):
+        super().__init__(name=f"ouroboros {name}", daemon=True)
+        self.index = index
+        self.device_name = name
+        self.inbox: queue.SimpleQueue[Work | Pause | None] = queue.SimpleQueue()
+        self.runners = runners
+        self._device = device
+        self._program = program
+        self._transport = transport
+        self._settings = settings
+        self._num_stages = num_stages
+        self._events = events
+        self._timeline = timeline
+        self._instruction: Instruction | None = None
+        self._work: dict[int, dict[int, Work]] = {stage: {} for stage in runners}
+        self._hyperparameters: dict[int, dict[int, Hyperparameters]] = {stage: {} for stage in runners}
+        self._norms: dict[int, torch.Tensor | None] = {}
+        self._shared_norm: torch.Tensor | None = None
+        self._output_side_first: set[int] = set()
+
+    def run(self) -> None:
+        """Thread main: until the inbox says stop, the run is aborted, or something fails."""
+        try:
+            # Thread counts and current devices are per thread in torch.
+            if self._settings.threads is not None and self._device.type == "cpu":
+                torch.set_num_threads(self._settings.threads)
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)
+            for instruction in self._program(self._slots()):
+                if self._transport.aborted.is_set():
+                    raise Aborted
+                self._instruction = instruction
+                self._execute(instruction)
+                self._instruction = None
+        except Aborted:
+            pass
+        except BaseException as error:
+            failure = WorkerError(
+                self.device_name, str(self._instruction) if self._instruction else None, error
+            )
+            failure.__cause__ = error
+            self._events.put(failure)
+            self._transport.abort()
+
+    def _slots(self) -> Iterator[Slot | Pause]:
+        while (item := self.inbox.get()) is not None:
+            if isinstance(item, Pause):
+                yield item
+                continue
+            for stage in self.runners:
+                if item.slot.tick is not None:
+                    self._work[stage][item.slot.tick] = item
+                if item.slot.update is not None:
+                    self._hyperparameters[stage][item.slot.update] = item.hyperparameters
+            yield item.slot
+
+    def _execute(self, instruction: Instruction) -> None:
+        match instruction:
+            case Forward(stage, tick):
+                self._forward(self.runners[stage], tick)
+            case Backward(stage, tick):
+                self._backward(self.runners[stage], tick)
+            case Settle(stage):
+                self._settle(self.runners[stage])
+            case Exchange(update):
+                self._exchange(update)
+            case Step(stage, update):
+                self._step(self.runners[stage], update)
+            case Rendezvous():
+                self._transport.rendezvous()
+            case Report():
+                self._events.put(Paused(self.index))
+
+    def _forward(self, runner: StageRunner, tick: int) -> None:
+        work = self._work[runner.index].pop(tick)
+        hidden = None if runner.index == 0 else self._transport.receive("hidden", runner.index, tick)
+        start = time.perf_counter()
+        output = runner.forward(tick, work.batch, work.context, hidden)
+        self._record("forward", runner, tick, start)
+        if runner.index == self._num_stages - 1:
+            self._events.put(FinishedLoss(tick, output))
+            if self._settings.tied_gradient == "paper" and work.delayed and runner.borrows:
+                self._output_side_first.add(tick)
+        else:
+            self._transport.send("hidden", runner.index + 1, tick, output)
+        if runner.index == 0:
+            self._events.put(ForwardStarted(tick))
+
+    def _backward(self, runner: StageRunner, tick: int) -> None:
+        if tick in runner.settled:
+            runner.accumulate(runner.settled.pop(tick))
+            return
+        runner.accumulate(self._run_backward(runner, tick, "backward"))
+        if runner.index == self._num_stages - 1 and tick in self._output_side_first:
+            self._output_side_first.remove(tick)
+            self.runners[0].add_output_side(tick)
+
+    def _settle(self, runner: StageRunner) -> None:
+        for tick in sorted(runner.in_flight):
+            runner.settled[tick] = self._run_backward(runner, tick, "settle")
+
+    def _run_backward(self, runner: StageRunner, tick: int, kind: str) -> dict[str, torch.Tensor]:
+        last = runner.index == self._num_stages - 1
+        gradient = None if last else self._transport.receive("gradient", runner.index, tick)
+        start = time.perf_counter()
+        gradients, upstream = runner.backward(tick, gradient)
+        self._record(kind, runner, tick, start)
+        if runner.index > 0:
+            self._transport.send("gradient", runner.index - 1, tick, upstream)
+        return gradients
+
+    def _exchange(self, update: int) -> None:
+        self._norms = {stage: runner.norm() for stage, runner in self.runners.items()}
+        norms = self._transport.share(update, self._norms)
+        present = [norms[stage].to(self._device) for stage in sorted(norms) if norms[stage] is not None]
+        self._shared_norm = torch.linalg.vector_norm(torch.stack(present)) if present else None
+
+    def _step(self, runner: StageRunner, update: int) -> None:
+        start = time.perf_counter()
+        if self._settings.clip_scope == "global":
+            norm = self._norms[runner.index]
+            if self._settings.max_grad_norm is not None and norm is not None:
+                runner.scale(self._shared_norm, self._settings.max_grad_norm)
+        else:
+            norm = runner.clip(self._settings.stage_norm_bound(self._num_stages))
+        runner.step(self._hyperparameters[runner.index].pop(update))
+        self._record("step", runner, update, start)
+        self._events.put(StepDone(runner.index, update, norm))
+
+    def _record(self, kind: str, runner: StageRunner, index: int, start: float) -> None:
+        if self._timeline is None:
+            return
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # a picture of the kernels, not of their launches
+        self._timeline.record(Event(self.index, runner.index, kind, index, start, time.perf_counter()))

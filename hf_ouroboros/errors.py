@@ -1,0 +1,43 @@
+"""The named errors of the package: every refusal says the option or layer, what was found and what to do."""
+
+from __future__ import annotations
+
+
+class OuroborosError(Exception):
+    """Base class of all errors raised on purpose by hf_ouroboros."""
+
+
+class DeviceMapError(OuroborosError, ValueError):
+    """A device map, list of layer counts, or memory budget that can't be turned into stages."""
+
+
+class UnsupportedModelError(OuroborosError, ValueError):
+    """A model architecture, or a feature of a model, that can't be split into stages."""
+
+
+class UnsupportedOptionError(OuroborosError, ValueError):
+    """A training option, or combination of options, that has no meaning with the chosen schedule."""
+
+
+class CheckpointError(OuroborosError, ValueError):
+    """A checkpoint whose Ouroboros state is missing, damaged, or belongs to a different run."""
+
+
+class EngineError(OuroborosError, RuntimeError):
+    """A call that the engine can't carry out in its present state."""
+
+
+class WorkerError(EngineError):
+    """A worker failed; says device, instruction, stage and tick, and carries the original exception as cause.
+
+    Args:
+        device: name of the worker's device.
+        instruction: the instruction that was running, as text; None when the worker was between instructions.
+        error: the exception the worker raised.
+    """
+
+    def __init__(self, device: str, instruction: str | None, error: BaseException):
+        self.device = device
+        self.instruction = instruction
+        doing = f"during {instruction}" if instruction else "between instructions"
+        super().__init__(f"worker on {device} failed {doing}: {type(error).__name__}: {error}")

@@ -1,0 +1,87 @@
+"""GPT-2: token and position embeddings, blocks, final norm, head (tied to the token embedding or not)."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import nn
+from transformers import GPT2LMHeadModel
+from transformers.masking_utils import create_causal_mask
+
+from ...errors import UnsupportedModelError
+
+
+class GPT2Family:
+    """Runs a `GPT2LMHeadModel` block by block, as `GPT2Model.forward` does."""
+
+    model_class = GPT2LMHeadModel
+    batch_keys = frozenset({"input_ids", "attention_mask", "position_ids", "token_type_ids"})
+
+    def check(self, model: GPT2LMHeadModel) -> None:
+        """Refuses cross attention and activation checkpointing."""
+        if model.config.add_cross_attention:
+            raise UnsupportedModelError(
+                "GPT-2 with config.add_cross_attention=True can't be split into stages"
+            )
+        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+            raise UnsupportedModelError(
+                "the model has gradient checkpointing enabled, which would recompute with the weights of now; call "
+                "model.gradient_checkpointing_disable() and use OuroborosArguments(recompute=True)"
+            )
+
+    def embedding(self, model: GPT2LMHeadModel) -> tuple[str, ...]:
+        """Names of the embedding modules."""
+        return ("transformer.wte", "transformer.wpe", "transformer.drop")
+
+    def layers(self, model: GPT2LMHeadModel) -> list[str]:
+        """Names of the blocks."""
+        return [f"transformer.h.{i}" for i in range(len(model.transformer.h))]
+
+    def head(self, model: GPT2LMHeadModel) -> list[str]:
+        """Final norm and output projection."""
+        return ["transformer.ln_f", "lm_head"]
+
+    def embed(self, stage: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Token + position (+ token type) embeddings, then dropout: [batch, time, width]."""
+        ids = batch["input_ids"]
+        wte = stage.get_submodule("transformer.wte")
+        hidden = wte(ids) + stage.get_submodule("transformer.wpe")(_position_ids(ids, batch))
+        if "token_type_ids" in batch:
+            hidden = hidden + wte(batch["token_type_ids"])
+        return stage.get_submodule("transformer.drop")(hidden)
+
+    def context(self, stage: nn.Module, hidden: torch.Tensor, batch: dict[str, torch.Tensor]) -> dict:
+        """The causal mask, built from the 2-D attention mask or the packed position ids on every stage."""
+        position_ids = _position_ids(hidden, batch)
+        mask = create_causal_mask(
+            config=stage.config,
+            inputs_embeds=hidden,
+            attention_mask=batch.get("attention_mask"),
+            past_key_values=None,
+            position_ids=position_ids,
+            **_extra_mask_arguments(hidden),
+        )
+        return {"attention_mask": mask, "use_cache": False, "position_ids": position_ids}
+
+    def run_layer(self, layer: nn.Module, hidden: torch.Tensor, context: dict) -> torch.Tensor:
+        """One block; some releases of transformers return a tuple."""
+        output = layer(hidden, **context)
+        return output[0] if isinstance(output, tuple) else output
+
+
+def _position_ids(sample: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    if "position_ids" in batch:
+        return batch["position_ids"]
+    return torch.arange(sample.shape[1], device=sample.device).unsqueeze(0)
+
+
+_MASK_PARAMETERS = inspect.signature(create_causal_mask).parameters
+
+
+def _extra_mask_arguments(hidden: torch.Tensor) -> dict:
+    """Early 5.x releases of transformers require `cache_position`."""
+    parameter = _MASK_PARAMETERS.get("cache_position")
+    if parameter is None or parameter.default is not inspect.Parameter.empty:
+        return {}
+    return {"cache_position": torch.arange(hidden.shape[1], device=hidden.device)}

@@ -1,0 +1,220 @@
+"""Model -> stages: units, device map, placement, and the check that the stages compose to the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate.hooks import remove_hook_from_submodules
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import DeviceMapError, UnsupportedModelError
+from .device_map import Unit, plan_stages
+from .families import Family, find_family
+from .plan import StagePlan, StageRow, torch_device
+from .stages import Stage
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A model split into stages.
+
+    Args:
+        model: the complete model; its parameters are the stages' parameters.
+        stages: K stages in order, each on its device.
+        plan: what is where.
+        tied_name: full name of the matrix that stage 0 owns and the last stage uses too; None where there is none.
+    """
+
+    model: PreTrainedModel
+    stages: tuple[Stage, ...]
+    plan: StagePlan
+    tied_name: str | None
+
+    def owned(self, stage: int) -> dict[str, nn.Parameter]:
+        """The parameters that belong to a stage, by their name in the model, in the model's order."""
+        return {
+            name: parameter
+            for name, parameter in self.stages[stage].named_parameters()
+            if stage == 0 or parameter is not self.tied
+        }
+
+    @property
+    def tied(self) -> nn.Parameter | None:
+        """The matrix that embedding and head share."""
+        return self.model.get_parameter(self.tied_name) if self.tied_name else None
+
+
+def model_units(model: PreTrainedModel, family: Family) -> list[Unit]:
+    """The model's units in execution order, with cost (multiply-adds per token) and bytes."""
+    seen: set[int] = set()
+
+    def unit(modules: Iterable[str], kind: str) -> Unit:
+        modules = tuple(modules)
+        parameters = [p for name in modules for p in model.get_submodule(name).parameters()]
+        fresh = [p for p in parameters if id(p) not in seen]
+        seen.update(id(p) for p in parameters)
+        # An embedding is looked up, not multiplied: it costs next to nothing beside a layer.
+        cost = sum(p.numel() for p in parameters if p.dim() > 1) if kind != "embedding" else 0
+        return Unit(modules, kind, float(cost), sum(p.numel() * p.element_size() for p in fresh))
+
+    embedding = unit(family.embedding(model), "embedding")
+    layers = [unit([name], "layer") for name in family.layers(model)]
+    return [embedding, *layers, *(unit([name], "head") for name in family.head(model))]
+
+
+def tied_parameter_name(model: PreTrainedModel, units: Sequence[Unit]) -> str | None:
+    """Name, on the embedding side, of the matrix that embedding and head share."""
+    head = {
+        id(p)
+        for u in units
+        if u.kind == "head"
+        for name in u.modules
+        for p in model.get_submodule(name).parameters()
+    }
+    for name in units[0].modules:
+        for parameter_name, parameter in model.get_submodule(name).named_parameters():
+            if id(parameter) in head:
+                return f"{name}.{parameter_name}"
+    return None
+
+
+def split_model(
+    model: PreTrainedModel,
+    devices: Sequence[str],
+    device_map: Any = "auto",
+    num_stages: int | None = None,
+    max_memory: Mapping[Any, int | str] | None = None,
+    delayed: bool = True,
+    colocate: bool = False,
+    check: bool = True,
+) -> Partition:
+    """Splits a model into stages and puts each on its device.
+
+    Args:
+        model: a model of a supported architecture; dispatched by accelerate or not.
+        devices: device names in worker order.
+        device_map: any form that `plan_stages` takes; "auto" honours `model.hf_device_map`.
+        num_stages: K; None for the default.
+        max_memory: parameter bytes per device.
+        delayed: whether the schedule delays gradients (for the plan's delay column).
+        colocate: split as for all devices, but put every stage on the first one (for `schedule="reference"`).
+        check: compare the composed stages' logits with the model's.
+
+    Raises:
+        UnsupportedModelError: unknown architecture, or stages that don't reproduce the model's logits.
+        DeviceMapError: see `plan_stages`.
+    """
+    family = find_family(model)
+    if any(p.is_meta for p in model.parameters()):
+        raise DeviceMapError(
+            "the model has parameters on the meta device (offloaded or not loaded); load its weights"
+        )
+    dispatched = getattr(model, "hf_device_map", None)
+    if device_map == "auto" and dispatched and len(set(map(str, dispatched.values()))) > 1:
+        device_map = dispatched
+    units = model_units(model, family)
+    tied_name = tied_parameter_name(model, units)
+    spans = plan_stages(device_map, units, devices, tied_name is not None, num_stages, max_memory)
+    if colocate:
+        spans = [replace(span, device=0) for span in spans]
+    expected = _sample_logits(model, lambda batch: model(**batch, use_cache=False).logits) if check else None
+    if dispatched:
+        remove_hook_from_submodules(model)
+        del model.hf_device_map
+    stages = tuple(Stage(model, family, units, span, len(spans)) for span in spans)
+    used = sorted({span.device for span in spans})
+    for stage, span in zip(stages, spans, strict=True):
+        _place(stage, torch_device(devices[span.device]))
+        stage.eval()
+    tied = model.get_parameter(tied_name) if tied_name else None
+    rows = []
+    for span, stage in zip(spans, stages, strict=True):
+        parameters = [p for p in stage.parameters() if span.index == 0 or p is not tied]
+        rows.append(
+            StageRow(
+                span.index,
+                devices[span.device],
+                tuple(name for unit in units[span.start : span.stop] for name in unit.modules),
+                sum(unit.kind == "layer" for unit in units[span.start : span.stop]),
+                len(spans) - 1 - span.index if delayed else 0,
+                sum(p.numel() for p in parameters),
+                sum(p.numel() * p.element_size() for p in parameters),
+                sum(unit.cost for unit in units[span.start : span.stop]),
+            )
+        )
+    plan = StagePlan(tuple(rows), tuple(devices[d] for d in used), tied is not None)
+    partition = Partition(model, stages, plan, tied_name)
+    if expected is not None:
+        _compare(expected, _sample_logits(model, lambda batch: compose(partition, batch)), model)
+    for stage in stages:
+        stage.train(model.training)
+    return partition
+
+
+def compose(partition: Partition, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Runs all stages in turn, as the unsplit model would, moving the batch and hidden state along.
+
+    Args:
+        batch: what the family takes, e.g. `input_ids` [batch, time].
+
+    Returns:
+        Logits [batch, time, vocabulary] on the last stage's device.
+    """
+    hidden = None
+    for stage, row in zip(partition.stages, partition.plan.rows, strict=True):
+        device = torch_device(row.device)
+        hidden = stage(select(stage.family, batch, device), hidden if hidden is None else hidden.to(device))
+    return hidden
+
+
+def select(family: Family, batch: Mapping[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
+    """The part of a batch that stages compute with, on a device."""
+    return {
+        key: batch[key].to(device, non_blocking=True)
+        for key in batch
+        if key in family.batch_keys and batch[key] is not None
+    }
+
+
+def _place(stage: Stage, device: torch.device) -> None:
+    for parameter in stage.parameters():
+        if parameter.device != device:
+            parameter.data = parameter.data.to(device)
+    for module in stage.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != device:
+                module._buffers[name] = buffer.to(device)
+
+
+@torch.no_grad()
+def _sample_logits(model: PreTrainedModel, run: Any) -> torch.Tensor:
+    """Logits of a small fixed batch whose second row is padded, in evaluation mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    length = min(16, getattr(model.config, "max_position_embeddings", 16))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (2, length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, length // 2 + 1 :] = 0
+    device = model.get_input_embeddings().weight.device
+    try:
+        model.eval()
+        logits = run({"input_ids": ids.to(device), "attention_mask": mask.to(device)})
+        return logits.float().cpu()[mask.bool()]
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _compare(expected: torch.Tensor, found: torch.Tensor, model: PreTrainedModel) -> None:
+    # The stages run the same kernels; only another device or a half-precision rounding may differ.
+    eps = torch.finfo(next(model.parameters()).dtype).eps
+    error = (expected - found).abs().max().item()
+    if not error <= 1e3 * eps * (1 + expected.abs().max().item()):
+        raise UnsupportedModelError(
+            f"the stages of this {type(model).__name__} don't compute what the model computes: logits differ by "
+            f"{error:.3g}. Its forward probably does more than its family expects; please report the configuration"
+        )

@@ -1,0 +1,227 @@
+"""The update rule of Ouroboros on one device, in its simplest form: the oracle of every test.
+
+Notation (Yang et al., NeurIPS 2019, Algorithm 1, generalised to M micro-batches per update): stage k of K has the
+delay d_k = K-1-k, counted in ticks (micro-batches). All stages compute tick t with the same weights, those after the
+updates closed before t. Update u, with its own ticks a..b, applies to stage k
+
+    g_k[u] = sum of the gradients of stage k at the ticks a - d_k .. b - d_k   (as far as they exist)
+
+each taken at the weights of its own tick. No tick in that window: no step at all, no decay, no count. During the
+first W updates (delay warm-up) all delays are 0; afterwards only ticks from the first delayed one on count.
+
+Because every gradient belongs to one consistent set of weights, it can be computed at once and merely applied late:
+one ordinary backward per tick and a queue of gradients per stage are the whole algorithm. The schedules of the
+engine only change when things happen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch.func import functional_call
+
+from .engine.randomness import seeded_dropout
+from .engine.settings import EngineSettings, FinishedLoss, LossFunction
+from .engine.state import RunState
+from .errors import EngineError
+from .partition import Partition, select, torch_device
+
+Gradients = dict[str, torch.Tensor]
+
+
+class Reference:
+    """Same interface as `engine.Engine`, no threads, no pipeline.
+
+    Args:
+        partition: the model split into K stages, all on one device.
+        optimizer: any torch optimizer of the whole model.
+        loss_fn: (logits, micro-batch, context) -> scalar.
+        settings: settings of the run.
+    """
+
+    def __init__(
+        self,
+        partition: Partition,
+        optimizer: torch.optim.Optimizer,
+        loss_fn: LossFunction,
+        settings: EngineSettings,
+        timeline: None = None,
+    ):
+        self.partition = partition
+        self.optimizer = optimizer
+        self.settings = settings
+        self.timeline = timeline
+        self.grad_norm: float | None = None
+        self._loss_fn = loss_fn
+        self._seed = settings.seed
+        self._device = torch_device(partition.plan.devices[0])
+        self._owned = [partition.owned(k) for k in range(partition.plan.num_stages)]
+        self._tick = self._update = self._first_tick = 0
+        self._delay_start: int | None = None
+        self._queues: list[dict[int, Gradients]] = [{} for _ in self._owned]  # stage -> tick -> gradients
+        self._output_side: dict[
+            int, torch.Tensor
+        ] = {}  # tied_gradient="paper": tick -> gradient of the head's side
+        self._finished: list[FinishedLoss] = []
+
+    def submit(self, batch: Mapping[str, Any], context: Any = None) -> int:
+        """Forward and backward of a micro-batch with the weights of now; its gradients are queued."""
+        tick, self._tick = self._tick, self._tick + 1
+        delayed = not self.settings.is_synchronous(self._update)
+        if delayed and self._delay_start is None:
+            self._delay_start = tick
+        with _threads(self.settings.threads, self._device):
+            loss, output_side = self._forward(tick, batch, context, split_tied=delayed)
+            loss.backward()
+        if output_side is not None:
+            self._output_side[tick] = output_side.grad
+        for queue, owned in zip(self._queues, self._owned, strict=True):
+            queue[tick] = {name: p.grad for name, p in owned.items() if p.grad is not None}
+            for parameter in owned.values():
+                parameter.grad = None
+        self._finished.append(FinishedLoss(tick, loss.detach()))
+        return tick
+
+    def _forward(
+        self, tick: int, batch: Mapping[str, Any], context: Any, split_tied: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The loss, and with tied_gradient="paper" the separate leaf that the head used."""
+        stages, hidden, head = self.partition.stages, None, None
+        for k, stage in enumerate(stages):
+            stage.train()
+            replaced = {}
+            if (
+                stage.is_last
+                and k > 0
+                and split_tied
+                and self.settings.tied_gradient == "paper"
+                and self.partition.tied_name
+            ):
+                head = self.partition.tied.detach().requires_grad_()
+                replaced = {n: head for n, p in stage.named_parameters() if p is self.partition.tied}
+            with ExitStack() as scopes:
+                scopes.enter_context(seeded_dropout(self._seed, k, tick, self._device))
+                if self.settings.autocast_dtype is not None:
+                    scopes.enter_context(
+                        torch.autocast(self._device.type, dtype=self.settings.autocast_dtype)
+                    )
+                inputs = select(stage.family, batch, self._device)
+                hidden = functional_call(stage, replaced, (inputs, hidden), tie_weights=False)
+                if stage.is_last:
+                    hidden = self._loss_fn(hidden, batch, context)
+        return hidden, head
+
+    def step(self) -> int:
+        """Applies to every stage the sum of its window, clipped, or leaves it alone if the window is empty."""
+        if self._tick == self._first_tick:
+            raise EngineError("step() without a micro-batch since the last step()")
+        with _threads(self.settings.threads, self._device):
+            for k in range(len(self._owned)):
+                self._sum_window(k)
+            self._clip()
+            self.optimizer.step()
+        for owned in self._owned:
+            for parameter in owned.values():
+                parameter.grad = None
+        self._first_tick, self._update = self._tick, self._update + 1
+        return self._update - 1
+
+    def _sum_window(self, k: int) -> None:
+        delay = 0 if self.settings.is_synchronous(self._update) else len(self._owned) - 1 - k
+        for tick in range(self._first_tick, self._tick):
+            if k == 0 and tick in self._output_side:
+                _add(self.partition.tied, self._output_side.pop(tick))
+            for name, gradient in self._queues[k].pop(tick - delay, {}).items():
+                _add(self._owned[k][name], gradient)
+
+    def _clip(self) -> None:
+        """Bounds each stage's norm by max_grad_norm/sqrt(K), or the norm of the whole by max_grad_norm."""
+        stages = [[p for p in owned.values() if p.grad is not None] for owned in self._owned]
+        stages = [parameters for parameters in stages if parameters]
+        norms = [torch.nn.utils.get_total_norm([p.grad for p in parameters]) for parameters in stages]
+        self.grad_norm = math.sqrt(sum(float(norm) ** 2 for norm in norms))
+        if self.settings.max_grad_norm is None:
+            return
+        whole = torch.linalg.vector_norm(torch.stack(norms)) if norms else None
+        for parameters, norm in zip(stages, norms, strict=True):
+            if self.settings.clip_scope == "global":
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.max_grad_norm, whole)
+            else:
+                bound = self.settings.stage_norm_bound(len(self._owned))
+                torch.nn.utils.clip_grads_with_norm_(parameters, bound, norm)
+
+    # ---- the rest of the engine's interface: with everything done at once, there is nothing to wait for ----
+
+    def collect(self) -> list[FinishedLoss]:
+        """Losses since the last call."""
+        finished, self._finished = self._finished, []
+        return finished
+
+    def wait_for_loss(self) -> None:
+        """Losses are there as soon as they are submitted."""
+
+    def synchronize(self) -> None:
+        """Nothing is ever in flight."""
+
+    def settle(self) -> None:
+        """Nothing is ever in flight."""
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Uses this optimizer from now on."""
+        self.optimizer = optimizer
+
+    def close(self) -> None:
+        """Nothing to stop."""
+
+    def state_dict(self) -> RunState:
+        """What a run is besides weights and optimizer state."""
+        if self._tick != self._first_tick:
+            raise EngineError("the state of a run is defined between updates; call step() first")
+        pending = {k: dict(queue) for k, queue in enumerate(self._queues)}
+        return RunState(
+            len(self._owned),
+            self.settings.tied_gradient,
+            self._seed,
+            self._tick,
+            self._update,
+            self._delay_start,
+            pending,
+        )
+
+    def load_state_dict(self, state: RunState) -> None:
+        """Continues a run."""
+        state.check(self.partition, self.settings)
+        self._seed, self._tick, self._update, self._delay_start = (
+            state.seed,
+            state.tick,
+            state.update,
+            state.delay_start,
+        )
+        self._first_tick = state.tick
+        self._queues = [
+            {
+                t: {n: g.to(self._device) for n, g in grads.items()}
+                for t, grads in state.pending.get(k, {}).items()
+            }
+            for k in range(len(self._owned))
+        ]
+
+
+def _add(parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
+    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+
+@contextmanager
+def _threads(count: int | None, device: torch.device):
+    """Kernels may sum in another order with another number of threads, so it belongs to the numbers."""
+    before = torch.get_num_threads()
+    if count is not None and device.type == "cpu":
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
