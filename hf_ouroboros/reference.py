@@ -63,9 +63,7 @@ class Reference:
         self._tick = self._update = self._first_tick = 0
         self._delay_start: int | None = None
         self._queues: list[dict[int, Gradients]] = [{} for _ in self._owned]  # stage -> tick -> gradients
-        self._output_side: dict[
-            int, torch.Tensor
-        ] = {}  # tied_gradient="paper": tick -> gradient of the head's side
+        self._output_side: dict[int, torch.Tensor] = {}  # tied_gradient="paper": tick -> gradient of the head's side
         self._finished: list[FinishedLoss] = []
 
     def submit(self, batch: Mapping[str, Any], context: Any = None) -> int:
@@ -106,9 +104,7 @@ class Reference:
             with ExitStack() as scopes:
                 scopes.enter_context(seeded_dropout(self._seed, k, tick, self._device))
                 if self.settings.autocast_dtype is not None:
-                    scopes.enter_context(
-                        torch.autocast(self._device.type, dtype=self.settings.autocast_dtype)
-                    )
+                    scopes.enter_context(torch.autocast(self._device.type, dtype=self.settings.autocast_dtype))
                 inputs = select(stage.family, batch, self._device)
                 hidden = functional_call(stage, replaced, (inputs, hidden), tie_weights=False)
                 if stage.is_last:
@@ -161,9 +157,6 @@ class Reference:
         finished, self._finished = self._finished, []
         return finished
 
-    def wait_for_loss(self) -> None:
-        """Losses are there as soon as they are submitted."""
-
     def synchronize(self) -> None:
         """Nothing is ever in flight."""
 
@@ -203,10 +196,7 @@ class Reference:
         )
         self._first_tick = state.tick
         self._queues = [
-            {
-                t: {n: g.to(self._device) for n, g in grads.items()}
-                for t, grads in state.pending.get(k, {}).items()
-            }
+            {t: {n: g.to(self._device) for n, g in grads.items()} for t, grads in state.pending.get(k, {}).items()}
             for k in range(len(self._owned))
         ]
 

@@ -84,8 +84,7 @@ class CompletionDataset(Dataset[dict[str, Tensor]]):
         self._prompt_lengths = torch.tensor(prompt_lengths)
         if self.dropped or self.cut_prompts or self.cut_completions:
             logger.warning(
-                "%d examples with a blank completion dropped; %d prompts and %d completions cut to fit "
-                "max_length=%d.",
+                "%d examples with a blank completion dropped; %d prompts and %d completions cut to fit max_length=%d.",
                 *(self.dropped, self.cut_prompts, self.cut_completions, max_length),
             )
 

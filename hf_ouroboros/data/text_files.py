@@ -140,9 +140,7 @@ def _load_files(option: str, paths: list[Path], cache_dir: str | None) -> Datase
         ) from error
 
 
-def _load_named(
-    dataset_name: str, dataset_config: str | None, cache_dir: str | None
-) -> tuple[Dataset, Dataset | None]:
+def _load_named(dataset_name: str, dataset_config: str | None, cache_dir: str | None) -> tuple[Dataset, Dataset | None]:
     import datasets
 
     splits = datasets.load_dataset(dataset_name, dataset_config, cache_dir=cache_dir)

@@ -27,9 +27,7 @@ _CUT_CONTEXT = 256
 _CUT_TRIES = 8
 
 
-def tokenize_texts(
-    texts: Texts, tokenizer: PreTrainedTokenizerBase, text_column: str = "text"
-) -> Iterator[TokenArray]:
+def tokenize_texts(texts: Texts, tokenizer: PreTrainedTokenizerBase, text_column: str = "text") -> Iterator[TokenArray]:
     """Token ids of each text, in order, without special tokens and without length warnings.
 
     Long texts are handed to the tokenizer in pieces. A cut is made only at a single white-space character

@@ -69,9 +69,7 @@ class Engine:
         ]
         mean = sum(row.cost for row in plan.rows) / num_stages or 1.0
         costs = [max(row.cost / mean, 1e-3) for row in plan.rows]
-        replay_cost = [
-            0.0 if k == num_stages - 1 or not settings.recompute else c for k, c in enumerate(costs)
-        ]
+        replay_cost = [0.0 if k == num_stages - 1 or not settings.recompute else c for k, c in enumerate(costs)]
         programs = device_programs(
             settings.schedule,
             placement,
@@ -132,11 +130,6 @@ class Engine:
         self._hear(block=False)
         finished, self._finished = self._finished, []
         return finished
-
-    def wait_for_loss(self) -> None:
-        """Waits until at least one loss can be collected."""
-        while not self._finished:
-            self._hear(block=True)
 
     @property
     def grad_norm(self) -> float | None:

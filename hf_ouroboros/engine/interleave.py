@@ -45,9 +45,7 @@ def device_programs(
     slots = sample_slots(num_stages, micro_batches, synchronous=schedule == "1f1b")
     best: tuple[float, list[Program]] | None = None
     for lags in candidate_lags(num_stages, most=max(len(stages) for stages in held)):
-        programs = [
-            dataflow_program(stages, _relative(lags, stages), num_stages, exchange) for stages in held
-        ]
+        programs = [dataflow_program(stages, _relative(lags, stages), num_stages, exchange) for stages in held]
         try:
             span = makespan(replay([program(slots) for program in programs], duration, num_stages))
         except Deadlock:
@@ -94,9 +92,7 @@ def sample_slots(num_stages: int, micro_batches: int, synchronous: bool) -> list
     return [*slots, Pause()]
 
 
-def _durations(
-    forward_costs: Sequence[float], backward_costs: Sequence[float]
-) -> Callable[[Instruction], float]:
+def _durations(forward_costs: Sequence[float], backward_costs: Sequence[float]) -> Callable[[Instruction], float]:
     def duration(instruction: Instruction) -> float:
         if isinstance(instruction, Forward):
             return forward_costs[instruction.stage]

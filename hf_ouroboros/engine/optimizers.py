@@ -27,17 +27,12 @@ class StageOptimizer:
         slice_ = object.__new__(type(optimizer))
         slice_.__dict__.update(optimizer.__dict__)
         slice_.__dict__.pop("step", None)  # a learning rate scheduler's wrapper around the complete optimizer
-        groups = [
-            {**group, "params": [p for p in group["params"] if id(p) in own]}
-            for group in optimizer.param_groups
-        ]
+        groups = [{**group, "params": [p for p in group["params"] if id(p) in own]} for group in optimizer.param_groups]
         self._indices = [i for i, group in enumerate(groups) if group["params"]]
         slice_.param_groups = [groups[i] for i in self._indices]
         self._optimizer = slice_
 
-    def step(
-        self, gradients: Sequence[tuple[nn.Parameter, torch.Tensor]], hyperparameters: Hyperparameters
-    ) -> None:
+    def step(self, gradients: Sequence[tuple[nn.Parameter, torch.Tensor]], hyperparameters: Hyperparameters) -> None:
         """Applies gradients with the learning rates of their update; parameters without one are left alone."""
         for index, group in zip(self._indices, self._optimizer.param_groups, strict=True):
             group.update(hyperparameters[index])
@@ -64,9 +59,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, known: Iterable[nn.Paramet
     """
     name = type(optimizer).__name__
     if isinstance(optimizer, torch.optim.LBFGS):
-        raise UnsupportedOptionError(
-            "optimizer LBFGS re-evaluates the whole model in each step; use another optimizer"
-        )
+        raise UnsupportedOptionError("optimizer LBFGS re-evaluates the whole model in each step; use another optimizer")
     if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
         raise UnsupportedOptionError(
             f"optimizer {name} swaps the weights between training and evaluation (schedule-free), which in-flight "

@@ -23,9 +23,7 @@ def mask_seed(seed: int, stage: int, tick: int) -> int:
 
 def has_dropout(module: nn.Module) -> bool:
     """Whether any dropout layer in the module has a positive probability."""
-    return any(
-        getattr(m, "p", 0) > 0 for m in module.modules() if isinstance(m, nn.modules.dropout._DropoutNd)
-    )
+    return any(getattr(m, "p", 0) > 0 for m in module.modules() if isinstance(m, nn.modules.dropout._DropoutNd))
 
 
 @contextlib.contextmanager

@@ -173,9 +173,7 @@ def _halves(stage: int, slot: Slot, num_stages: int) -> tuple[list[Instruction],
     return forward, rest
 
 
-def dataflow_program(
-    stages: Sequence[int], lags: Sequence[int], num_stages: int, exchange: bool = False
-) -> Program:
+def dataflow_program(stages: Sequence[int], lags: Sequence[int], num_stages: int, exchange: bool = False) -> Program:
     """A device of `pipelined` or `1f1b`: every stage keeps its own order and waits for nothing but its inputs.
 
     Args:

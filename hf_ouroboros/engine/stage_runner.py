@@ -69,9 +69,7 @@ class StageRunner:
         leaf_names = {id(p): name for name, p in self._versions.parameters.items()}
         if link is not None:
             leaf_names[id(partition.tied)] = link.name
-        self._bindings = [
-            (name, leaf_names[id(p)]) for name, p in self.stage.named_parameters(remove_duplicate=False)
-        ]
+        self._bindings = [(name, leaf_names[id(p)]) for name, p in self.stage.named_parameters(remove_duplicate=False)]
         self._dropout = has_dropout(self.stage)
 
     @property
@@ -85,9 +83,7 @@ class StageRunner:
 
     # ---- forward ----
 
-    def forward(
-        self, tick: int, batch: Mapping[str, Any], context: Any, hidden: torch.Tensor | None
-    ) -> torch.Tensor:
+    def forward(self, tick: int, batch: Mapping[str, Any], context: Any, hidden: torch.Tensor | None) -> torch.Tensor:
         """Forward of a micro-batch.
 
         Args:

@@ -68,8 +68,7 @@ class RunState:
             )
         try:
             pending: Pending = {
-                int(stage): {int(tick): {} for tick in ticks}
-                for stage, ticks in meta["pending_ticks"].items()
+                int(stage): {int(tick): {} for tick in ticks} for stage, ticks in meta["pending_ticks"].items()
             }
             for key, tensor in tensors.items():
                 kind, stage, tick, name = key.split(".", 3)

@@ -47,9 +47,7 @@ class InProcessTransport:
             raise Aborted
         sent_tick, tensor = item
         if sent_tick != tick:
-            raise RuntimeError(
-                f"stage {stage} expected the {direction} of tick {tick} but got tick {sent_tick}"
-            )
+            raise RuntimeError(f"stage {stage} expected the {direction} of tick {tick} but got tick {sent_tick}")
         return tensor
 
     def rendezvous(self) -> None:

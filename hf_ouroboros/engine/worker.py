@@ -132,9 +132,7 @@ class Worker(threading.Thread):
         except Aborted:
             pass
         except BaseException as error:
-            failure = WorkerError(
-                self.device_name, str(self._instruction) if self._instruction else None, error
-            )
+            failure = WorkerError(self.device_name, str(self._instruction) if self._instruction else None, error)
             failure.__cause__ = error
             self._events.put(failure)
             self._transport.abort()

@@ -34,9 +34,7 @@ def balanced_counts(
     prefix = [0.0, *accumulate(layer_costs)]
     shared = placement[0] == placement[-1]
     best: tuple[float, list[int]] | None = None
-    for last in reversed(
-        range(layers - stages + 2)
-    ):  # of equal splits, the one with the least delayed layers
+    for last in reversed(range(layers - stages + 2)):  # of equal splits, the one with the least delayed layers
         most = layers - last - (stages - 2)
         for first in range(most if stages == 2 else 1, most + 1):
             ends = prefix[first] + embedding_cost, prefix[layers] - prefix[layers - last] + head_cost

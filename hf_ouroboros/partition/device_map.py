@@ -130,9 +130,7 @@ def parse_max_memory(max_memory: Mapping[Any, int | str] | None, devices: Sequen
         try:
             budgets[index] = convert_file_size_to_int(value)
         except ValueError as error:
-            raise DeviceMapError(
-                f"max_memory[{key!r}]={value!r} is not a size such as 2000000 or '10GB'"
-            ) from error
+            raise DeviceMapError(f"max_memory[{key!r}]={value!r} is not a size such as 2000000 or '10GB'") from error
     return budgets
 
 
@@ -140,9 +138,7 @@ def _layers(units: Sequence[Unit]) -> int:
     return sum(unit.kind == "layer" for unit in units)
 
 
-def _balanced(
-    units: Sequence[Unit], devices: Sequence[str], tied: bool, num_stages: int | None
-) -> list[StageSpan]:
+def _balanced(units: Sequence[Unit], devices: Sequence[str], tied: bool, num_stages: int | None) -> list[StageSpan]:
     layers = _layers(units)
     if num_stages is None:
         num_stages = min(default_num_stages(len(devices), tied), layers + 1)
@@ -168,25 +164,17 @@ def _from_counts(
 ) -> list[StageSpan]:
     layers = _layers(units)
     if not counts or any(isinstance(c, bool) or not isinstance(c, int) or c < 0 for c in counts):
-        raise DeviceMapError(
-            f"device_map={counts!r} must be a list of layer counts per stage, e.g. [3, 6, 3]"
-        )
+        raise DeviceMapError(f"device_map={counts!r} must be a list of layer counts per stage, e.g. [3, 6, 3]")
     if 0 in counts[1:-1]:
-        raise DeviceMapError(
-            f"device_map={counts!r} has a stage without layers; only first and last may have none"
-        )
+        raise DeviceMapError(f"device_map={counts!r} has a stage without layers; only first and last may have none")
     if sum(counts) != layers:
-        raise DeviceMapError(
-            f"device_map={counts!r} adds up to {sum(counts)} layers, but the model has {layers}"
-        )
+        raise DeviceMapError(f"device_map={counts!r} adds up to {sum(counts)} layers, but the model has {layers}")
     if num_stages is not None and num_stages != len(counts):
         raise DeviceMapError(f"device_map={counts!r} has {len(counts)} stages, but num_stages={num_stages}")
     return _spans_from_counts(counts, units, default_placement(len(counts), len(devices), tied))
 
 
-def _spans_from_counts(
-    counts: Sequence[int], units: Sequence[Unit], placement: Sequence[int]
-) -> list[StageSpan]:
+def _spans_from_counts(counts: Sequence[int], units: Sequence[Unit], placement: Sequence[int]) -> list[StageSpan]:
     position = next(i for i, unit in enumerate(units) if unit.kind == "layer")
     spans = []
     for k, count in enumerate(counts):
@@ -197,9 +185,7 @@ def _spans_from_counts(
     return spans
 
 
-def _sequential(
-    units: Sequence[Unit], devices: Sequence[str], tied: bool, budgets: dict[int, int]
-) -> list[StageSpan]:
+def _sequential(units: Sequence[Unit], devices: Sequence[str], tied: bool, budgets: dict[int, int]) -> list[StageSpan]:
     missing = [devices[i] for i in range(len(devices)) if i not in budgets]
     if missing:
         raise DeviceMapError(
@@ -227,16 +213,12 @@ def _from_mapping(
 ) -> list[StageSpan]:
     names = [name for unit in units for name in unit.modules]
     for key in mapping:
-        if key and not any(
-            name == key or name.startswith(f"{key}.") or key.startswith(f"{name}.") for name in names
-        ):
+        if key and not any(name == key or name.startswith(f"{key}.") or key.startswith(f"{name}.") for name in names):
             raise DeviceMapError(
                 f"device_map names the module {key!r}, which the model does not have; its parts are "
                 f"{', '.join(names[:4])}, ..., {names[-1]}"
             )
-    indices = {
-        key: _device_index(value, devices, where=f"device_map[{key!r}]") for key, value in mapping.items()
-    }
+    indices = {key: _device_index(value, devices, where=f"device_map[{key!r}]") for key, value in mapping.items()}
     assigned = []
     for unit in units:
         found = {name: _longest_prefix(name, indices) for name in unit.modules}
@@ -287,9 +269,7 @@ def _expand_legacy(mapping: Mapping[Any, Any], units: Sequence[Unit], tied: bool
         device = int(device) if str(device).isdigit() else device
         for number in numbers:
             if not isinstance(number, int) or not 0 <= number < len(layers):
-                raise DeviceMapError(
-                    f"device_map names layer {number!r}; the model has layers 0 to {len(layers) - 1}"
-                )
+                raise DeviceMapError(f"device_map names layer {number!r}; the model has layers 0 to {len(layers) - 1}")
             if layers[number] in expanded:
                 raise DeviceMapError(f"device_map names layer {number} twice")
             expanded[layers[number]] = device

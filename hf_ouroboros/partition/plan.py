@@ -89,9 +89,7 @@ class StagePlan:
             ).rstrip()
             for line in [header, *lines]
         )
-        totals = ", ".join(
-            f"{d}: {self.parameters_on(d):,} ({self.bytes_on(d) / 2**20:.1f} MiB)" for d in self.devices
-        )
+        totals = ", ".join(f"{d}: {self.parameters_on(d):,} ({self.bytes_on(d) / 2**20:.1f} MiB)" for d in self.devices)
         return f"{table}\nparameters per device: {totals}"
 
 

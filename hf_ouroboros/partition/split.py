@@ -69,11 +69,7 @@ def model_units(model: PreTrainedModel, family: Family) -> list[Unit]:
 def tied_parameter_name(model: PreTrainedModel, units: Sequence[Unit]) -> str | None:
     """Name, on the embedding side, of the matrix that embedding and head share."""
     head = {
-        id(p)
-        for u in units
-        if u.kind == "head"
-        for name in u.modules
-        for p in model.get_submodule(name).parameters()
+        id(p) for u in units if u.kind == "head" for name in u.modules for p in model.get_submodule(name).parameters()
     }
     for name in units[0].modules:
         for parameter_name, parameter in model.get_submodule(name).named_parameters():
@@ -110,9 +106,7 @@ def split_model(
     """
     family = find_family(model)
     if any(p.is_meta for p in model.parameters()):
-        raise DeviceMapError(
-            "the model has parameters on the meta device (offloaded or not loaded); load its weights"
-        )
+        raise DeviceMapError("the model has parameters on the meta device (offloaded or not loaded); load its weights")
     dispatched = getattr(model, "hf_device_map", None)
     if device_map == "auto" and dispatched and len(set(map(str, dispatched.values()))) > 1:
         device_map = dispatched

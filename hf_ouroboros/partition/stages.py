@@ -27,9 +27,7 @@ class Stage(nn.Module):
         num_stages: K.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, family: Family, units: Sequence[Unit], span: StageSpan, num_stages: int
-    ):
+    def __init__(self, model: PreTrainedModel, family: Family, units: Sequence[Unit], span: StageSpan, num_stages: int):
         super().__init__()
         own = units[span.start : span.stop]
         self.index = span.index

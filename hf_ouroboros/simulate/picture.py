@@ -68,9 +68,7 @@ def draw(
     figure = Figure(figsize=(14, height), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
 
-    label_width = 0.3 + 0.085 * max(
-        len(line) for i in range(rows) for line in _row_label(timeline, i).split("\n")
-    )
+    label_width = 0.3 + 0.085 * max(len(line) for i in range(rows) for line in _row_label(timeline, i).split("\n"))
     left, width = label_width / 14, (14 - label_width - 0.95) / 14
     bottom = margins["bottom"] + strip_height + margins["between"]
     axes = figure.add_axes((left, bottom / height, width, gantt_height / height))
@@ -79,9 +77,7 @@ def draw(
         strip = figure.add_axes((left, margins["bottom"] / height, width, strip_height / height))
         _strips(strip, timeline, shown)
     heading = title if title is not None else _heading(timeline, shown)
-    figure.text(
-        0.3 / 14, 1 - 0.2 / height, heading, fontsize=13, color=INK, va="top", weight="bold", parse_math=False
-    )
+    figure.text(0.3 / 14, 1 - 0.2 / height, heading, fontsize=13, color=INK, va="top", weight="bold", parse_math=False)
     _legend(figure, timeline, 1 - 0.46 / height)
     path = Path(path)
     figure.savefig(path, format="png", metadata={"Software": None})
@@ -118,9 +114,7 @@ def _gantt(axes: Axes, timeline: Timeline, shown: tuple[float, float], width_poi
             valign = "center" if rotation else "center_baseline"
             axes.text((x0 + x1) / 2, e.device, str(e.index), ha="center", va=valign, **text)
     for device, share in enumerate(timeline.busy_shares(*shown)):
-        axes.text(
-            1.012, device, f"{share:.0%}", transform=axes.get_yaxis_transform(), fontsize=11, va="center"
-        )
+        axes.text(1.012, device, f"{share:.0%}", transform=axes.get_yaxis_transform(), fontsize=11, va="center")
     axes.text(1.012, -0.62, "busy", transform=axes.get_yaxis_transform(), fontsize=9, color=INK)
     axes.set_xlim(start, start + span)
     _rows(axes, timeline, [_row_label(timeline, i) for i in range(timeline.num_devices)])
@@ -166,14 +160,10 @@ def _strips(axes: Axes, timeline: Timeline, shown: tuple[float, float]) -> None:
         linewidth=1.6,
     )
     for device, share in enumerate(timeline.busy_shares()):
-        axes.text(
-            1.012, device, f"{share:.0%}", transform=axes.get_yaxis_transform(), fontsize=9, va="center"
-        )
+        axes.text(1.012, device, f"{share:.0%}", transform=axes.get_yaxis_transform(), fontsize=9, va="center")
     axes.set_xlim(low, high)
     _rows(axes, timeline, timeline.device_names)
-    axes.set_title(
-        "whole run: the darker, the busier; the frame is the part above", fontsize=9, loc="left", pad=4
-    )
+    axes.set_title("whole run: the darker, the busier; the frame is the part above", fontsize=9, loc="left", pad=4)
     axes.set_xlabel("ms", fontsize=9, labelpad=2)
 
 

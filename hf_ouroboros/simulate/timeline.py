@@ -84,9 +84,7 @@ class Timeline:
             raise ValueError(f"A timeline needs num_devices >= 1, found {num_devices}.")
         names = [f"device {i}" for i in range(num_devices)] if device_names is None else list(device_names)
         if len(names) != num_devices:
-            raise ValueError(
-                f"device_names has {len(names)} names for {num_devices} devices; give one per device."
-            )
+            raise ValueError(f"device_names has {len(names)} names for {num_devices} devices; give one per device.")
         self.num_devices = num_devices
         self.device_names = names
         self._events: list[Event] = []
@@ -98,9 +96,7 @@ class Timeline:
             ValueError: if the event's device is not one of this timeline's.
         """
         if not 0 <= event.device < self.num_devices:
-            raise ValueError(
-                f"Event {event.name!r} is on device {event.device} of {self.num_devices} devices."
-            )
+            raise ValueError(f"Event {event.name!r} is on device {event.device} of {self.num_devices} devices.")
         self._events.append(event)
 
     @property
@@ -117,9 +113,7 @@ class Timeline:
     def busy_intervals(self, device: int) -> list[tuple[float, float]]:
         """Disjoint (start, end) of the device's work, in order; nested and touching events are merged."""
         merged: list[tuple[float, float]] = []
-        for start, end in sorted(
-            (e.start, e.end) for e in self._events.copy() if e.device == device and e.is_work
-        ):
+        for start, end in sorted((e.start, e.end) for e in self._events.copy() if e.device == device and e.is_work):
             if merged and start <= merged[-1][1]:
                 merged[-1] = (merged[-1][0], max(merged[-1][1], end))
             else:

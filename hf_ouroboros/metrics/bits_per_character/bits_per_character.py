@@ -35,9 +35,7 @@ class BitsPerCharacter(evaluate.Metric):
             description=_DESCRIPTION,
             citation="",
             inputs_description=_INPUTS,
-            features=datasets.Features(
-                {"nll": datasets.Value("float64"), "characters": datasets.Value("int64")}
-            ),
+            features=datasets.Features({"nll": datasets.Value("float64"), "characters": datasets.Value("int64")}),
         )
 
     # `evaluate.combine` hands the inputs of every metric to each of them, hence `others`.

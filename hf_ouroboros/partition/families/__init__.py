@@ -54,6 +54,4 @@ def find_family(model: nn.Module) -> Family:
             family.check(model)
             return family
     known = ", ".join(family.model_class.__name__ for family in FAMILIES)
-    raise UnsupportedModelError(
-        f"{type(model).__name__} can't be split into stages; supported architectures: {known}"
-    )
+    raise UnsupportedModelError(f"{type(model).__name__} can't be split into stages; supported architectures: {known}")

@@ -21,9 +21,7 @@ class GPT2Family:
     def check(self, model: GPT2LMHeadModel) -> None:
         """Refuses cross attention and activation checkpointing."""
         if model.config.add_cross_attention:
-            raise UnsupportedModelError(
-                "GPT-2 with config.add_cross_attention=True can't be split into stages"
-            )
+            raise UnsupportedModelError("GPT-2 with config.add_cross_attention=True can't be split into stages")
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             raise UnsupportedModelError(
                 "the model has gradient checkpointing enabled, which would recompute with the weights of now; call "

@@ -1,0 +1,243 @@
+"""OuroborosArguments: TrainingArguments plus the options of delayed-gradient training, all checked early."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from .engine.schedule import SCHEDULES
+from .engine.settings import EngineSettings
+from .errors import UnsupportedOptionError
+
+# option -> (is it on?, what to do instead)
+_REFUSED: dict[str, tuple[Any, str]] = {
+    "fp16": (bool, "its loss scaling couples all stages in every step; use bf16=True"),
+    "fp16_full_eval": (bool, "it would overwrite the weights with half precision; use bf16=True"),
+    "bf16_full_eval": (bool, "it would overwrite the weights with half precision; use bf16=True"),
+    "auto_find_batch_size": (bool, "it restarts training after a failure; choose per_device_train_batch_size yourself"),
+    "fsdp": (bool, "stages are placed whole; use more stages, or recompute=True to save memory"),
+    "deepspeed": (bool, "stages are placed whole; use more stages, or recompute=True to save memory"),
+    "torch_compile": (bool, "stages run uncompiled; leave it off"),
+    "use_liger_kernel": (bool, "it replaces the model's forward; leave it off"),
+    "neftune_noise_alpha": (lambda value: value is not None, "its noise is not tied to micro-batches; leave it off"),
+    "gradient_checkpointing": (bool, "it recomputes with the weights of now; use recompute=True"),
+    "activation_checkpointing": (bool, "it recomputes with the weights of now; use recompute=True"),
+    "parallelism_config": (lambda value: value is not None, "stages are the parallelism here; leave it unset"),
+    "torch_empty_cache_steps": (lambda value: value is not None, "emptying the cache would stall all stages"),
+}
+
+
+@dataclass
+class OuroborosArguments(TrainingArguments):
+    """Arguments of `OuroborosTrainer`: everything of TrainingArguments, and how to split and schedule the model.
+
+    Raises:
+        UnsupportedOptionError: an option, or a combination of options, that has no meaning here.
+    """
+
+    schedule: str = field(
+        default="pipelined",
+        metadata={
+            "help": "How the delayed-gradient update rule is executed: 'pipelined' (all devices busy), 'lockstep' (the "
+            "paper's), '1f1b' (synchronous, exact gradients, with bubbles), 'reference' (one device, delays simulated).",
+            "choices": list(SCHEDULES),
+        },
+    )
+    num_stages: int | None = field(
+        default=None,
+        metadata={"help": "Stages K. Default: devices + 1 with tied embeddings on several devices, else devices."},
+    )
+    devices: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Devices in worker order, e.g. cuda:0 cuda:1 or cpu:0 cpu:1 (threads). Default: all visible "
+            "accelerators, else cpu:0 cpu:1.",
+        },
+    )
+    device_map: str = field(
+        default="auto",
+        metadata={
+            "help": "auto, balanced, sequential, a dict {module name prefix: device} or a list of layer counts per stage "
+            "(both as JSON on the command line). auto also honours model.hf_device_map.",
+        },
+    )
+    max_memory: str | None = field(
+        default=None,
+        metadata={"help": 'Bytes of parameters per device, e.g. \'{"0": "10GB"}\'; a dict, or JSON.'},
+    )
+    data_parallel_replicas: int = field(
+        default=1, metadata={"help": "Data-parallel replicas R of the pipeline; only 1 in one process."}
+    )
+    tied_gradient: str = field(
+        default="joint",
+        metadata={
+            "help": "Gradient of a tied embedding: 'joint' delays both sides by K-1 ticks (exact for its batch), 'paper' "
+            "only the input side (schedules lockstep and reference).",
+            "choices": ["joint", "paper"],
+        },
+    )
+    clip_scope: str = field(
+        default="stage",
+        metadata={
+            "help": "'stage' limits each stage's gradient norm to max_grad_norm/sqrt(K), so that the whole never exceeds "
+            "max_grad_norm; 'global' limits the norm of the whole (not with schedule pipelined).",
+            "choices": ["stage", "global"],
+        },
+    )
+    delay_warmup_steps: int = field(
+        default=0, metadata={"help": "Updates without delay (drained pipeline) before the delays start."}
+    )
+    delay_compensation: str = field(
+        default="none", metadata={"help": "Compensation of the delay in the optimizer.", "choices": ["none"]}
+    )
+    recompute: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep only the inputs of in-flight micro-batches and replay their forward at backward, with the weights "
+            "and dropout masks of then.",
+        },
+    )
+    timeline: str | None = field(
+        default=None,
+        metadata={"help": "Path: record every executed instruction there (Chrome trace JSON and a PNG)."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_options()
+        self._check_combinations()
+        for name in ("max_memory",):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                try:
+                    setattr(self, name, json.loads(value))
+                except json.JSONDecodeError as error:
+                    raise UnsupportedOptionError(f"{name}={value!r} is not valid JSON: {error}") from error
+
+    @classmethod
+    def from_training_arguments(cls, args: TrainingArguments) -> OuroborosArguments:
+        """The same options with the defaults of this class for the rest, for scripts that only swap the Trainer."""
+        if isinstance(args, cls):
+            return args
+        return cls(**{f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.init})
+
+    # ---- what Trainer asks ----
+
+    @property
+    def n_gpu(self) -> int:
+        """At most 1: several devices are stages here, never `nn.DataParallel`."""
+        return min(1, super().n_gpu)
+
+    @property
+    def place_model_on_device(self) -> bool:
+        """False: stages go to their own devices."""
+        return False
+
+    # ---- what the trainer asks ----
+
+    @property
+    def device_names(self) -> list[str]:
+        """The devices in worker order."""
+        if self.devices:
+            return list(self.devices)
+        accelerator = None if self.use_cpu else torch.accelerator.current_accelerator(check_available=True)
+        if accelerator is None:
+            return ["cpu:0", "cpu:1"]
+        return [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())]
+
+    def engine_settings(self, num_devices: int) -> EngineSettings:
+        """The engine's settings for a plan on so many devices."""
+        on_cpu = self.device_names[0].startswith("cpu")
+        return EngineSettings(
+            schedule=self.schedule,
+            tied_gradient=self.tied_gradient,
+            max_grad_norm=self.max_grad_norm or None,
+            clip_scope=self.clip_scope,
+            delay_warmup_steps=self.delay_warmup_steps,
+            seed=self.seed,
+            autocast_dtype=torch.bfloat16 if self.bf16 else None,
+            recompute=self.recompute,
+            # The reference computes on one device, but with the threads that each of the devices would have:
+            # kernels may sum in another order with another number of threads.
+            threads=max(1, torch.get_num_threads() // num_devices) if on_cpu else None,
+            micro_batches=self.gradient_accumulation_steps,
+        )
+
+    # ---- checks ----
+
+    def _check_options(self) -> None:
+        for name, (is_on, advice) in _REFUSED.items():
+            value = getattr(self, name, None)
+            if is_on(value):
+                raise UnsupportedOptionError(f"{name}={value!r} is not supported by OuroborosTrainer: {advice}")
+        if any(word in str(self.optim) for word in ("lomo", "layerwise")):
+            raise UnsupportedOptionError(
+                f"optim={str(self.optim)!r} updates weights during the backward pass, which delayed gradients rule out; "
+                "use another optimizer, e.g. adamw_torch"
+            )
+        if "schedule_free" in str(self.optim):
+            raise UnsupportedOptionError(
+                f"optim={str(self.optim)!r} swaps the weights for evaluation while micro-batches are in flight; use "
+                "another optimizer, e.g. adamw_torch"
+            )
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        if processes > 1:
+            raise UnsupportedOptionError(
+                f"WORLD_SIZE={processes}: this version runs all devices from one process, one thread per device; start "
+                "the script once (python script.py, or accelerate launch --num_processes 1 script.py)"
+            )
+
+    def _check_combinations(self) -> None:
+        for name in ("schedule", "tied_gradient", "clip_scope", "delay_compensation"):
+            value, allowed = getattr(self, name), self.__dataclass_fields__[name].metadata["choices"]
+            if value not in allowed:
+                raise UnsupportedOptionError(f"{name}={value!r} is unknown; use one of {', '.join(allowed)}")
+        if self.data_parallel_replicas != 1:
+            raise UnsupportedOptionError(
+                f"data_parallel_replicas={self.data_parallel_replicas}: one process runs one replica; use 1"
+            )
+        if self.num_stages is not None and self.num_stages < 1:
+            raise UnsupportedOptionError(f"num_stages={self.num_stages} must be at least 1")
+        if self.delay_warmup_steps < 0:
+            raise UnsupportedOptionError(f"delay_warmup_steps={self.delay_warmup_steps} must not be negative")
+        if self.max_grad_norm is not None and (self.max_grad_norm < 0 or math.isnan(self.max_grad_norm)):
+            raise UnsupportedOptionError(f"max_grad_norm={self.max_grad_norm} must be positive, or 0 for no clipping")
+        if self.tied_gradient == "paper" and self.schedule not in ("lockstep", "reference"):
+            raise UnsupportedOptionError(
+                f"tied_gradient='paper' needs the output side's gradient in the same tick, which schedule="
+                f"{self.schedule!r} doesn't have; use schedule='lockstep', or tied_gradient='joint'"
+            )
+        if self.clip_scope == "global" and self.schedule == "pipelined":
+            raise UnsupportedOptionError(
+                "clip_scope='global' makes every stage wait for all others in each update, which schedule='pipelined' "
+                "rules out; use clip_scope='stage', or schedule lockstep or 1f1b"
+            )
+        if self.timeline is not None and self.schedule == "reference":
+            raise UnsupportedOptionError("timeline records devices at work; schedule='reference' has none to record")
+        self._check_devices()
+
+    def _check_devices(self) -> None:
+        if self.devices is None:
+            return
+        if not self.devices or len(set(self.devices)) < len(self.devices):
+            raise UnsupportedOptionError(f"devices={self.devices} must be different names, e.g. cpu:0 cpu:1")
+        for name in self.devices:
+            kind, _, index = name.partition(":")
+            if kind == "cpu":
+                valid = index.isdigit()
+            else:
+                present = torch.accelerator.current_accelerator(check_available=True)
+                count = torch.accelerator.device_count() if present is not None and present.type == kind else 0
+                valid = index.isdigit() and int(index) < count
+            if not valid:
+                raise UnsupportedOptionError(
+                    f"devices names {name!r}, which this machine doesn't have; give names with an index, e.g. cpu:0, "
+                    "or cuda:0 to cuda:N-1"
+                )

@@ -1,0 +1,39 @@
+"""The console script `hf-ouroboros`: small tools around training runs."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+
+def environment() -> str:
+    """Versions and devices, for bug reports."""
+    import torch
+
+    lines = [f"python        {platform.python_version()} on {platform.system()} {platform.machine()}"]
+    for name in ("hf_ouroboros", "torch", "transformers", "accelerate", "datasets", "evaluate"):
+        try:
+            lines.append(f"{name:<13} {version(name)}")
+        except PackageNotFoundError:
+            lines.append(f"{name:<13} not installed")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    count = torch.accelerator.device_count() if accelerator else 0
+    lines.append(f"accelerators  {f'{count} x {accelerator.type}' if accelerator else 'none'}")
+    lines.append(f"cpu threads   {torch.get_num_threads()}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="hf-ouroboros", description="Tools around OuroborosTrainer.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("env", help="print versions and devices, for bug reports")
+    parser.parse_args(arguments)
+    print(environment())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""The faces that Trainer sees: the staged model as an ordinary model, the staged optimizer as an ordinary one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import CausalLMOutput
+
+from .partition import Partition, compose
+
+
+class LogitsModel(nn.Module):
+    """Stands in for a model whose logits are already known, so that `Trainer.compute_loss` can be used as it is.
+
+    Args:
+        model: the model it stands in for.
+        logits: [batch, time, vocabulary].
+    """
+
+    def __init__(self, model: PreTrainedModel, logits: torch.Tensor):
+        super().__init__()
+        self.config = model.config
+        self._name = type(model).__name__
+        self._logits = logits
+
+    def _get_name(self) -> str:
+        return self._name
+
+    def forward(self, **inputs: Any) -> CausalLMOutput:
+        """Output with loss (where there are labels) and logits."""
+        return causal_lm_output(self._logits, inputs)
+
+
+class StagedModel(nn.Module):
+    """All stages as one model: forward for evaluation, parameters for counting, nothing to zero.
+
+    Args:
+        partition: the split model.
+        autocast_dtype: dtype of mixed precision; None for none.
+    """
+
+    def __init__(self, partition: Partition, autocast_dtype: torch.dtype | None):
+        super().__init__()
+        self.stages = nn.ModuleList(partition.stages)
+        self.config = partition.model.config
+        self._partition = (partition,)  # in a tuple: the complete model must not be registered as a submodule
+        self._autocast_dtype = autocast_dtype
+
+    def _get_name(self) -> str:
+        return type(self._partition[0].model).__name__
+
+    def train(self, mode: bool = True) -> StagedModel:
+        """Switches the stages and the complete model."""
+        self._partition[0].model.train(mode)
+        return super().train(mode)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Nothing: gradients live in the workers, which may be writing them."""
+
+    def forward(self, **inputs: Any) -> CausalLMOutput:
+        """Runs all stages in turn; the pipeline has to be synchronized."""
+        kind = next(self.parameters()).device.type
+        with torch.autocast(kind, dtype=self._autocast_dtype, enabled=self._autocast_dtype is not None):
+            logits = compose(self._partition[0], inputs)
+        return causal_lm_output(logits.float(), inputs)
+
+
+def causal_lm_output(logits: torch.Tensor, inputs: Mapping[str, Any]) -> CausalLMOutput:
+    """Logits, and the token-weighted next-token loss if the inputs have labels (or labels already shifted)."""
+    labels = inputs.get("labels")
+    if labels is None and inputs.get("shift_labels") is None:
+        return CausalLMOutput(logits=logits)
+    loss = ForCausalLMLoss(
+        logits,
+        labels.to(logits.device) if labels is not None else None,
+        vocab_size=logits.shape[-1],
+        num_items_in_batch=inputs.get("num_items_in_batch"),
+        shift_labels=inputs.get("shift_labels"),
+    )
+    return CausalLMOutput(loss=loss, logits=logits)
+
+
+class StagedOptimizer(torch.optim.Optimizer):
+    """An optimizer whose `step` tells the engine that the update is complete; the stages step on their own.
+
+    Parameter groups, state and `state_dict` are those of the complete optimizer that it wraps.
+
+    Args:
+        optimizer: the complete optimizer.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.optimizer = optimizer
+        self.engine: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "optimizer":
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The complete optimizer's groups; learning rates written here count from the next update on."""
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        """The complete optimizer's state, which the stages share."""
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.optimizer.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The complete optimizer's defaults."""
+        return self.optimizer.defaults
+
+    def step(self, closure: Any = None) -> None:
+        """Closes the update with the present hyper-parameters."""
+        self.optimizer._opt_called = True  # a scheduler built on the complete optimizer looks for this
+        self.engine.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Nothing: gradients live in the workers."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group to the complete optimizer."""
+        self.optimizer.add_param_group(param_group)
+        self._attach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The complete optimizer's state after all updates so far."""
+        if self.engine is not None:
+            self.engine.synchronize()
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Replaces the complete optimizer's state."""
+        self.optimizer.load_state_dict(state_dict)
+        self._attach()
+
+    def _attach(self) -> None:
+        if self.engine is not None:
+            self.engine.attach(self.optimizer)
