@@ -113,7 +113,7 @@ class Reference:
 
     def step(self) -> int:
         """Applies to every stage the sum of its window, clipped, or leaves it alone if the window is empty."""
-        if self._tick == self._first_tick:
+        if not self.update_open:
             raise EngineError("step() without a micro-batch since the last step()")
         with _threads(self.settings.threads, self._device):
             for k in range(len(self._owned)):
@@ -157,6 +157,11 @@ class Reference:
         finished, self._finished = self._finished, []
         return finished
 
+    @property
+    def update_open(self) -> bool:
+        """Whether micro-batches were submitted since the last `step`."""
+        return self._tick > self._first_tick
+
     def synchronize(self) -> None:
         """Nothing is ever in flight."""
 
@@ -172,7 +177,7 @@ class Reference:
 
     def state_dict(self) -> RunState:
         """What a run is besides weights and optimizer state."""
-        if self._tick != self._first_tick:
+        if self.update_open:
             raise EngineError("the state of a run is defined between updates; call step() first")
         pending = {k: dict(queue) for k, queue in enumerate(self._queues)}
         return RunState(

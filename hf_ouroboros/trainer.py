@@ -293,8 +293,10 @@ class OuroborosTrainer(Trainer):
     # ---- checkpoints ----
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.engine is None or not self.args.should_save:
-            return super()._save_checkpoint(model, trial)
+        if self.engine.update_open:
+            # Asked for within an update (a just-in-time checkpoint): Trainer saves as soon as the update is closed.
+            self.control.should_save = True
+            return
         state = None if self.args.save_only_model else self.engine.state_dict()
         run_dir = super()._get_output_dir(trial)
         folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

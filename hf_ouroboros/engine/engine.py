@@ -118,7 +118,7 @@ class Engine:
     def step(self) -> int:
         """Closes the update after the newest micro-batch, with the optimizer's present hyper-parameters."""
         self._check()
-        if self._clock.tick == self._clock.first_tick_of_update:
+        if not self.update_open:
             raise EngineError("step() without a micro-batch since the last step()")
         hyperparameters = snapshot_hyperparameters(self.optimizer)
         update, slots = self._clock.close_update()
@@ -138,6 +138,11 @@ class Engine:
             return None
         return math.sqrt(sum(float(norm) ** 2 for norm in self._last_norms))
 
+    @property
+    def update_open(self) -> bool:
+        """Whether micro-batches were submitted since the last `step`."""
+        return self._clock.tick > self._clock.first_tick_of_update
+
     # ---- looking at the weights ----
 
     def synchronize(self) -> None:
@@ -154,7 +159,7 @@ class Engine:
         Raises:
             EngineError: an update is open (micro-batches submitted since the last step).
         """
-        if self._clock.tick != self._clock.first_tick_of_update:
+        if self.update_open:
             raise EngineError("the state of a run is defined between updates; call step() first")
         self.settle()
         return RunState(
@@ -204,7 +209,7 @@ class Engine:
         for worker in self._workers:
             worker.join(max(0.0, deadline - time.monotonic()))
         for runner in self._runners:
-            runner.in_flight.clear()
+            runner.release()
 
     # ---- inside ----
 

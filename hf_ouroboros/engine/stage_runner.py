@@ -200,5 +200,14 @@ class StageRunner:
         self.window = {}
         self.optimizer.step(ordered, hyperparameters)
 
+    def release(self) -> None:
+        """Lets go of activations, gradients and old weights when the run is over."""
+        self.in_flight.clear()
+        self.settled.clear()
+        self.window.clear()
+        if self._link is not None:
+            self._link.weights.clear()
+            self._link.gradients.clear()
+
     def _ordered_window(self) -> list[torch.Tensor]:
         return [self.window[name] for name in self._versions.parameters if name in self.window]

@@ -79,6 +79,7 @@ class Worker(threading.Thread):
         program: yields instructions for the slots it is fed.
         transport: to and from other stages.
         settings: settings of the run.
+        num_stages: K.
         events: where losses, norms, pauses and failures are reported to the engine.
         timeline: records every executed instruction; None for no record.
     """
