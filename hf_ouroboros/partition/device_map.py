@@ -1,50 +1,23 @@
 """Device map -> stages: which run of the model's units each stage holds, and which device runs it.
 
-A *unit* is the smallest thing that can be placed: the embeddings together, each layer, the final norm, the head.
-A stage is a contiguous run of units in execution order. A device may hold the first and the last stage: the
-snake bites its tail, which is what tied embeddings need.
+A stage is a contiguous run of units in execution order. A device may hold the first and the last stage: the snake
+bites its tail, which is what tied embeddings need.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from accelerate.utils import convert_file_size_to_int
 
 from ..errors import DeviceMapError
 from .balance import balanced_counts
+from .mapping import device_index, expand_legacy, spans_from_mapping
+from .units import StageSpan, Unit, count_layers, spans_of_runs
 
 PRESETS = ("auto", "balanced", "sequential")
-
-
-@dataclass(frozen=True)
-class Unit:
-    """The smallest placeable part of a model.
-
-    Args:
-        modules: full names of its modules; they always stay together.
-        kind: "embedding", "layer" or "head".
-        cost: relative compute time of forward plus backward.
-        parameter_bytes: bytes of its parameters, a tied matrix counted at the embedding only.
-    """
-
-    modules: tuple[str, ...]
-    kind: str
-    cost: float = 1.0
-    parameter_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class StageSpan:
-    """Stage `index` holds `units[start:stop]` and runs on `devices[device]`."""
-
-    index: int
-    start: int
-    stop: int
-    device: int
 
 
 def default_num_stages(num_devices: int, tied: bool) -> int:
@@ -103,7 +76,7 @@ def plan_stages(
     """
     device_map = parse_device_map(device_map)
     if isinstance(device_map, Mapping):
-        spans = _from_mapping(_expand_legacy(device_map, units, tied), units, devices, num_stages)
+        spans = spans_from_mapping(expand_legacy(device_map, units, tied), units, devices, num_stages)
     elif isinstance(device_map, (list, tuple)):
         spans = _from_counts(list(device_map), units, devices, tied, num_stages)
     else:
@@ -126,7 +99,7 @@ def parse_max_memory(max_memory: Mapping[Any, int | str] | None, devices: Sequen
     """{device index: bytes} from accelerate's notation; unknown devices are refused."""
     budgets = {}
     for key, value in (max_memory or {}).items():
-        index = _device_index(key, devices, where="max_memory")
+        index = device_index(key, devices, where="max_memory")
         try:
             budgets[index] = convert_file_size_to_int(value)
         except ValueError as error:
@@ -134,12 +107,8 @@ def parse_max_memory(max_memory: Mapping[Any, int | str] | None, devices: Sequen
     return budgets
 
 
-def _layers(units: Sequence[Unit]) -> int:
-    return sum(unit.kind == "layer" for unit in units)
-
-
 def _balanced(units: Sequence[Unit], devices: Sequence[str], tied: bool, num_stages: int | None) -> list[StageSpan]:
-    layers = _layers(units)
+    layers = count_layers(units)
     if num_stages is None:
         num_stages = min(default_num_stages(len(devices), tied), layers + 1)
     elif num_stages > layers:
@@ -162,7 +131,7 @@ def _balanced(units: Sequence[Unit], devices: Sequence[str], tied: bool, num_sta
 def _from_counts(
     counts: list[Any], units: Sequence[Unit], devices: Sequence[str], tied: bool, num_stages: int | None
 ) -> list[StageSpan]:
-    layers = _layers(units)
+    layers = count_layers(units)
     if not counts or any(isinstance(c, bool) or not isinstance(c, int) or c < 0 for c in counts):
         raise DeviceMapError(f"device_map={counts!r} must be a list of layer counts per stage, e.g. [3, 6, 3]")
     if 0 in counts[1:-1]:
@@ -205,99 +174,7 @@ def _sequential(units: Sequence[Unit], devices: Sequence[str], tied: bool, budge
                 )
         left[device] -= unit.parameter_bytes
         assigned.append(device)
-    return _runs(assigned)
-
-
-def _from_mapping(
-    mapping: Mapping[Any, Any], units: Sequence[Unit], devices: Sequence[str], num_stages: int | None
-) -> list[StageSpan]:
-    names = [name for unit in units for name in unit.modules]
-    for key in mapping:
-        if key and not any(name == key or name.startswith(f"{key}.") or key.startswith(f"{name}.") for name in names):
-            raise DeviceMapError(
-                f"device_map names the module {key!r}, which the model does not have; its parts are "
-                f"{', '.join(names[:4])}, ..., {names[-1]}"
-            )
-    indices = {key: _device_index(value, devices, where=f"device_map[{key!r}]") for key, value in mapping.items()}
-    assigned = []
-    for unit in units:
-        found = {name: _longest_prefix(name, indices) for name in unit.modules}
-        inner = {k: d for k, d in indices.items() for name in unit.modules if k.startswith(f"{name}.")}
-        gaps = [name for name, device in found.items() if device is None]
-        if gaps and not all(any(key.startswith(f"{name}.") for key in inner) for name in gaps):
-            raise DeviceMapError(f"device_map has a gap: it places no device for {gaps[0]!r}")
-        targets = {device for device in (*found.values(), *inner.values()) if device is not None}
-        if len(targets) > 1:
-            raise DeviceMapError(
-                f"device_map splits {', '.join(unit.modules)} over {', '.join(devices[d] for d in sorted(targets))}; "
-                "they have to stay on one device"
-            )
-        assigned.append(targets.pop())
-    spans = _runs(assigned)
-    if num_stages is not None and num_stages != len(spans):
-        raise DeviceMapError(f"device_map makes {len(spans)} stages, but num_stages={num_stages}")
-    seen: dict[int, int] = {}
-    for span in spans:
-        earlier = seen.setdefault(span.device, span.index)
-        snake = earlier == 0 and span.index == len(spans) - 1
-        if earlier != span.index and not snake and num_stages is None:
-            raise DeviceMapError(
-                f"device_map is not contiguous: {devices[span.device]} gets stage {earlier} and again stage "
-                f"{span.index} ({units[span.start].modules[0]}, ...). Only the first and the last stage share a device; "
-                f"if you mean {len(spans)} interleaved stages, say num_stages={len(spans)}"
-            )
-    return spans
-
-
-def _runs(assigned: Sequence[int]) -> list[StageSpan]:
-    bounds = [0] + [i for i in range(1, len(assigned)) if assigned[i] != assigned[i - 1]] + [len(assigned)]
-    return [StageSpan(k, a, b, assigned[a]) for k, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False))]
-
-
-def _longest_prefix(name: str, indices: Mapping[str, int]) -> int | None:
-    matches = [key for key in indices if key == "" or name == key or name.startswith(f"{key}.")]
-    return indices[max(matches, key=len)] if matches else None
-
-
-def _expand_legacy(mapping: Mapping[Any, Any], units: Sequence[Unit], tied: bool) -> Mapping[Any, Any]:
-    """{device: [layer numbers]} of the old `parallelize()` -> {module name: device}."""
-    if not mapping or not all(isinstance(value, (list, tuple)) for value in mapping.values()):
-        return mapping
-    layers = [unit.modules[0] for unit in units if unit.kind == "layer"]
-    expanded: dict[str, Any] = {}
-    for device, numbers in mapping.items():
-        device = int(device) if str(device).isdigit() else device
-        for number in numbers:
-            if not isinstance(number, int) or not 0 <= number < len(layers):
-                raise DeviceMapError(f"device_map names layer {number!r}; the model has layers 0 to {len(layers) - 1}")
-            if layers[number] in expanded:
-                raise DeviceMapError(f"device_map names layer {number} twice")
-            expanded[layers[number]] = device
-    missing = [name for name in layers if name not in expanded]
-    if missing:
-        raise DeviceMapError(f"device_map has a gap: it places no device for {missing[0]!r}")
-    for unit in units:
-        if unit.kind != "layer":
-            on_last = unit.kind == "head" and not (tied and unit is units[-1])
-            expanded.update(dict.fromkeys(unit.modules, expanded[layers[-1 if on_last else 0]]))
-    return expanded
-
-
-def _device_index(value: Any, devices: Sequence[str], where: str) -> int:
-    text = str(value)
-    if text in ("disk", "meta") or (text == "cpu" and not devices[0].startswith("cpu")):
-        raise DeviceMapError(
-            f"{where}={text!r}: offloading is not possible while training in a pipeline; every stage lives on one of "
-            f"{', '.join(devices)}"
-        )
-    if text.isdigit():
-        if int(text) < len(devices):
-            return int(text)
-    else:
-        text = text if ":" in text else f"{text}:0"
-        if text in devices:
-            return list(devices).index(text)
-    raise DeviceMapError(f"{where}={value!r} is not among the {len(devices)} devices {', '.join(devices)}")
+    return spans_of_runs(assigned)
 
 
 def _check_memory(

@@ -12,10 +12,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import DeviceMapError, UnsupportedModelError
-from .device_map import Unit, plan_stages
+from .device_map import plan_stages
 from .families import Family, find_family
 from .plan import StagePlan, StageRow, torch_device
 from .stages import Stage
+from .units import Unit
 
 
 @dataclass(frozen=True)

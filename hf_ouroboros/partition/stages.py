@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .device_map import StageSpan, Unit
 from .families import Family
+from .units import StageSpan, Unit
 
 
 class Stage(nn.Module):
