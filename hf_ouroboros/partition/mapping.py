@@ -12,6 +12,12 @@ from .units import StageSpan, Unit, spans_of_runs
 def spans_from_mapping(
     mapping: Mapping[Any, Any], units: Sequence[Unit], devices: Sequence[str], num_stages: int | None
 ) -> list[StageSpan]:
+    """Stages from {module name prefix: device}, the longest prefix winning and "" standing for everything.
+
+    Raises:
+        DeviceMapError: unknown names or devices, gaps, a unit on two devices, or a device that gets more than one run
+            of units, unless it gets the first and the last stage or `num_stages` says that this is meant.
+    """
     names = [name for unit in units for name in unit.modules]
     for key in mapping:
         if key and not any(name == key or name.startswith(f"{key}.") or key.startswith(f"{name}.") for name in names):
@@ -75,6 +81,7 @@ def expand_legacy(mapping: Mapping[Any, Any], units: Sequence[Unit], tied: bool)
 
 
 def device_index(value: Any, devices: Sequence[str], where: str) -> int:
+    """Index of a device given by number, name or `torch.device`; offload targets are refused."""
     text = str(value)
     if text in ("disk", "meta") or (text == "cpu" and not devices[0].startswith("cpu")):
         raise DeviceMapError(
