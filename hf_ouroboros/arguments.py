@@ -152,8 +152,8 @@ class OuroborosArguments(TrainingArguments):
             return ["cpu:0", "cpu:1"]
         return [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())]
 
-    def engine_settings(self, num_devices: int) -> EngineSettings:
-        """The engine's settings for a plan on so many devices."""
+    def engine_settings(self, num_workers: int) -> EngineSettings:
+        """The engine's settings for a split that is meant for so many devices."""
         on_cpu = self.device_names[0].startswith("cpu")
         return EngineSettings(
             schedule=self.schedule,
@@ -166,7 +166,7 @@ class OuroborosArguments(TrainingArguments):
             recompute=self.recompute,
             # The reference computes on one device, but with the threads that each of the devices would have:
             # kernels may sum in another order with another number of threads.
-            threads=max(1, torch.get_num_threads() // num_devices) if on_cpu else None,
+            threads=max(1, torch.get_num_threads() // num_workers) if on_cpu else None,
             micro_batches=self.gradient_accumulation_steps,
         )
 

@@ -117,7 +117,7 @@ class OuroborosTrainer(Trainer):
             delayed=args.schedule != "1f1b",
             colocate=args.schedule == "reference",
         )
-        settings = args.engine_settings(len(args.device_names))
+        settings = args.engine_settings(self.stage_plan.num_workers)
         self._staged = StagedModel(self._partition, settings.autocast_dtype)
         # Without it, Trainer counts one label too many per row of GPT-2 and the loss comes out too small.
         model.loss_type = "ForCausalLM"
@@ -182,7 +182,7 @@ class OuroborosTrainer(Trainer):
         plan = self.stage_plan
         self.timeline = Timeline(len(plan.devices), list(plan.devices)) if self.args.timeline else None
         kind = Reference if self.args.schedule == "reference" else Engine
-        settings = self.args.engine_settings(len(self.args.device_names))
+        settings = self.args.engine_settings(plan.num_workers)
         self.engine = kind(self._partition, staged.optimizer, self._stage_loss, settings, self.timeline)
         staged.engine = self.engine
         self._ledger = LossLedger()

@@ -34,11 +34,19 @@ class StageRow:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """How a model is split: rows in stage order, devices in worker order."""
+    """How a model is split.
+
+    Args:
+        rows: the stages in order.
+        devices: the devices in use, in worker order.
+        tied: whether first and last stage share a matrix.
+        num_workers: devices that the split is meant for; more than `devices` where all stages were put on one.
+    """
 
     rows: tuple[StageRow, ...]
     devices: tuple[str, ...]
     tied: bool
+    num_workers: int
 
     @property
     def num_stages(self) -> int:

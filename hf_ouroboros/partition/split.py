@@ -114,6 +114,7 @@ def split_model(
     units = model_units(model, family)
     tied_name = tied_parameter_name(model, units)
     spans = plan_stages(device_map, units, devices, tied_name is not None, num_stages, max_memory)
+    num_workers = len({span.device for span in spans})
     if colocate:
         spans = [replace(span, device=0) for span in spans]
     expected = _sample_logits(model, lambda batch: model(**batch, use_cache=False).logits) if check else None
@@ -141,7 +142,7 @@ def split_model(
                 sum(unit.cost for unit in units[span.start : span.stop]),
             )
         )
-    plan = StagePlan(tuple(rows), tuple(devices[d] for d in used), tied is not None)
+    plan = StagePlan(tuple(rows), tuple(devices[d] for d in used), tied is not None, num_workers)
     partition = Partition(model, stages, plan, tied_name)
     if expected is not None:
         _compare(expected, _sample_logits(model, lambda batch: compose(partition, batch)), model)
