@@ -179,7 +179,10 @@ class Reference:
         """What a run is besides weights and optimizer state."""
         if self.update_open:
             raise EngineError("the state of a run is defined between updates; call step() first")
-        pending = {k: dict(queue) for k, queue in enumerate(self._queues)}
+        pending = {
+            k: {t: {n: g.clone() for n, g in gradients.items()} for t, gradients in queue.items()}
+            for k, queue in enumerate(self._queues)
+        }
         return RunState(
             len(self._owned),
             self.settings.tied_gradient,
@@ -201,7 +204,10 @@ class Reference:
         )
         self._first_tick = state.tick
         self._queues = [
-            {t: {n: g.to(self._device) for n, g in grads.items()} for t, grads in state.pending.get(k, {}).items()}
+            {
+                t: {n: g.to(self._device, copy=True) for n, g in grads.items()}
+                for t, grads in state.pending.get(k, {}).items()
+            }
             for k in range(len(self._owned))
         ]
 

@@ -127,6 +127,7 @@ class Engine:
 
     def collect(self) -> list[FinishedLoss]:
         """Losses finished since the last call, in tick order; never waits."""
+        self._check_failure()
         self._hear(block=False)
         finished, self._finished = self._finished, []
         return finished
@@ -169,7 +170,11 @@ class Engine:
             self._clock.tick,
             self._clock.update,
             self._clock.delay_start,
-            {runner.index: dict(runner.settled) for runner in self._runners},
+            {
+                # Copies: the run goes on and adds up and clips its gradients in place.
+                runner.index: {t: {n: g.clone() for n, g in gs.items()} for t, gs in runner.settled.items()}
+                for runner in self._runners
+            },
         )
 
     def load_state_dict(self, state: RunState) -> None:
@@ -184,7 +189,7 @@ class Engine:
         self.synchronize()
         for runner in self._runners:
             runner.settled = {
-                tick: {name: g.to(runner.device) for name, g in gradients.items()}
+                tick: {name: g.to(runner.device, copy=True) for name, g in gradients.items()}
                 for tick, gradients in state.pending.get(runner.index, {}).items()
             }
             runner.seed = state.seed
@@ -234,9 +239,12 @@ class Engine:
         while len(self._paused) < len(self._workers):
             self._hear(block=True)
 
-    def _check(self) -> None:
+    def _check_failure(self) -> None:
         if self._failure is not None:
             raise self._failure
+
+    def _check(self) -> None:
+        self._check_failure()
         if self._closed:
             raise EngineError("the engine is closed")
 
@@ -244,8 +252,11 @@ class Engine:
         """Takes in what workers have reported; with `block`, waits for at least one report."""
         while True:
             try:
-                event = self._events.get(block=block)
+                # A wait without end could not be interrupted where a signal reaches another thread first.
+                event = self._events.get(block=block, timeout=1.0)
             except queue.Empty:
+                if block:
+                    continue
                 return
             block = False
             match event:
@@ -257,7 +268,9 @@ class Engine:
                     norms = self._norms.setdefault(update, {})
                     norms[stage] = norm
                     if len(norms) == len(self._runners):
-                        self._last_norms = [n for n in self._norms.pop(update).values() if n is not None]
+                        del self._norms[update]
+                        # In stage order, not in that of arrival: the sum's last bit depends on it.
+                        self._last_norms = [n for _, n in sorted(norms.items()) if n is not None]
                 case Paused(device):
                     self._paused.add(device)
                 case WorkerError():

@@ -103,7 +103,7 @@ class _OwnGenerator(TorchFunctionMode):
             scores = scores.masked_fill(~causal, lowest)
         if attn_mask is not None:
             boolean = attn_mask.dtype == torch.bool
-            scores = scores.masked_fill(~attn_mask, lowest) if boolean else scores + attn_mask
+            scores = scores.masked_fill(~attn_mask, lowest) if boolean else (scores + attn_mask).clamp(min=lowest)
         return self._dropout(torch.softmax(scores, -1), dropout_p) @ value
 
 

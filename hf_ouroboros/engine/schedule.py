@@ -186,9 +186,12 @@ def dataflow_program(stages: Sequence[int], lags: Sequence[int], num_stages: int
     order = sorted(zip(stages, lags, strict=True), reverse=True)
 
     def catch_up(waiting: dict[int, deque[list[Instruction]]]) -> Iterator[Instruction]:
+        # As if empty slots followed: the order that the simulation found free of deadlocks goes on to the end.
+        ahead = 0
         while any(waiting.values()):
-            for stage, _ in order:
-                if waiting[stage]:
+            ahead += 2
+            for stage, lag in order:
+                while len(waiting[stage]) > max(lag - ahead, 0):
                     yield from waiting[stage].popleft()
 
     def program(slots: Iterable[Slot | Pause]) -> Iterator[Instruction]:

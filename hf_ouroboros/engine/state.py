@@ -62,6 +62,8 @@ class RunState:
         Raises:
             CheckpointError: not a state of this format, or parts that don't belong together.
         """
+        if not isinstance(meta, Mapping):
+            raise CheckpointError(f"Ouroboros state is damaged: {type(meta).__name__} instead of a mapping")
         if meta.get("format") != FORMAT:
             raise CheckpointError(
                 f"Ouroboros state has format {meta.get('format')!r}, this version reads format {FORMAT}"
@@ -76,6 +78,9 @@ class RunState:
                     raise ValueError(f"unknown tensor {key}")
                 pending[int(stage)][int(tick)][name] = tensor
             names = ("num_stages", "tied_gradient", "seed", "tick", "update", "delay_start")
+            for name in ("num_stages", "seed", "tick", "update", "delay_start"):
+                if not isinstance(meta[name], int) and (name, meta[name]) != ("delay_start", None):
+                    raise ValueError(f"{name} is {meta[name]!r}, not a whole number")
             return cls(**{name: meta[name] for name in names}, pending=pending)
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(f"Ouroboros state is damaged: {type(error).__name__}: {error}") from error
@@ -114,10 +119,16 @@ class RunState:
                     f"{list(range(oldest, self.tick))}"
                 )
             owned = partition.owned(stage)
-            for gradients in entries.values():
+            trained = {name for name, parameter in owned.items() if parameter.requires_grad}
+            for tick, gradients in entries.items():
                 for name, gradient in gradients.items():
                     if name not in owned or gradient.shape != owned[name].shape:
                         raise CheckpointError(
                             f"the checkpoint has a pending gradient of {name!r} {tuple(gradient.shape)} for stage "
                             f"{stage}, which does not hold such a parameter; resume with the same device_map"
                         )
+                if missing := trained - gradients.keys():
+                    raise CheckpointError(
+                        f"the checkpoint has no pending gradient of {min(missing)!r} at tick {tick}, which stage {stage} "
+                        "of this run trains; the file is incomplete, or resume with the same device_map and frozen layers"
+                    )

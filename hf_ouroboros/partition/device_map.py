@@ -37,8 +37,10 @@ def default_placement(num_stages: int, num_devices: int, tied: bool) -> list[int
 
 def parse_device_map(device_map: Any) -> Any:
     """Turns the command line's JSON into a dict or list; leaves presets, dicts and lists as they are."""
-    if not isinstance(device_map, str) or device_map in PRESETS:
+    if isinstance(device_map, (Mapping, list, tuple)) or device_map in PRESETS:
         return device_map
+    if not isinstance(device_map, str):
+        raise DeviceMapError(f"device_map={device_map!r} must be a string, a dict or a list")
     text = device_map.strip()
     if text[:1] in "{[" and text:
         try:
@@ -83,6 +85,10 @@ def plan_stages(
         budgets = parse_max_memory(max_memory, devices)
         if device_map == "sequential":
             spans = _sequential(units, devices, tied, budgets)
+            if num_stages not in (None, len(spans)):
+                raise DeviceMapError(
+                    f"device_map='sequential' makes {len(spans)} stages, but num_stages={num_stages}; leave it out"
+                )
         else:
             spans = _balanced(units, devices, tied, num_stages)
     if tied and spans[0].device != spans[-1].device:
@@ -164,7 +170,7 @@ def _sequential(units: Sequence[Unit], devices: Sequence[str], tied: bool, budge
     left, device, assigned = dict(budgets), 0, []
     for unit in units:
         if tied and unit.modules == units[-1].modules:
-            device = 0
+            device = assigned[0]
         while left[device] < unit.parameter_bytes:
             device += 1
             if device == len(devices):

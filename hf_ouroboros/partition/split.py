@@ -118,8 +118,8 @@ def split_model(
     if colocate:
         spans = [replace(span, device=0) for span in spans]
     expected = _sample_logits(model, lambda batch: model(**batch, use_cache=False).logits) if check else None
+    remove_hook_from_submodules(model)
     if dispatched:
-        remove_hook_from_submodules(model)
         del model.hf_device_map
     stages = tuple(Stage(model, family, units, span, len(spans)) for span in spans)
     used = sorted({span.device for span in spans})

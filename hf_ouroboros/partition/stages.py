@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from types import MethodType
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..errors import UnsupportedModelError
 from .families import Family
 from .units import StageSpan, Unit
 
@@ -68,6 +70,16 @@ def _shadow(module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
     if id(module) not in known:
         twin = copy.copy(module)  # nn.Module copies its __dict__ shallowly
         known[id(module)] = twin
+        # accelerate leaves an instance attribute `forward` behind when it removes its hooks; bound to the original,
+        # it would compute with the model's weights instead of the shadow's.
+        forward = twin.__dict__.get("forward")
+        if getattr(forward, "__self__", None) is module:
+            twin.forward = MethodType(forward.__func__, twin)
+        elif forward is not None:
+            raise UnsupportedModelError(
+                f"the forward of a {type(module).__name__} of this model was replaced by {forward!r:.80}, which would "
+                "compute with the model's weights of now; undo the replacement before the model is split"
+            )
         twin._parameters = dict(module._parameters)
         twin._buffers = dict(module._buffers)
         twin._modules = {

@@ -20,9 +20,7 @@ TOKENIZER = byte_tokenizer()
 EOS = TOKENIZER.eos_token_id
 
 
-def one(
-    prompt: str, completion: str, max_length: int = 100
-) -> tuple[list[int], list[int], CompletionDataset]:
+def one(prompt: str, completion: str, max_length: int = 100) -> tuple[list[int], list[int], CompletionDataset]:
     dataset = CompletionDataset([{"prompt": prompt, "completion": completion}], TOKENIZER, max_length)
     (item,) = dataset
     return item["input_ids"].tolist(), item["labels"].tolist(), dataset
@@ -90,9 +88,7 @@ def test_blank_completions_are_an_error_or_are_counted(caplog: pytest.LogCapture
         CompletionDataset(examples[1:3], TOKENIZER, max_length=10, on_empty="drop")
 
 
-@pytest.mark.parametrize(
-    "example", [{"prompt": "a"}, {"completion": "a"}, {"prompt": "a", "completion": ["b"]}]
-)
+@pytest.mark.parametrize("example", [{"prompt": "a"}, {"completion": "a"}, {"prompt": "a", "completion": ["b"]}])
 def test_examples_without_both_strings_are_named(example: dict) -> None:
     with pytest.raises(MissingColumnError, match="Example 0 needs a string in '(prompt|completion)'"):
         CompletionDataset([example], TOKENIZER, max_length=10)

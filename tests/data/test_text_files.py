@@ -70,9 +70,7 @@ def test_several_files_are_several_documents(load, write) -> None:
 
 def test_json_rows_are_held_out_by_a_fixed_draw(load, write) -> None:
     rows = [{"text": f"t{i}", "id": i} for i in range(50)]
-    first, second = (
-        load(train_file=write(name, rows), validation_share=0.1) for name in ("a.jsonl", "b.jsonl")
-    )
+    first, second = (load(train_file=write(name, rows), validation_share=0.1) for name in ("a.jsonl", "b.jsonl"))
     assert len(first.validation) == 5
     assert sorted([*first.train["id"], *first.validation["id"]]) == list(range(50))
     assert first.validation["id"][:] == second.validation["id"][:] != list(range(45, 50))

@@ -63,9 +63,7 @@ class Hub:
         """Path -> content at a branch or commit; KeyError if there is no such repository or revision."""
         commit = self.repos[repo_id].at(revision)
         if commit is None:
-            raise KeyError(
-                f"{repo_id} has no revision {revision!r}, only {list(self.repos[repo_id].branches)}"
-            )
+            raise KeyError(f"{repo_id} has no revision {revision!r}, only {list(self.repos[repo_id].branches)}")
         return dict(commit.files)
 
     def env(self, hf_home: str | Path) -> dict[str, str]:
@@ -220,10 +218,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def commit(self) -> Reply:
         header, *operations = [json.loads(line) for line in self.body.splitlines()]
-        if (
-            self.revision not in self.repo.branches
-            or header["value"].get("parentCommit", self.at.sha) != self.at.sha
-        ):
+        if self.revision not in self.repo.branches or header["value"].get("parentCommit", self.at.sha) != self.at.sha:
             return _error(412, "only the head of a branch can be committed to")
         files = dict(self.at.files)
         for key, value in ((operation["key"], operation["value"]) for operation in operations):

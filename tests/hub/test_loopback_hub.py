@@ -146,9 +146,7 @@ def test_trainer_pushes(tmp_path: Path, strategy: str) -> None:
         checkpoints = {path.split("/")[0] for path in files if "/" in path}
         assert checkpoints == ({"checkpoint-1", "checkpoint-2"} if strategy == "all_checkpoints" else set())
         assert history[0].files == {} and "End of training" in [commit.message for commit in history]
-        client(
-            hub, tmp_path / "load", LOAD, "tester/trained", history[-1].sha, str(tmp_path / "train/pushed.pt")
-        )
+        client(hub, tmp_path / "load", LOAD, "tester/trained", history[-1].sha, str(tmp_path / "train/pushed.pt"))
 
 
 def test_two_hubs_do_not_know_each_other() -> None:

@@ -40,9 +40,7 @@ def evaluated(logits: Tensor, labels: Tensor) -> EvalPrediction:
 
 
 @pytest.mark.parametrize("chunk", [1, 30, 2**24])
-def test_preprocessing_shifts_and_keeps_one_number_per_token(
-    monkeypatch: pytest.MonkeyPatch, chunk: int
-) -> None:
+def test_preprocessing_shifts_and_keeps_one_number_per_token(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     monkeypatch.setattr(causal_lm, "_CHUNK_ELEMENTS", chunk)
     logits, labels = random_batch()
     ids, nll = preprocess_logits_for_metrics((logits, "past_key_values"), labels)
@@ -67,9 +65,7 @@ def test_preprocessing_without_labels_predicts_only() -> None:
 def test_metrics_weigh_tokens() -> None:
     logits, labels = random_batch()
     # float32 sums of a handful of terms
-    assert compute_metrics(evaluated(logits, labels)) == pytest.approx(
-        expected_metrics(logits, labels), rel=1e-6
-    )
+    assert compute_metrics(evaluated(logits, labels)) == pytest.approx(expected_metrics(logits, labels), rel=1e-6)
 
 
 def test_batches_add_up_and_a_result_starts_afresh() -> None:
@@ -115,9 +111,7 @@ def test_in_trainer_with_batches_of_different_length(tmp_path: Path, options: di
     tokenizer = byte_tokenizer()
     torch.manual_seed(0)
     model = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=257, n_positions=32, n_embd=8, n_layer=1, n_head=1, bos_token_id=256, eos_token_id=256
-        )
+        GPT2Config(vocab_size=257, n_positions=32, n_embd=8, n_layer=1, n_head=1, bos_token_id=256, eos_token_id=256)
     )
     examples = [{"prompt": "ab" * i, "completion": "xyz"[: 1 + i % 3]} for i in range(1, 8)]
     dataset = CompletionDataset(examples, tokenizer, max_length=32)

@@ -18,9 +18,7 @@ def load(tmp_path: Path):
 
 
 def test_unknown_names_are_told_the_known_ones() -> None:
-    with pytest.raises(
-        metrics.UnknownMetricError, match="'bleu'.*bits_per_character, perplexity, token_accuracy"
-    ):
+    with pytest.raises(metrics.UnknownMetricError, match="'bleu'.*bits_per_character, perplexity, token_accuracy"):
         metrics.load("bleu")
 
 
@@ -50,9 +48,7 @@ def test_perplexity_overflows_to_infinity(load) -> None:
 
 
 def test_bits_per_character_of_a_fair_coin_is_one(load) -> None:
-    assert load("bits_per_character").compute(nll=[8 * math.log(2)], characters=[8]) == {
-        "bits_per_character": 1.0
-    }
+    assert load("bits_per_character").compute(nll=[8 * math.log(2)], characters=[8]) == {"bits_per_character": 1.0}
 
 
 @pytest.mark.parametrize("kind", [list, np.array, torch.tensor])

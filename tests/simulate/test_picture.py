@@ -81,9 +81,7 @@ def test_height_grows_with_devices(tmp_path: Path, devices: int) -> None:
         timeline.record(Event(d, d, "forward", 0, 0.0, 1.0))
     width, height = size(draw(timeline, tmp_path / "n.png", title="costs $5 and 100 %"))
     assert width == 1540
-    assert height == pytest.approx(
-        154 + 68 * devices, abs=2
-    )  # rows of 0.62 inch at 110 dpi, rounded to pixels
+    assert height == pytest.approx(154 + 68 * devices, abs=2)  # rows of 0.62 inch at 110 dpi, rounded to pixels
 
 
 def test_odd_timelines_are_drawn(tmp_path: Path) -> None:

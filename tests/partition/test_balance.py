@@ -1,0 +1,69 @@
+"""The balanced split is as good as the best of all splits."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_ouroboros.partition.balance import balanced_counts
+from hf_ouroboros.partition.device_map import default_placement
+
+
+def bottleneck(counts: list[int], costs: list[float], placement: list[int], head: float, embedding: float) -> float:
+    """Cost of the busiest device."""
+    loads, start = dict.fromkeys(placement, 0.0), 0
+    for count, device in zip(counts, placement, strict=True):
+        loads[device] += sum(costs[start : start + count])
+        start += count
+    loads[placement[0]] += embedding
+    loads[placement[-1]] += head
+    return max(loads.values())
+
+
+def all_splits(layers: int, stages: int) -> list[list[int]]:
+    """Every list of counts with at least one layer in all stages but the last."""
+    if stages == 1:
+        return [[layers]]
+    # A stage's first layer is a cut; the last cut may be after the last layer.
+    cuts = combinations(range(1, layers + 1), stages - 1)
+    return [[b - a for a, b in zip((0, *c), (*c, layers), strict=True)] for c in cuts]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=8),
+    st.integers(1, 6),
+    st.booleans(),
+    st.integers(0, 20),
+    st.integers(0, 5),
+)
+def test_no_split_is_better(costs: list[int], stages: int, tied: bool, head: int, embedding: int) -> None:
+    stages = min(stages, len(costs) + 1)
+    placement = default_placement(stages, max(1, stages - tied), tied)
+    counts = balanced_counts(costs, placement, head, embedding)
+    assert len(counts) == stages and sum(counts) == len(costs)
+    assert all(count > 0 for count in counts[:-1])
+    best = min(bottleneck(c, costs, placement, head, embedding) for c in all_splits(len(costs), stages))
+    assert bottleneck(counts, costs, placement, head, embedding) == best
+
+
+@pytest.mark.parametrize(
+    ("layers", "placement", "head", "counts"),
+    [
+        (12, [0], 0, [12]),
+        (12, [0, 1, 0], 0, [1, 6, 5]),  # of equal splits, the one with the most layers in the least delayed stage
+        (12, [0, 1, 2], 0, [4, 4, 4]),
+        (12, [0, 1, 2], 4, [4, 6, 2]),
+        (3, [0, 1, 2, 0], 0, [1, 1, 1, 0]),
+    ],
+)
+def test_examples(layers: int, placement: list[int], head: float, counts: list[int]) -> None:
+    assert balanced_counts([1.0] * layers, placement, head) == counts
+
+
+def test_more_stages_than_layers() -> None:
+    with pytest.raises(ValueError, match="5 stages need at least 4 layers, not 3"):
+        balanced_counts([1.0] * 3, [0, 1, 2, 3, 0])

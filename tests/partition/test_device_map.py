@@ -1,0 +1,253 @@
+"""Every accepted form of a device map, and every named error."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from hf_ouroboros.errors import DeviceMapError
+from hf_ouroboros.partition.device_map import (
+    Unit,
+    default_num_stages,
+    default_placement,
+    parse_device_map,
+    parse_max_memory,
+    plan_stages,
+)
+
+LAYERS = 6
+TWO = ["cuda:0", "cuda:1"]
+THREE = [*TWO, "cuda:2"]
+NAMES = ["wte", "wpe", *(f"h.{i}" for i in range(LAYERS)), "ln_f", "lm_head"]
+
+
+def units(tied: bool = True) -> list[Unit]:
+    """Six layers of 10 bytes, an embedding of 20, a norm of 1 and a head that costs half a layer."""
+    return [
+        Unit(("wte", "wpe"), "embedding", 0.0, 20),
+        *(Unit((f"h.{i}",), "layer", 1.0, 10) for i in range(LAYERS)),
+        Unit(("ln_f",), "head", 0.0, 1),
+        Unit(("lm_head",), "head", 0.5, 0 if tied else 20),
+    ]
+
+
+def plan(device_map: Any, devices: list[str] = TWO, tied: bool = True, **kwargs: Any) -> list[tuple[int, int]]:
+    """(layers and device) of every stage, after checking that the stages are a cover of all units."""
+    spans = plan_stages(device_map, units(tied), devices, tied, **kwargs)
+    assert [span.index for span in spans] == list(range(len(spans)))
+    bounds = [0, *(span.stop for span in spans)]
+    assert [span.start for span in spans] == bounds[:-1] and bounds[-1] == LAYERS + 3
+    kinds = [unit.kind for unit in units()]
+    return [(kinds[span.start : span.stop].count("layer"), span.device) for span in spans]
+
+
+def whole(**placed: Any) -> dict[str, Any]:
+    """A dict device map with the snake's placement on two devices, and what a test changes."""
+    base = {"wte": 0, "wpe": 0, **{f"h.{i}": int(2 <= i) for i in range(LAYERS)}, "ln_f": 1, "lm_head": 0}
+    return {**base, **{key.replace("__", "."): value for key, value in placed.items()}}
+
+
+SNAKE = [(2, 0), (4, 1), (0, 0)]
+
+
+# ---- defaults ----
+
+
+@pytest.mark.parametrize(
+    ("devices", "tied", "stages"), [(1, True, 1), (1, False, 1), (2, True, 3), (2, False, 2), (8, True, 9)]
+)
+def test_default_num_stages(devices: int, tied: bool, stages: int) -> None:
+    assert default_num_stages(devices, tied) == stages
+
+
+@pytest.mark.parametrize(
+    ("stages", "devices", "tied", "placement"),
+    [
+        (1, 3, True, [0]),
+        (3, 2, True, [0, 1, 0]),
+        (3, 3, True, [0, 1, 0]),
+        (3, 3, False, [0, 1, 2]),
+        (3, 5, False, [0, 1, 2]),
+        (3, 2, False, [0, 1, 0]),
+        (5, 2, True, [0, 0, 1, 1, 0]),
+        (4, 1, True, [0, 0, 0, 0]),
+    ],
+)
+def test_default_placement(stages: int, devices: int, tied: bool, placement: list[int]) -> None:
+    assert default_placement(stages, devices, tied) == placement
+
+
+# ---- accepted forms ----
+
+
+@pytest.mark.parametrize("preset", ["auto", "balanced"])
+def test_presets_balance(preset: str) -> None:
+    assert plan(preset) == [(1, 0), (3, 1), (2, 0)]  # 3.5 and 3 layers' work
+    assert plan(preset, tied=False) == [(3, 0), (3, 1)]
+    assert plan(preset, THREE, num_stages=2) == [(1, 0), (5, 0)]  # one device: any split is as good
+    assert plan(preset, ["cpu:0"]) == [(6, 0)]
+
+
+def test_auto_never_makes_empty_stages() -> None:
+    assert plan("auto", [f"cuda:{i}" for i in range(12)]) == [*((1, d) for d in range(6)), (0, 0)]
+
+
+def test_sequential_fills_devices_in_turn() -> None:
+    assert plan("sequential", max_memory={0: 45, 1: 100}) == SNAKE
+    assert plan("sequential", max_memory={0: 45, "cuda:1": "1KB"}, tied=False) == [(2, 0), (4, 1)]
+    assert plan("sequential", THREE, max_memory={0: 25, 1: 35, 2: 100}, tied=False) == [(0, 0), (3, 1), (3, 2)]
+    assert plan("sequential", max_memory={0: "1GB", 1: 0}) == [(6, 0)]
+
+
+@pytest.mark.parametrize(
+    "device_map",
+    [
+        whole(),
+        {**whole(), "h.2": "cuda:1", "h.0": "cuda:0", "h.3": "1"},
+        {**whole(), "h.2": torch.device("cuda:1"), "h.0": torch.device("cuda", 0)},
+        {**whole(), "wte": "cuda", "h.0": torch.device("cuda")},
+        {"": 1, "wte": 0, "wpe": 0, "h.0": 0, "h.1": 0, "lm_head": 0},
+        {"h": 1, "": 0, "h.0": 0, "h.1": 0, "ln_f": 1},
+        {"h": 1, "": 0, "h.0.attn": 0, "h.0": 0, "h.1": 0, "ln_f": 1},
+        {**{k: v for k, v in whole().items() if k != "h.0"}, "h.0.attn": 0, "h.0.mlp": 0},
+        json.dumps(whole()),
+        f"  {json.dumps({'': 1, 'wte': 0, 'wpe': 0, 'h.0': 0, 'h.1': 'cuda:0', 'lm_head': 0})} ",
+        {0: [0, 1], 1: [2, 3, 4, 5]},
+        {"0": [0, 1], "cuda:1": [5, 4, 3, 2]},
+        '{"0": [0, 1], "1": [2, 3, 4, 5]}',
+        [2, 4, 0],
+        (2, 4, 0),
+        "[2, 4, 0]",
+    ],
+    ids=str,
+)
+def test_forms_of_the_same_split(device_map: Any) -> None:
+    assert plan(device_map) == SNAKE
+    assert plan(device_map, num_stages=3) == SNAKE
+
+
+def test_legacy_map_without_tie_leaves_the_head_behind() -> None:
+    assert plan({0: [0, 1], 1: [2, 3, 4, 5]}, tied=False) == [(2, 0), (4, 1)]
+
+
+def test_cpu_is_a_device_where_devices_are_cpus() -> None:
+    assert plan({"": "cpu:1"}, ["cpu:0", "cpu:1"]) == [(6, 1)]
+    assert plan({"": "cpu"}, ["cpu:0", "cpu:1"]) == [(6, 0)]
+
+
+def test_counts_may_leave_first_or_last_without_layers() -> None:
+    assert plan([0, 6, 0]) == [(0, 0), (6, 1), (0, 0)]
+    assert plan([6]) == [(6, 0)]
+    assert plan([3, 2, 1], THREE, tied=False) == [(3, 0), (2, 1), (1, 2)]
+    assert plan([2, 1, 2, 1], tied=True) == [(2, 0), (1, 0), (2, 1), (1, 0)]
+
+
+def test_interleaved_map_needs_num_stages() -> None:
+    mapping = {name: 0 for name in NAMES} | {"h.1": 1, "h.3": 1}
+    with pytest.raises(DeviceMapError, match="if you mean 5 interleaved stages, say num_stages=5"):
+        plan(mapping)
+    assert plan(mapping, num_stages=5) == [(1, 0), (1, 1), (1, 0), (1, 1), (2, 0)]
+
+
+# ---- errors ----
+
+
+@pytest.mark.parametrize(
+    ("device_map", "message"),
+    [
+        ("automatic", "'automatic' is unknown; use one of auto, balanced, sequential"),
+        ("{'h': 0}", "not valid JSON"),
+        ("[1, 2", "not valid JSON"),
+        ("", "is unknown"),
+        (whole(h__7=0), "names the module 'h.7', which the model does not have; its parts are wte"),
+        (whole(h=0, transformer=0), "'transformer'"),
+        ({k: v for k, v in whole().items() if k != "h.3"}, "gap: it places no device for 'h.3'"),
+        ({k: v for k, v in whole().items() if k != "wpe"}, "gap: it places no device for 'wpe'"),
+        ({}, "gap: it places no device for 'wte'"),
+        (whole(h__1=1, h__2=0), "not contiguous: cuda:0 gets stage 0 and again stage 2"),
+        (whole(h__3="disk"), "offloading is not possible while training"),
+        (whole(h__3="cpu"), r"device_map\['h.3'\]='cpu': offloading is not possible"),
+        (whole(h__3="meta"), "offloading is not possible"),
+        (whole(h__3=2), "not among the 2 devices cuda:0, cuda:1"),
+        (whole(h__3=-1), "not among the 2 devices"),
+        (whole(h__3="cuda:2"), "not among the 2 devices"),
+        (whole(h__3=None), "not among the 2 devices"),
+        (whole(wpe=1), "splits wte, wpe over cuda:0, cuda:1; they have to stay on one device"),
+        (whole(**{"h.2.attn": 0}), "splits h.2 over cuda:0, cuda:1"),
+        (whole(lm_head=1), "embeddings are tied, but the device map puts the input side on cuda:0 and the output"),
+        ({0: [0, 1, 2], 1: [2, 3, 4, 5]}, "names layer 2 twice"),
+        ({0: [0, 1], 1: [2, 3, 4, 5, 6]}, "names layer 6; the model has layers 0 to 5"),
+        ({0: [0, 1], 1: [2, 3, 4]}, "gap: it places no device for 'h.5'"),
+        ({0: [0, 1], 1: ["h.2"]}, "names layer 'h.2'"),
+        ({0: [0, 1], 2: [2, 3, 4, 5]}, "not among the 2 devices"),
+        ([2, 3, 0], "adds up to 5 layers, but the model has 6"),
+        ([2, 5], "adds up to 7 layers"),
+        ([3, 0, 3], "has a stage without layers; only first and last may have none"),
+        ([], "must be a list of layer counts"),
+        ([3, -1, 4], "must be a list of layer counts"),
+        ([3.0, 3], "must be a list of layer counts"),
+        ([True, 5], "must be a list of layer counts"),
+        ('[1, "2", 3]', "must be a list of layer counts"),
+        (3, "device_map=3 must be a string, a dict or a list"),
+        (None, "device_map=None must be a string, a dict or a list"),
+    ],
+    ids=str,
+)
+def test_refused(device_map: Any, message: str) -> None:
+    with pytest.raises(DeviceMapError, match=message):
+        plan(device_map)
+
+
+@pytest.mark.parametrize("device_map", [[2, 4, 0], whole(), {0: [0, 1], 1: [2, 3, 4, 5]}], ids=str)
+def test_num_stages_has_to_agree(device_map: Any) -> None:
+    with pytest.raises(DeviceMapError, match="3 stages, but num_stages=4"):
+        plan(device_map, num_stages=4)
+
+
+def test_num_stages_has_to_agree_with_sequential() -> None:
+    with pytest.raises(DeviceMapError, match="'sequential' makes 3 stages, but num_stages=4"):
+        plan("sequential", num_stages=4, max_memory={0: 45, 1: 100})
+    assert plan("sequential", num_stages=3, max_memory={0: 45, 1: 100}) == SNAKE
+
+
+def test_sequential_keeps_tied_embeddings_together_on_a_later_device() -> None:
+    assert plan("sequential", THREE, max_memory={0: 5, 1: 45, 2: 100}) == [(2, 1), (4, 2), (0, 1)]
+
+
+def test_more_stages_than_layers() -> None:
+    with pytest.raises(DeviceMapError, match="num_stages=7 is more than the model's 6 layers; use at most 6"):
+        plan("auto", num_stages=7)
+    assert len(plan("auto", num_stages=6)) == 6
+
+
+@pytest.mark.parametrize(
+    ("device_map", "max_memory", "message"),
+    [
+        ("auto", {0: 30}, "the parameters on cuda:0 take .* more than max_memory allows \\(30\\)"),
+        ([2, 4, 0], {1: 39}, "the parameters on cuda:1 take 40 bytes, more than max_memory allows \\(39\\)"),
+        (whole(), {"cuda:1": 40}, "the parameters on cuda:1 take 41 bytes"),
+        ("sequential", {0: 45, 1: 30}, "max_memory is too small: h.5 \\(10 bytes\\) finds no room on cuda:0, cuda:1"),
+        ("sequential", {0: 45}, "needs max_memory for each; missing: cuda:1"),
+        ("sequential", None, "missing: cuda:0, cuda:1"),
+        ("auto", {2: 100}, r"max_memory=2 is not among the 2 devices"),
+        ("auto", {"cpu": "10GB"}, "max_memory='cpu': offloading is not possible"),
+        ("auto", {0: "lots"}, "max_memory\\[0\\]='lots' is not a size"),
+    ],
+)
+def test_memory_budgets(device_map: Any, max_memory: Any, message: str) -> None:
+    with pytest.raises(DeviceMapError, match=message):
+        plan(device_map, max_memory=max_memory)
+
+
+def test_enough_memory() -> None:
+    assert plan(whole(), max_memory={0: 40, 1: 41}) == SNAKE
+    assert parse_max_memory({0: "1KB", "cuda:1": "1KiB"}, TWO) == {0: 1000, 1: 1024}
+
+
+def test_parse_leaves_everything_but_json_alone() -> None:
+    for form in ("auto", "balanced", "sequential", {"": 0}, [1, 2]):
+        assert parse_device_map(form) is form
+    assert parse_device_map('{"": 0}') == {"": 0}
