@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
 from ..errors import DeviceMapError
 from .units import StageSpan, Unit, spans_of_runs
 
@@ -54,6 +56,17 @@ def spans_from_mapping(
                 f"if you mean {len(spans)} interleaved stages, say num_stages={len(spans)}"
             )
     return spans
+
+
+def check_module_names(mapping: Mapping[Any, Any], model: nn.Module) -> None:
+    """Refuses names, at any depth, that are neither a module nor a parameter of the model."""
+    if all(isinstance(value, (list, tuple)) for value in mapping.values()):
+        return  # the legacy form has devices as keys
+    known = {name for name, _ in model.named_modules()}
+    known.update(name for name, _ in model.named_parameters(remove_duplicate=False))
+    unknown = [str(name) for name in mapping if name not in known]
+    if unknown:
+        raise DeviceMapError(f"device_map names the module {unknown[0]!r}, which {type(model).__name__} does not have")
 
 
 def expand_legacy(mapping: Mapping[Any, Any], units: Sequence[Unit], tied: bool) -> Mapping[Any, Any]:

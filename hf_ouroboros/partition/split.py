@@ -12,8 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import DeviceMapError, UnsupportedModelError
-from .device_map import plan_stages
+from .device_map import parse_device_map, plan_stages
 from .families import Family, find_family
+from .mapping import check_module_names
 from .plan import StagePlan, StageRow, torch_device
 from .stages import Stage
 from .units import Unit
@@ -113,6 +114,9 @@ def split_model(
         device_map = dispatched
     units = model_units(model, family)
     tied_name = tied_parameter_name(model, units)
+    device_map = parse_device_map(device_map)
+    if isinstance(device_map, Mapping):
+        check_module_names(device_map, model)
     spans = plan_stages(device_map, units, devices, tied_name is not None, num_stages, max_memory)
     num_workers = len({span.device for span in spans})
     if colocate:

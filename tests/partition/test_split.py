@@ -330,3 +330,8 @@ def test_colocated_stages_keep_the_split_of_all_devices() -> None:
 def test_worker_names_on_one_cpu() -> None:
     assert torch_device("cpu:3") == torch.device("cpu")
     assert torch_device("cuda:1") == torch.device("cuda", 1)
+
+
+def test_unknown_names_inside_a_layer_are_refused() -> None:
+    with pytest.raises(DeviceMapError, match="transformer.h.1.bogus"):
+        split_model(tiny_gpt2(), cpu_devices(2), {"": 0, "transformer.h.1.bogus": 0})
