@@ -113,13 +113,13 @@ class OuroborosArguments(TrainingArguments):
         super().__post_init__()
         self._check_options()
         self._check_combinations()
-        for name in ("max_memory",):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                try:
-                    setattr(self, name, json.loads(value))
-                except json.JSONDecodeError as error:
-                    raise UnsupportedOptionError(f"{name}={value!r} is not valid JSON: {error}") from error
+        if isinstance(self.max_memory, str):
+            try:
+                self.max_memory = json.loads(self.max_memory)
+            except json.JSONDecodeError as error:
+                raise UnsupportedOptionError(f"max_memory={self.max_memory!r} is not valid JSON: {error}") from error
+        if self.device_names[0].startswith("cpu"):
+            self.dataloader_pin_memory = False  # torch warns in every epoch where there is nothing to pin for
 
     @classmethod
     def from_training_arguments(cls, args: TrainingArguments) -> OuroborosArguments:

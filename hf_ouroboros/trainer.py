@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import dispatch_model
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
@@ -25,7 +26,7 @@ from .engine.engine import Engine
 from .engine.optimizers import check_optimizer
 from .hub.facts import TAG, collect_facts
 from .ledger import LossLedger
-from .partition import Partition, StagePlan, split_model
+from .partition import Partition, StagePlan, split_model, torch_device
 from .reference import Reference
 from .simulate.timeline import Timeline
 from .staged import LogitsModel, StagedModel, StagedOptimizer
@@ -147,15 +148,23 @@ class OuroborosTrainer(Trainer):
             CheckpointError: the checkpoint can't be resumed exactly.
         """
         try:
-            return super().train(
+            output = super().train(
                 resume_from_checkpoint=resume_from_checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval
             )
+            self._make_model_usable()
+            return output
         finally:
             self.is_in_train = False
             if self.engine is not None:
                 self.engine.close()
             if self.timeline is not None:
                 self.timeline.write(self.args.timeline)
+
+    def _make_model_usable(self) -> None:
+        """Lets `trainer.model` run by itself where its parts stay on several accelerators, as device_map="auto" does."""
+        device_map = self.stage_plan.device_map()
+        if len({torch_device(name) for name in device_map.values()}) > 1 and not hasattr(self.model, "hf_device_map"):
+            dispatch_model(self.model, {name: torch_device(device) for name, device in device_map.items()})
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The complete optimizer, as Trainer makes it, behind a face that tells the engine about updates."""
