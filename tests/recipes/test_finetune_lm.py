@@ -1,0 +1,66 @@
+"""finetune_lm.py end to end: its own pairs, completions from a file, the hub, its errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import finetune_lm
+import pytest
+from huggingface_hub import ModelCard
+from loopback_hub import running_hub
+from running import PLAIN_LOAD, recipe, run
+
+from hf_ouroboros.data import Document, default_corpus
+
+TINY = {"num_train_epochs": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "sample_tokens": 8}
+
+
+def test_pairs_of_the_standard_library() -> None:
+    text = 'def f(a, b=1):\n    """Return the sum of both.\n\n    More."""\n    return a + b\n\ndef g():\n    pass\n'
+    assert finetune_lm.stdlib_pairs([Document("m.py", "def (:"), Document("n.py", text)], 5) == [
+        {"prompt": 'def f: """', "completion": 'Return the sum of both."""'}
+    ]
+    corpus = default_corpus(4_000_000, 0.15)
+    assert len(finetune_lm.stdlib_pairs(corpus.train, 480)) == 480
+    assert len(finetune_lm.stdlib_pairs(corpus.validation, 60)) == 60
+
+
+@pytest.mark.slow
+def test_own_pairs_pushed_to_the_hub(pretrained: tuple[Path, str], tmp_path: Path) -> None:
+    values = TINY | {
+        "model_name_or_path": pretrained[0],
+        "max_train_examples": 24,
+        "push_to_hub": True,
+        "hub_model_id": "tester/tuned",
+        "hub_strategy": "end",
+    }
+    with running_hub() as hub:
+        done = recipe("finetune_lm.py", tmp_path, values, env=hub.env(tmp_path / "home"))
+        files = hub.files("tester/tuned")
+        assert "def f" in run(["-c", PLAIN_LOAD, "tester/tuned"], tmp_path, env=hub.env(tmp_path / "other")).stdout
+    assert {"model.safetensors", "tokenizer.json", "README.md", "timeline.png"} <= files.keys()
+    card = ModelCard(files["README.md"].decode())
+    assert {"eval_loss", "eval_token_accuracy"} <= {result.metric_name for result in card.data.eval_results}
+    assert "token accuracy" in done.stdout and ">>>" in done.stdout and "best checkpoint" in done.stdout
+
+
+def test_completions_of_a_file(pretrained: tuple[Path, str], tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i}+1=", "completion": f"{i + 1}"} for i in range(24)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = TINY | {
+        "model_name_or_path": pretrained[0],
+        "train_file": "pairs.jsonl",
+        "validation_share": 0.25,
+        "record_timeline": False,
+    }
+    done = recipe("finetune_lm.py", tmp_path, values)
+    assert "18 training and 6 validation examples" in done.stdout
+    state = json.loads((tmp_path / "runs/finetune_lm/trainer_state.json").read_text())
+    losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
+    assert state["best_metric"] == min(losses.values())
+    assert "24+" not in (tmp_path / "runs/finetune_lm/README.md").read_text()
+
+
+def test_missing_checkpoint_is_named(tmp_path: Path) -> None:
+    assert "run recipes/pretrain_lm.py first" in recipe("finetune_lm.py", tmp_path, fails=True).stderr

@@ -1,0 +1,72 @@
+"""pretrain_lm.py end to end: what it writes and prints, its data, its errors, and an interrupted run."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from running import PLAIN_LOAD, RECIPES, TINY, options, recipe, run
+from safetensors.torch import load_file
+
+
+def test_files_card_and_table(pretrained: tuple[Path, str], tmp_path: Path) -> None:
+    out, printed = pretrained
+    assert {"model.safetensors", "tokenizer.json", "README.md", "timeline.png", "sample.txt"} <= {
+        path.name for path in out.iterdir()
+    }
+    assert "def f" in run(["-c", PLAIN_LOAD, str(out)], tmp_path).stdout
+    events = json.loads((out / "timeline.json").read_text())["traceEvents"]
+    assert {row["tid"] for row in events if row["ph"] == "X"} == {0, 1}
+
+    card = ModelCard.load(out / "README.md")
+    results = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    # 20,000 bytes of ASCII in documents: tokens are bytes and a few separators.
+    assert results["eval_bits_per_byte"] == pytest.approx(results["eval_loss"] / math.log(2), rel=0.02)
+    assert 3.5 < results["unigram_bits_per_byte"] < 6.0
+    assert "standard library" in card.text and "timeline.png" in card.text
+    for row in ("validation loss", "bits per character", "by token frequency", "tokens per second", "cpu:1 busy"):
+        assert row in printed
+    assert "4 updates, 2,048 tokens" in printed  # 4 updates of 4 micro-batches of 4 blocks of 32
+    shown = float(re.search(r"validation loss \(nats per token\)\s+([\d.]+)", printed)[1])
+    assert shown == pytest.approx(results["eval_loss"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
+    settings = TINY | {"save_strategy": "steps", "save_steps": 2, "sample_tokens": 0, "record_timeline": False}
+    recipe("pretrain_lm.py", tmp_path, settings | {"output_dir": "whole"})
+    resume = {"output_dir": "resumed", "resume_from_checkpoint": "whole/checkpoint-2"}
+    recipe("pretrain_lm.py", tmp_path, settings | resume)
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed"))
+    assert whole.keys() == resumed.keys()
+    assert all(whole[name].equal(resumed[name]) for name in whole)
+    halfway = load_file(tmp_path / "whole/checkpoint-2/model.safetensors")
+    assert not all(whole[name].equal(halfway[name]) for name in whole)
+
+
+@pytest.mark.slow
+def test_text_file_config_and_checkpoint_under_accelerate(pretrained: tuple[Path, str], tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("Die Schlange beißt sich in den Schwanz.\n" * 200, encoding="utf-8")
+    (tmp_path / "c.yaml").write_text(f"train_file: [text.txt]\nmodel_name_or_path: {pretrained[0]}\nmax_steps: 9\n")
+    values = {"config": "c.yaml", "max_steps": 2, "block_size": 32, "prompt": "Die ", "sample_tokens": 8}
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    done = run([*launch, str(RECIPES / "pretrain_lm.py"), *options(values)], tmp_path)
+    assert "runs/pretrain_lm: 2 updates" in done.stdout
+    assert "text.txt" in (tmp_path / "runs/pretrain_lm/README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "words"),
+    [
+        ({"config_overrides": "n_layers=3"}, "OptionError", "config_overrides"),
+        ({"train_file": "missing.txt"}, "DataFileNotFoundError", "missing.txt"),
+    ],
+)
+def test_errors_come_before_any_work(tmp_path: Path, values: dict[str, object], error: str, words: str) -> None:
+    last = recipe("pretrain_lm.py", tmp_path, values, fails=True).stderr.strip().splitlines()[-1]
+    assert error in last and words in last
+    assert not (tmp_path / "runs").exists()
