@@ -87,7 +87,7 @@ class ScriptArguments:
     )
     model_type: str = field(default="gpt2", metadata={"help": "Architecture of a model from scratch."})
     config_overrides: str = field(
-        default="n_layer=6,n_embd=96,n_head=3,initializer_range=0.06,resid_pdrop=0.0,embd_pdrop=0.0,attn_pdrop=0.0",
+        default="n_layer=6,n_embd=96,activation_function=gelu_pytorch_tanh,n_head=3,initializer_range=0.06,resid_pdrop=0.0,embd_pdrop=0.0,attn_pdrop=0.0",
         metadata={"help": "Changes to the default configuration of model_type, for a model from scratch."},
     )
     tokenizer_name: str | None = field(

@@ -51,7 +51,8 @@ class GPT2Family:
 
     def context(self, stage: nn.Module, hidden: torch.Tensor, batch: dict[str, torch.Tensor]) -> dict:
         """The causal mask, built from the 2-D attention mask or the packed position ids on every stage."""
-        position_ids = _position_ids(hidden, batch)
+        # Without given position ids nothing is packed; looking for it would cost a device synchronization per stage.
+        position_ids = batch.get("position_ids")
         mask = create_causal_mask(
             config=stage.config,
             inputs_embeds=hidden,
