@@ -110,9 +110,12 @@ class OuroborosArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        self._check_processes()  # before TrainingArguments opens a process group
         super().__post_init__()
         self._check_options()
         self._check_combinations()
+        if isinstance(self.device_map, dict):  # loggers write arguments as JSON
+            self.device_map = {k: str(v) if isinstance(v, torch.device) else v for k, v in self.device_map.items()}
         if isinstance(self.max_memory, str):
             try:
                 self.max_memory = json.loads(self.max_memory)
@@ -126,7 +129,11 @@ class OuroborosArguments(TrainingArguments):
         """The same options with the defaults of this class for the rest, for scripts that only swap the Trainer."""
         if isinstance(args, cls):
             return args
-        return cls(**{f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.init})
+        given = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.init}
+        converted = cls(**{name: value for name, value in given.items() if name in cls.__dataclass_fields__})
+        for name in given.keys() - cls.__dataclass_fields__.keys():  # a script's own subclass of TrainingArguments
+            setattr(converted, name, given[name])
+        return converted
 
     # ---- what Trainer asks ----
 
@@ -177,16 +184,19 @@ class OuroborosArguments(TrainingArguments):
             value = getattr(self, name, None)
             if is_on(value):
                 raise UnsupportedOptionError(f"{name}={value!r} is not supported by OuroborosTrainer: {advice}")
-        if any(word in str(self.optim) for word in ("lomo", "layerwise")):
+        optim = getattr(self.optim, "value", self.optim)  # str() of the enum member is its name in capitals
+        if any(word in optim for word in ("lomo", "layerwise")):
             raise UnsupportedOptionError(
-                f"optim={str(self.optim)!r} updates weights during the backward pass, which delayed gradients rule out; "
+                f"optim={optim!r} updates weights during the backward pass, which delayed gradients rule out; "
                 "use another optimizer, e.g. adamw_torch"
             )
-        if "schedule_free" in str(self.optim):
+        if "schedule_free" in optim:
             raise UnsupportedOptionError(
-                f"optim={str(self.optim)!r} swaps the weights for evaluation while micro-batches are in flight; use "
+                f"optim={optim!r} swaps the weights for evaluation while micro-batches are in flight; use "
                 "another optimizer, e.g. adamw_torch"
             )
+
+    def _check_processes(self) -> None:
         processes = int(os.environ.get("WORLD_SIZE", 1))
         if processes > 1:
             raise UnsupportedOptionError(

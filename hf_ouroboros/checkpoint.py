@@ -39,9 +39,11 @@ def load_run_state(directory: str | Path) -> RunState:
             cut off, or changed.
     """
     directory = Path(directory)
+    if not directory.is_dir():
+        raise CheckpointError(f"checkpoint {directory} does not exist, or is not a directory")
     try:
         meta = json.loads((directory / STATE_META).read_text(encoding="utf-8"))
-        if not isinstance(meta, dict):
+        if not isinstance(meta, dict) or not isinstance(meta.get("files", {}), dict):
             raise ValueError("not an object")
     except FileNotFoundError:
         raise CheckpointError(

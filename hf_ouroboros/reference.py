@@ -162,6 +162,8 @@ class Reference:
         """Whether micro-batches were submitted since the last `step`."""
         return self._tick > self._first_tick
 
+    closed = False
+
     def synchronize(self) -> None:
         """Nothing is ever in flight."""
 

@@ -141,7 +141,7 @@ class StagedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The complete optimizer's state after all updates so far."""
-        if self.engine is not None:
+        if self.engine is not None and not self.engine.closed:
             self.engine.synchronize()
         return self.optimizer.state_dict()
 

@@ -195,6 +195,7 @@ class OuroborosTrainer(Trainer):
         self.engine = kind(self._partition, staged.optimizer, self._stage_loss, settings, self.timeline)
         staged.engine = self.engine
         self._ledger = LossLedger()
+        self._save_due = False
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -248,6 +249,11 @@ class OuroborosTrainer(Trainer):
 
     def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         control = self.control
+        if self.engine.update_open:  # an epoch of data without a length may end within an update
+            self._save_due |= control.should_save
+            control.should_save = False
+        elif self._save_due:
+            control.should_save, self._save_due = True, False
         if control.should_evaluate or control.should_save or control.should_training_stop:
             self.synchronize()
         if control.should_log and self.state.global_step > self._globalstep_last_logged:
@@ -304,12 +310,11 @@ class OuroborosTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.engine.update_open:
             # Asked for within an update (a just-in-time checkpoint): Trainer saves as soon as the update is closed.
-            self.control.should_save = True
+            self._save_due = True
             return
         state = None if self.args.save_only_model else self.engine.state_dict()
         run_dir = super()._get_output_dir(trial)
         folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        push, self.args.push_to_hub = self.args.push_to_hub, False
         try:
             with appearing_whole(run_dir) as staging:
                 self._staging_dir = str(staging)
@@ -321,8 +326,7 @@ class OuroborosTrainer(Trainer):
                     save_run_state(staging / folder, state)
         finally:
             self._staging_dir = None
-            self.args.push_to_hub = push
-        if push:
+        if self.args.push_to_hub:
             self._push_from_checkpoint(os.path.join(run_dir, folder))
         rotate_checkpoints(
             output_dir=run_dir,
@@ -332,10 +336,16 @@ class OuroborosTrainer(Trainer):
         )
 
     _staging_dir: str | None = None
+    _save_due = False
 
     def _get_output_dir(self, trial: Any) -> str:
         """The run's directory; while a checkpoint is being written, the directory where it is put together."""
         return self._staging_dir or super()._get_output_dir(trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As in Trainer, but not while the checkpoint is still being put together."""
+        if self._staging_dir is None:
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _name_best_checkpoint(self, run_dir: str) -> None:
         """The best checkpoint by its final name: Trainer only saw the directory it was put together in."""
@@ -351,7 +361,11 @@ class OuroborosTrainer(Trainer):
             self.engine.load_state_dict(load_run_state(checkpoint))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_run_state(resume_from_checkpoint)  # refuse before anything is loaded over
+        if self._partition.model is not self.model:
+            self._split(self.model, self.args)
+        settings = self.args.engine_settings(self.stage_plan.num_workers)
+        # Refuse before anything is loaded over.
+        load_run_state(resume_from_checkpoint).check(self._partition, settings)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -209,6 +209,11 @@ def main() -> None:
     """Runs everything and writes results.json and results.md."""
     (options,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses()
     logging.set_verbosity_error()
+    least = -(-SETTLING_TICKS // options.micro_batches) + 4
+    if options.updates < least:
+        raise SystemExit(
+            f"--updates {options.updates} leaves no steady state after {SETTLING_TICKS} ticks; use {least} or more"
+        )
     threads = torch.get_num_threads()
     output = Path(options.output_dir)
     output.mkdir(parents=True, exist_ok=True)

@@ -140,6 +140,11 @@ class Engine:
         return math.sqrt(sum(float(norm) ** 2 for norm in self._last_norms))
 
     @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    @property
     def update_open(self) -> bool:
         """Whether micro-batches were submitted since the last `step`."""
         return self._clock.tick > self._clock.first_tick_of_update
