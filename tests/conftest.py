@@ -1,0 +1,23 @@
+"""Settings of all tests: no network, no telemetry, no progress bars, one thread per kernel."""
+
+from __future__ import annotations
+
+import os
+
+# Read by the libraries when they are imported, so they have to be set before.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# The models are tiny: more threads per kernel would only get in each other's way.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quiet() -> None:
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
