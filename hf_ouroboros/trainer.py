@@ -299,10 +299,11 @@ class OuroborosTrainer(Trainer):
         """As in Trainer; remembers how many tokens the batch's loss stands for."""
         count = self._get_num_items_in_batch([inputs], self.args.device)
         result = super().prediction_step(model, inputs, *args, **kwargs)
-        if self._eval_sums is not None and count is not None and result[0] is not None and not self.compute_loss_func:
-            loss = result[0].item()
+        # A custom loss need not be a mean over tokens; then Trainer's mean over rows stays.
+        stock = self.compute_loss_func is None and type(self).compute_loss is Trainer.compute_loss
+        if stock and self._eval_sums is not None and count is not None and result[0] is not None:
             if torch.isfinite(result[0]) or not self.args.logging_nan_inf_filter:
-                self._eval_sums.append((loss, count.item()))
+                self._eval_sums.append((result[0].item(), count.item()))
         return result
 
     # ---- checkpoints ----
