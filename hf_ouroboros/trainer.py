@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import dispatch_model
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
@@ -24,6 +25,7 @@ from .arguments import OuroborosArguments
 from .checkpoint import appearing_whole, load_run_state, save_run_state
 from .engine.engine import Engine
 from .engine.optimizers import check_optimizer
+from .engine.state import RunState
 from .hub.facts import TAG, collect_facts
 from .ledger import LossLedger
 from .partition import Partition, StagePlan, split_model, torch_device
@@ -79,6 +81,9 @@ class OuroborosTrainer(Trainer):
         self._staged: StagedModel | None = None
         self._ledger = LossLedger()
         self._eval_sums: list[tuple[float, float]] | None = None
+        self._staging_dir: str | None = None
+        self._save_due = False
+        self._resumed_state: RunState | None = None
         if model is not None:
             self._split(model, args)
         if optimizers[0] is not None:
@@ -168,12 +173,18 @@ class OuroborosTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The complete optimizer, as Trainer makes it, behind a face that tells the engine about updates."""
-        if isinstance(self.optimizer, StagedOptimizer) or hasattr(self.optimizer, "optimizer"):
+        if self._staged_optimizer is not None:
             return self.optimizer
         super().create_optimizer()
         check_optimizer(self.optimizer, self.model.parameters())
         self.optimizer = StagedOptimizer(self.optimizer)
         return self.optimizer
+
+    @property
+    def _staged_optimizer(self) -> StagedOptimizer | None:
+        """Our face of the optimizer, which accelerate wraps once more; None before it was made."""
+        optimizer = self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
+        return optimizer if isinstance(optimizer, StagedOptimizer) else None
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         # Anything that is not self.model keeps Trainer from preparing it (DDP, device placement, gradient zeroing).
@@ -184,8 +195,7 @@ class OuroborosTrainer(Trainer):
         return self._staged
 
     def _start_engine(self) -> None:
-        optimizer = getattr(self.optimizer, "optimizer", None)  # accelerate's wrapper after an earlier train()
-        staged = optimizer if isinstance(optimizer, StagedOptimizer) else self.optimizer
+        staged = self._staged_optimizer
         if self.engine is not None:
             self.engine.close()
         plan = self.stage_plan
@@ -336,9 +346,6 @@ class OuroborosTrainer(Trainer):
             use_mtime=True,
         )
 
-    _staging_dir: str | None = None
-    _save_due = False
-
     def _get_output_dir(self, trial: Any) -> str:
         """The run's directory; while a checkpoint is being written, the directory where it is put together."""
         return self._staging_dir or super()._get_output_dir(trial)
@@ -359,14 +366,16 @@ class OuroborosTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self.engine.load_state_dict(load_run_state(checkpoint))
+            self.engine.load_state_dict(self._resumed_state)
+            self._resumed_state = None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._partition.model is not self.model:
             self._split(self.model, self.args)
         settings = self.args.engine_settings(self.stage_plan.num_workers)
-        # Refuse before anything is loaded over.
-        load_run_state(resume_from_checkpoint).check(self._partition, settings)
+        # Refuse before anything is loaded over; the engine takes the state once it is there.
+        self._resumed_state = load_run_state(resume_from_checkpoint)
+        self._resumed_state.check(self._partition, settings)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..simulate.timeline import timeline_files
 from .card import TAG, CardFacts
 
 if TYPE_CHECKING:
@@ -83,9 +84,8 @@ def collect_facts(trainer: OuroborosTrainer, **given: Any) -> CardFacts:
     for name, value in given.items():
         if value is not None:
             facts[name] = value
-    for name in ("tags",):
-        if isinstance(facts.get(name), str):
-            facts[name] = [facts[name]]
+    if isinstance(facts.get("tags"), str):
+        facts["tags"] = [facts["tags"]]
     for name in ("dataset_id", "dataset_name"):
         if isinstance(facts.get(name), (list, tuple)):
             facts[name] = ", ".join(facts[name])
@@ -106,10 +106,7 @@ def _base_model(config: Any) -> str | None:
 def _picture(timeline: str | None, output: Path) -> str | None:
     if timeline is None:
         return None
-    source = Path(timeline)
-    source = (
-        source.with_suffix(".png") if source.suffix in (".json", ".png") else source.with_name(source.name + ".png")
-    )
+    source = timeline_files(timeline)[1]
     if not source.is_file():
         return None
     target = output / "timeline.png"

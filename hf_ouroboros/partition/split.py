@@ -38,10 +38,11 @@ class Partition:
 
     def owned(self, stage: int) -> dict[str, nn.Parameter]:
         """The parameters that belong to a stage, by their name in the model, in the model's order."""
+        tied = self.tied
         return {
             name: parameter
             for name, parameter in self.stages[stage].named_parameters()
-            if stage == 0 or parameter is not self.tied
+            if stage == 0 or parameter is not tied
         }
 
     @property

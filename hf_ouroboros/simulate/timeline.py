@@ -227,11 +227,16 @@ class Timeline:
         """
         from hf_ouroboros.simulate.picture import draw
 
-        path = Path(path)
-        if path.suffix.lower() in (".json", ".png"):
-            path = path.with_suffix("")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        trace, picture = path.with_name(path.name + ".json"), path.with_name(path.name + ".png")
+        trace, picture = timeline_files(path)
+        trace.parent.mkdir(parents=True, exist_ok=True)
         trace.write_text(json.dumps(self.to_chrome_trace(), separators=(",", ":")) + "\n", encoding="utf-8")
         draw(self, picture, title=title)
         return trace, picture
+
+
+def timeline_files(path: str | Path) -> tuple[Path, Path]:
+    """The trace and the picture that `Timeline.write(path)` makes; `path` may carry either suffix."""
+    path = Path(path)
+    if path.suffix.lower() in (".json", ".png"):
+        path = path.with_suffix("")
+    return path.with_name(path.name + ".json"), path.with_name(path.name + ".png")
