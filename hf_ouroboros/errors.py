@@ -41,3 +41,26 @@ class WorkerError(EngineError):
         self.instruction = instruction
         doing = f"during {instruction}" if instruction else "between instructions"
         super().__init__(f"worker on {device} failed {doing}: {type(error).__name__}: {error}")
+
+
+class ConnectionLostError(EngineError):
+    """Another process is gone, or did not answer in time.
+
+    Args:
+        what: what was waited for.
+        peer: rank of the process that should have sent it, where it is one process.
+        error: what the communication library said.
+    """
+
+    def __init__(self, what: str, peer: int | None, error: BaseException):
+        self.peer = peer
+        who = "" if peer is None else f" from rank {peer}"
+        super().__init__(f"waited in vain for {what}{who}: {str(error).splitlines()[0]}")
+
+
+class ProcessLaunchError(OuroborosError, RuntimeError):
+    """Processes that don't form one run: started singly, not knowing each other, or too few."""
+
+
+class RankFailedError(EngineError):
+    """Another process of the run failed; says which, where it was, and why as far as it could tell."""

@@ -162,18 +162,22 @@ class Run:
             threads=1,
             micro_batches=max(case.updates),
         )
-        kind = Reference if schedule == "reference" else Engine
-        self.engine = kind(partition, self.optimizer, causal_loss, settings)
+        self.engine = self.make_engine(partition, settings)
         self.ticks: list[int] = []
         self.losses: list[float] = []
         self.grad_norms: dict[int, float | None] = {}
+
+    def make_engine(self, partition: Partition, settings: EngineSettings) -> Engine | Reference:
+        """The engine that the schedule asks for."""
+        kind = Reference if settings.schedule == "reference" else Engine
+        return kind(partition, self.optimizer, causal_loss, settings)
 
     def update(self, u: int, look: str | None = None) -> None:
         """One update; `look` says what happens after its first tick or, for "norm" and "state", after it."""
         batches = self.case.batches(u)
         targets = count_targets(batches)
         for i, batch in enumerate(batches):
-            self.engine.submit(batch, targets)
+            self.engine.submit(self.batch(batch), targets)
             if i == 0 and look in ("synchronize", "settle"):
                 getattr(self.engine, look)()
                 self.model.eval()
@@ -188,6 +192,10 @@ class Run:
             self.engine.synchronize()
             self.grad_norms[u] = self.engine.grad_norm
         self.hear()
+
+    def batch(self, batch: Batch) -> Batch:
+        """What of a micro-batch this run gets."""
+        return batch
 
     def hear(self) -> None:
         """Takes the losses that are there."""

@@ -6,6 +6,7 @@ import math
 import queue
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,11 +18,28 @@ from .interleave import device_programs
 from .optimizers import StageOptimizer, snapshot_hyperparameters
 from .schedule import Clock, Pause, Slot, stages_by_device
 from .settings import EngineSettings, FinishedLoss, LossFunction
-from .stage_runner import StageRunner
+from .stage_runner import ReplicaMean, StageRunner
 from .state import RunState
-from .transport import InProcessTransport
+from .transport import InProcessTransport, Transport
 from .weights import TiedLink
 from .worker import ForwardStarted, Paused, StepDone, Work, Worker
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where an engine works: which devices are its own, and how it reaches the others.
+
+    Args:
+        devices: {index in the plan: torch device} of the devices that this process runs.
+        transport: to and from all stages.
+        run_ahead: micro-batches that may wait in front of the first stage of this process.
+        replica_mean: averages gradients over data-parallel replicas; None for a single replica.
+    """
+
+    devices: Mapping[int, torch.device]
+    transport: Transport
+    run_ahead: int = 1
+    replica_mean: ReplicaMean | None = None
 
 
 class Engine:
@@ -36,6 +54,7 @@ class Engine:
         loss_fn: (logits, micro-batch, context) -> scalar, run by the last stage.
         settings: settings of the run.
         timeline: where to record executed instructions; None for nowhere.
+        site: the part of the devices that this process runs; None for all of them.
     """
 
     def __init__(
@@ -45,15 +64,19 @@ class Engine:
         loss_fn: LossFunction,
         settings: EngineSettings,
         timeline: Timeline | None = None,
+        site: Site | None = None,
     ):
         plan = partition.plan
         num_stages, placement = plan.num_stages, plan.placement
+        if site is None:
+            devices = {index: torch_device(name) for index, name in enumerate(plan.devices)}
+            site = Site(devices, InProcessTransport(num_stages, len(devices)))
+        self._site = site
         self.partition = partition
         self.settings = settings
         self.timeline = timeline
         self._clock = Clock(num_stages, settings.is_synchronous)
         self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._transport = InProcessTransport(num_stages, len(plan.devices))
         self._finished: list[FinishedLoss] = []
         self._norms: dict[int, dict[int, torch.Tensor | None]] = {}
         self._last_norms: list[torch.Tensor] | None = None
@@ -63,10 +86,11 @@ class Engine:
         self._failure: WorkerError | None = None
         self._closed = False
         link = TiedLink(partition.tied_name) if partition.tied_name and num_stages > 1 else None
-        self._runners = [
-            StageRunner(partition, k, torch_device(plan.rows[k].device), loss_fn, settings, link)
-            for k in range(num_stages)
-        ]
+        self._runners = {
+            k: StageRunner(partition, k, site.devices[d], loss_fn, settings, link, site.replica_mean)
+            for k, d in enumerate(placement)
+            if d in site.devices
+        }
         mean = sum(row.cost for row in plan.rows) / num_stages or 1.0
         costs = [max(row.cost / mean, 1e-3) for row in plan.rows]
         replay_cost = [0.0 if k == num_stages - 1 or not settings.recompute else c for k, c in enumerate(costs)]
@@ -78,20 +102,22 @@ class Engine:
             settings.micro_batches,
             exchange=settings.clip_scope == "global",
         )
+        held = stages_by_device(placement)
         self._workers = [
             Worker(
                 index,
                 plan.devices[index],
-                torch_device(plan.devices[index]),
-                {k: self._runners[k] for k in stages},
+                device,
+                {k: self._runners[k] for k in held[index]},
                 programs[index],
-                self._transport,
+                site.transport,
                 settings,
                 num_stages,
+                min(self._runners),
                 self._events,
                 timeline,
             )
-            for index, stages in enumerate(stages_by_device(placement))
+            for index, device in site.devices.items()
         ]
         self.attach(optimizer)
         for worker in self._workers:
@@ -169,16 +195,16 @@ class Engine:
             raise EngineError("the state of a run is defined between updates; call step() first")
         self.settle()
         return RunState(
-            len(self._runners),
+            self.partition.plan.num_stages,
             self.settings.tied_gradient,
-            self._runners[0].seed,
+            next(iter(self._runners.values())).seed,
             self._clock.tick,
             self._clock.update,
             self._clock.delay_start,
             {
                 # Copies: the run goes on and adds up and clips its gradients in place.
                 runner.index: {t: {n: g.clone() for n, g in gs.items()} for t, gs in runner.settled.items()}
-                for runner in self._runners
+                for runner in self._runners.values()
             },
         )
 
@@ -190,9 +216,9 @@ class Engine:
         """
         if self._clock.tick:
             raise EngineError("load_state_dict() after the first micro-batch")
-        state.check(self.partition, self.settings)
+        state.check(self.partition, self.settings, self._runners)
         self.synchronize()
-        for runner in self._runners:
+        for runner in self._runners.values():
             runner.settled = {
                 tick: {name: g.to(runner.device, copy=True) for name, g in gradients.items()}
                 for tick, gradients in state.pending.get(runner.index, {}).items()
@@ -204,7 +230,7 @@ class Engine:
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Cuts the stages' optimizers out of `optimizer`; again whenever its state was replaced."""
         self.optimizer = optimizer
-        for runner in self._runners:
+        for runner in self._runners.values():
             runner.optimizer = StageOptimizer(optimizer, self.partition.owned(runner.index).values())
 
     def close(self, timeout: float = 10.0) -> None:
@@ -212,13 +238,13 @@ class Engine:
         if self._closed:
             return
         self._closed = True
-        self._transport.abort()
+        self._site.transport.abort()
         for worker in self._workers:
             worker.inbox.put(None)
         deadline = time.monotonic() + timeout
         for worker in self._workers:
             worker.join(max(0.0, deadline - time.monotonic()))
-        for runner in self._runners:
+        for runner in self._runners.values():
             runner.release()
 
     # ---- inside ----
@@ -231,8 +257,8 @@ class Engine:
                 worker.inbox.put(work)
             if slot.tick is not None:
                 self._hear(block=False)
-                # Back-pressure: one micro-batch may wait in front of stage 0 besides the K in flight.
-                while self._started < slot.tick - 1:
+                # Back-pressure: so many micro-batches may wait in front of the pipeline besides the K in flight.
+                while self._started < slot.tick - self._site.run_ahead:
                     self._hear(block=True)
 
     def _pause(self, pause: Pause) -> None:
@@ -261,23 +287,31 @@ class Engine:
                 event = self._events.get(block=block, timeout=1.0)
             except queue.Empty:
                 if block:
+                    self._still_waiting()
                     continue
                 return
             block = False
-            match event:
-                case FinishedLoss():
-                    self._finished.append(event)
-                case ForwardStarted(tick):
-                    self._started = tick
-                case StepDone(stage, update, norm):
-                    norms = self._norms.setdefault(update, {})
-                    norms[stage] = norm
-                    if len(norms) == len(self._runners):
-                        del self._norms[update]
-                        # In stage order, not in that of arrival: the sum's last bit depends on it.
-                        self._last_norms = [n for _, n in sorted(norms.items()) if n is not None]
-                case Paused(device):
-                    self._paused.add(device)
-                case WorkerError():
-                    self._failure = event
-                    raise event
+            self._take(event)
+
+    def _still_waiting(self) -> None:
+        """Called every second while nothing is reported; may raise."""
+
+    def _take(self, event: Any) -> None:
+        """Takes in one report."""
+        match event:
+            case FinishedLoss():
+                self._finished.append(event)
+            case ForwardStarted(tick):
+                self._started = tick
+            case StepDone(stage, update, norm):
+                norms = self._norms.setdefault(update, {})
+                norms[stage] = norm
+                if len(norms) == len(self._runners):
+                    del self._norms[update]
+                    # In stage order, not in that of arrival: the sum's last bit depends on it.
+                    self._last_norms = [n for _, n in sorted(norms.items()) if n is not None]
+            case Paused(device):
+                self._paused.add(device)
+            case WorkerError():
+                self._failure = event
+                raise event

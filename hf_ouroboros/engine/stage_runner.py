@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.func import functional_call
@@ -33,6 +33,13 @@ class InFlight:
     output: torch.Tensor | None = field(default=None, repr=False)
 
 
+class ReplicaMean(Protocol):
+    """Averages gradients over data-parallel replicas."""
+
+    def start(self, gradients: Sequence[torch.Tensor]) -> Callable[[], None]:
+        """Begins to average tensors, in place; the function returned waits until that is done."""
+
+
 class StageRunner:
     """One stage at work. It knows ticks, but neither other stages nor the order of things.
 
@@ -43,6 +50,7 @@ class StageRunner:
         loss_fn: used by the last stage only.
         settings: settings of the run.
         link: shared by first and last stage of a model with tied embeddings, else None.
+        replica_mean: averages the gradients of an update over replicas; None for a single replica.
     """
 
     def __init__(
@@ -53,6 +61,7 @@ class StageRunner:
         loss_fn: LossFunction,
         settings: EngineSettings,
         link: TiedLink | None,
+        replica_mean: ReplicaMean | None = None,
     ):
         self.stage = partition.stages[stage]
         self.index = stage
@@ -63,6 +72,8 @@ class StageRunner:
         self.settled: dict[int, Gradients] = {}
         self.window: Gradients = {}
         self.optimizer: StageOptimizer | None = None
+        self.replica_mean = replica_mean
+        self._mean_is_done: Callable[[], None] | None = None
         self._loss_fn = loss_fn
         self._link = link if self.stage.is_first or self.stage.is_last else None
         self._versions = WeightVersions(partition.owned(stage))
@@ -166,6 +177,17 @@ class StageRunner:
                 self.window[name] = gradient
 
     # ---- step ----
+
+    def start_mean(self) -> None:
+        """Begins to average the open update's gradients over the replicas, where there are several."""
+        if self.replica_mean is not None and self.window:
+            self._mean_is_done = self.replica_mean.start(self._ordered_window())
+
+    def finish_mean(self) -> None:
+        """Waits until the open update's gradients are averaged."""
+        if self._mean_is_done is not None:
+            self._mean_is_done()
+            self._mean_is_done = None
 
     def clip(self, bound: float) -> torch.Tensor | None:
         """Norm of the open update's gradients, which are then scaled to at most `bound`; None without any."""

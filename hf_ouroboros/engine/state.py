@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -85,8 +85,13 @@ class RunState:
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(f"Ouroboros state is damaged: {type(error).__name__}: {error}") from error
 
-    def check(self, partition: Partition, settings: EngineSettings) -> None:
+    def check(self, partition: Partition, settings: EngineSettings, held: Iterable[int] | None = None) -> None:
         """Refuses a state that can't be continued exactly by this run.
+
+        Args:
+            partition: the run's stages.
+            settings: the run's settings.
+            held: the stages whose gradients this process needs; None for all.
 
         Raises:
             CheckpointError: other number of stages, split, tied-gradient rule, or delays.
@@ -109,7 +114,7 @@ class RunState:
                 f"there (schedule={settings.schedule!r}, delay_warmup_steps={settings.delay_warmup_steps}); resume with "
                 "schedule pipelined, lockstep or reference and the same delay_warmup_steps"
             )
-        for stage in range(stages):
+        for stage in range(stages) if held is None else held:
             delay = stages - 1 - stage
             oldest = self.tick if self.delay_start is None else max(self.tick - delay, self.delay_start)
             entries = self.pending.get(stage, {})

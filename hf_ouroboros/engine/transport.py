@@ -1,16 +1,44 @@
-"""How tensors travel between stages: queues between the threads of one process."""
+"""How tensors travel between stages: what every transport does, and queues between the threads of one process."""
 
 from __future__ import annotations
 
 import queue
 import threading
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 
 
 class Aborted(Exception):
     """Raised in workers that wait for something that will not come because the run was stopped."""
+
+
+class Transport(Protocol):
+    """What a worker needs to reach the other stages. Messages of a (direction, stage) arrive in tick order."""
+
+    aborted: threading.Event
+
+    def expect_hidden(self, stage: int, tick: int, batch: Mapping[str, Any]) -> None:
+        """Told as soon as a tick is known, in tick order: its hidden state will be received by this stage."""
+
+    def expect_gradient(self, stage: int, tick: int, output: torch.Tensor) -> None:
+        """Told after a stage's forward, in tick order: the gradient of its output will be received."""
+
+    def send(self, direction: str, stage: int, tick: int, tensor: torch.Tensor | None) -> None:
+        """Sends `direction` ("hidden" or "gradient") of a tick to a stage."""
+
+    def receive(self, direction: str, stage: int, tick: int) -> torch.Tensor | None:
+        """Waits for what was sent to this stage for this tick; raises Aborted if the run was stopped."""
+
+    def rendezvous(self) -> None:
+        """Waits until all devices are here."""
+
+    def share(self, update: int, values: dict[int, Any]) -> dict[int, Any]:
+        """Puts together what the devices contribute to an update: {stage: value} of all of them."""
+
+    def abort(self) -> None:
+        """Wakes all waiting workers with `Aborted`; may be called from any thread, more than once."""
 
 
 class InProcessTransport:
@@ -30,6 +58,12 @@ class InProcessTransport:
         self._barrier = threading.Barrier(num_devices)
         self._shared: dict[int, dict[int, Any]] = {}
         self.aborted = threading.Event()
+
+    def expect_hidden(self, stage: int, tick: int, batch: Mapping[str, Any]) -> None:
+        """Nothing: queues take whatever comes."""
+
+    def expect_gradient(self, stage: int, tick: int, output: torch.Tensor) -> None:
+        """Nothing: queues take whatever comes."""
 
     def send(self, direction: str, stage: int, tick: int, tensor: torch.Tensor | None) -> None:
         """Sends `direction` ("hidden" or "gradient") of a tick to a stage."""

@@ -28,7 +28,7 @@ from .schedule import (
 )
 from .settings import EngineSettings, FinishedLoss, Hyperparameters
 from .stage_runner import StageRunner
-from .transport import Aborted, InProcessTransport
+from .transport import Aborted, Transport
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Work:
 
 @dataclass(frozen=True)
 class ForwardStarted:
-    """Stage 0 has executed the forward of a tick."""
+    """The first stage of this process has executed the forward of a tick."""
 
     tick: int
 
@@ -80,6 +80,7 @@ class Worker(threading.Thread):
         transport: to and from other stages.
         settings: settings of the run.
         num_stages: K.
+        pacing_stage: the stage whose forwards tell the engine how far this process is.
         events: where losses, norms, pauses and failures are reported to the engine.
         timeline: records every executed instruction; None for no record.
     """
@@ -91,9 +92,10 @@ class Worker(threading.Thread):
         device: torch.device,
         runners: dict[int, StageRunner],
         program: Program,
-        transport: InProcessTransport,
+        transport: Transport,
         settings: EngineSettings,
         num_stages: int,
+        pacing_stage: int,
         events: queue.SimpleQueue[Any],
         timeline: Timeline | None,
     ):
@@ -107,6 +109,7 @@ class Worker(threading.Thread):
         self._transport = transport
         self._settings = settings
         self._num_stages = num_stages
+        self._pacing_stage = pacing_stage
         self._events = events
         self._timeline = timeline
         self._instruction: Instruction | None = None
@@ -115,6 +118,7 @@ class Worker(threading.Thread):
         self._norms: dict[int, torch.Tensor | None] = {}
         self._shared_norm: torch.Tensor | None = None
         self._output_side_first: set[int] = set()
+        self._averaging: dict[int, int] = {}  # stage -> update whose step waits for the mean over replicas
 
     def run(self) -> None:
         """Thread main: until the inbox says stop, the run is aborted, or something fails."""
@@ -146,6 +150,8 @@ class Worker(threading.Thread):
             for stage in self.runners:
                 if item.slot.tick is not None:
                     self._work[stage][item.slot.tick] = item
+                    if stage > 0:
+                        self._transport.expect_hidden(stage, item.slot.tick, item.batch)
                 if item.slot.update is not None:
                     self._hyperparameters[stage][item.slot.update] = item.hyperparameters
             yield item.slot
@@ -153,10 +159,13 @@ class Worker(threading.Thread):
     def _execute(self, instruction: Instruction) -> None:
         match instruction:
             case Forward(stage, tick):
+                self._finish_step(stage)
                 self._forward(self.runners[stage], tick)
             case Backward(stage, tick):
+                self._finish_step(stage)
                 self._backward(self.runners[stage], tick)
             case Settle(stage):
+                self._finish_step(stage)
                 self._settle(self.runners[stage])
             case Exchange(update):
                 self._exchange(update)
@@ -165,6 +174,8 @@ class Worker(threading.Thread):
             case Rendezvous():
                 self._transport.rendezvous()
             case Report():
+                for stage in self.runners:
+                    self._finish_step(stage)
                 self._events.put(Paused(self.index))
 
     def _forward(self, runner: StageRunner, tick: int) -> None:
@@ -178,8 +189,9 @@ class Worker(threading.Thread):
             if self._settings.tied_gradient == "paper" and work.delayed and runner.borrows:
                 self._output_side_first.add(tick)
         else:
+            self._transport.expect_gradient(runner.index, tick, output)
             self._transport.send("hidden", runner.index + 1, tick, output)
-        if runner.index == 0:
+        if runner.index == self._pacing_stage:
             self._events.put(ForwardStarted(tick))
 
     def _backward(self, runner: StageRunner, tick: int) -> None:
@@ -206,12 +218,35 @@ class Worker(threading.Thread):
         return gradients
 
     def _exchange(self, update: int) -> None:
+        for stage, runner in self.runners.items():
+            self._finish_step(stage)
+            runner.start_mean()
+            runner.finish_mean()
         self._norms = {stage: runner.norm() for stage, runner in self.runners.items()}
         norms = self._transport.share(update, self._norms)
         present = [norms[stage].to(self._device) for stage in sorted(norms) if norms[stage] is not None]
         self._shared_norm = torch.linalg.vector_norm(torch.stack(present)) if present else None
 
     def _step(self, runner: StageRunner, update: int) -> None:
+        """Steps at once; among replicas, begins the mean and steps when the stage is needed next.
+
+        The device's other stage computes meanwhile.
+        """
+        if self._settings.clip_scope == "global":
+            self._apply(runner, update)
+            return
+        runner.start_mean()
+        self._averaging[runner.index] = update
+        if runner.replica_mean is None:
+            self._finish_step(runner.index)
+
+    def _finish_step(self, stage: int) -> None:
+        update = self._averaging.pop(stage, None)
+        if update is not None:
+            self.runners[stage].finish_mean()
+            self._apply(self.runners[stage], update)
+
+    def _apply(self, runner: StageRunner, update: int) -> None:
         start = time.perf_counter()
         if self._settings.clip_scope == "global":
             norm = self._norms[runner.index]

@@ -252,7 +252,7 @@ def feed(engine: Engine, updates: int, ticks: int = 1) -> None:
         for _ in range(ticks):
             tick = engine._clock.tick
             assert (
-                engine.submit(make_batch(tick % 7), tick if engine._runners[-1]._loss_fn is not causal_loss else None)
+                engine.submit(make_batch(tick % 7), tick if engine._runners[max(engine._runners)]._loss_fn is not causal_loss else None)
                 == tick
             )
         engine.step()
@@ -265,14 +265,14 @@ def test_run_ahead_is_bounded(stages: int, schedule: str) -> None:
     seen: list[int] = []
 
     def loss_fn(logits: torch.Tensor, batch: Mapping[str, Any], tick: int) -> torch.Tensor:
-        pending = {t for runner in engine._runners for t in list(runner.in_flight)}
+        pending = {t for runner in engine._runners.values() for t in list(runner.in_flight)}
         seen.append(max(pending) - tick + 1)
         assert engine._clock.tick - tick <= stages + 2  # one more waits for it to be known whether it closes an update
         return causal_loss(logits, batch, None)
 
     engine = small_engine(loss_fn, stages, schedule)
     most = dict.fromkeys(range(stages), 0)
-    for runner in engine._runners:
+    for runner in engine._runners.values():
 
         def watched(*args: Any, runner: Any = runner, forward: Any = runner.forward) -> torch.Tensor:
             result = forward(*args)
@@ -299,15 +299,15 @@ def test_nothing_grows(schedule: str) -> None:
         engine.collect()
         gc.collect()
         storages = {
-            leaf.data_ptr() for r in engine._runners for item in r.in_flight.values() for leaf in item.leaves.values()
+            leaf.data_ptr() for r in engine._runners.values() for item in r.in_flight.values() for leaf in item.leaves.values()
         }
-        books = [engine._work, engine._norms, engine._transport._shared]
+        books = [engine._work, engine._norms, engine._site.transport._shared]
         books += [entry for w in engine._workers for table in (w._work, w._hyperparameters) for entry in table.values()]
         link = engine._runners[0]._link
         return {
             "tensors": sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()),
             "weight versions": len(storages),
-            "in flight": sum(len(r.in_flight) for r in engine._runners),
+            "in flight": sum(len(r.in_flight) for r in engine._runners.values()),
             "books": sum(map(len, books)),
             "link": len(link.weights) + len(link.gradients),
         }
@@ -328,12 +328,12 @@ def test_settling_releases_activations() -> None:
     try:
         feed(engine, 6)
         engine.settle()
-        assert [len(r.in_flight) for r in engine._runners] == [0] * 4
-        assert [sorted(r.settled) for r in engine._runners] == [[3, 4, 5], [4, 5], [5], []]
+        assert [len(r.in_flight) for r in engine._runners.values()] == [0] * 4
+        assert [sorted(r.settled) for r in engine._runners.values()] == [[3, 4, 5], [4, 5], [5], []]
         engine.settle()
         feed(engine, 3)
         engine.synchronize()
-        assert [sorted(r.settled) for r in engine._runners] == [[], [], [], []]
+        assert [sorted(r.settled) for r in engine._runners.values()] == [[], [], [], []]
     finally:
         engine.close()
 

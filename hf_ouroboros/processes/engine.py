@@ -1,0 +1,140 @@
+"""ProcessEngine: the engine of one device, in a process of its own, beside those of the other devices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..engine.engine import Engine, Site
+from ..engine.settings import EngineSettings, FinishedLoss, LossFunction
+from ..engine.worker import StepDone
+from ..partition import Partition
+from ..simulate.timeline import Timeline
+from .grid import ProcessGrid
+from .replica_mean import GroupMean
+from .reports import Reports, fingerprint
+from .transport import ProcessTransport
+from .wires import HiddenSpec
+
+
+class ProcessEngine(Engine):
+    """As `Engine`, for the device of this process; all processes make the same calls in the same order.
+
+    Losses and norms come back some updates later than in one process, at points that don't depend on timing, and the
+    same in all processes.
+
+    Args:
+        grid: the processes.
+        specs: what each stage but the last puts out.
+        waiting: see `ProcessTransport`.
+    """
+
+    def __init__(
+        self,
+        partition: Partition,
+        optimizer: torch.optim.Optimizer,
+        loss_fn: LossFunction,
+        settings: EngineSettings,
+        timeline: Timeline | None,
+        grid: ProcessGrid,
+        specs: Sequence[HiddenSpec],
+        waiting: Callable[[str | None, int | None], None] = lambda what, peer: None,
+    ):
+        plan = partition.plan
+        self._grid = grid
+        self._reports = Reports(grid, plan.placement)
+        self._transport = ProcessTransport(grid, plan.placement, specs, waiting)
+        self._last_stage_here = plan.placement[-1] == grid.device_index
+        self._open: tuple[list[int], int] = [], 0  # ticks of the open update, fingerprint of its micro-batches
+        self._unreported: dict[int, tuple[list[int], int]] = {}
+        self._losses: dict[int, torch.Tensor] = {}
+        self._reported_norms: Sequence[float | None] | None = None
+        self._all_reported = False
+        mean = GroupMean(grid.column_group()) if grid.replicas > 1 else None
+        # The other processes may be K-1 ticks behind or ahead, and this one's main thread waits for theirs now and then:
+        # with K+1 micro-batches in stock the worker never runs dry meanwhile. They are token ids; activations are bounded
+        # by the schedule.
+        site = Site({grid.device_index: grid.device}, self._transport, plan.num_stages + 1, mean)
+        self._lag = math.ceil(2 * plan.num_stages / settings.micro_batches) + 1
+        super().__init__(partition, optimizer, loss_fn, settings, timeline, site)
+
+    def submit(self, batch: Mapping[str, Any], context: Any = None) -> int:
+        """Hands over the next micro-batch, the same one in all processes of the replica."""
+        tick = super().submit(batch, context)
+        ticks, checksum = self._open
+        self._open = [*ticks, tick], fingerprint(batch, checksum)
+        return tick
+
+    def step(self) -> int:
+        """Closes the update, and reports on one that was closed some updates ago."""
+        update = super().step()
+        self._unreported[update], self._open = self._open, ([], 0)
+        self._all_reported = False
+        self._report(update - self._lag)
+        return update
+
+    def collect(self) -> list[FinishedLoss]:
+        """Losses, means over replicas, of the updates reported on before the newest one."""
+        self._take_reports()
+        return super().collect()
+
+    @property
+    def grad_norm(self) -> float | None:
+        """Gradient norm, before clipping, of the newest update that was reported on."""
+        self._take_reports()
+        if self._reported_norms is None:
+            return None
+        return math.sqrt(sum(norm**2 for norm in self._reported_norms if norm is not None))
+
+    def synchronize(self) -> None:
+        """Waits until this process's stages have finished the newest tick, and reports on all updates closed so far."""
+        super().synchronize()
+        self._report_all()
+
+    def settle(self) -> None:
+        """Like `synchronize`, and runs the pending backwards."""
+        super().settle()
+        self._report_all()
+
+    def close(self, timeout: float = 2.0) -> None:
+        """Stops this process's worker."""
+        if not self.closed:
+            super().close(timeout)
+            self._transport.close()
+
+    # ---- inside ----
+
+    def _take(self, event: Any) -> None:
+        match event:
+            case FinishedLoss(tick, loss):
+                self._losses[tick] = loss
+            case StepDone(stage, update, norm):
+                self._norms.setdefault(update, {})[stage] = norm
+            case _:
+                super()._take(event)
+
+    def _take_reports(self) -> None:
+        for report in self._reports.take(math.inf if self._all_reported else self._clock.update):
+            self._reported_norms = report.norms
+            self._finished += [
+                FinishedLoss(tick, torch.tensor(loss)) for tick, loss in zip(report.ticks, report.losses, strict=True)
+            ]
+
+    def _report_all(self) -> None:
+        for update in sorted(self._unreported):
+            self._report(update)
+        self._all_reported = True
+
+    def _report(self, update: int) -> None:
+        if update not in self._unreported:
+            return
+        ticks, checksum = self._unreported.pop(update)
+        while len(self._norms.get(update, ())) < len(self._runners):
+            self._hear(block=True)
+        norms = {k: None if norm is None else float(norm) for k, norm in self._norms.pop(update).items()}
+        # The last stage's forwards of the update come before its step.
+        losses = [float(self._losses.pop(tick)) for tick in ticks] if self._last_stage_here else []
+        self._reports.send(self._clock.update, ticks, checksum, losses, norms)

@@ -1,0 +1,111 @@
+"""Reports: what every process tells all others about an update, some updates later, so that nobody waits.
+
+After the step of update u each process contributes one row about update u - lag: a fingerprint of its micro-batches,
+their losses (known where the last stage is) and the gradient norms of its stages. Which rows have been taken in at which
+point of the run does not depend on timing: all processes log the same numbers and take the same decisions.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..errors import EngineError
+from .grid import ProcessGrid
+
+
+@dataclass(frozen=True)
+class UpdateReport:
+    """All processes' account of an update.
+
+    Args:
+        ticks: its micro-batches.
+        losses: loss of each of them, the mean over replicas.
+        norms: gradient norm of each stage before clipping; None where a stage had no gradient.
+    """
+
+    ticks: Sequence[int]
+    losses: Sequence[float]
+    norms: Sequence[float | None]
+
+
+class Reports:
+    """Rows on their way; created by all processes at the same point.
+
+    Args:
+        grid: the processes.
+        placement: device index of every stage.
+    """
+
+    def __init__(self, grid: ProcessGrid, placement: Sequence[int]):
+        self._grid = grid
+        self._placement = placement
+        self._group = grid.world_group()
+        self._on_their_way: deque[tuple[int, Sequence[int], dist.Work, list[torch.Tensor]]] = deque()
+
+    def send(
+        self,
+        issued: int,
+        ticks: Sequence[int],
+        fingerprint: int,
+        losses: Sequence[float],
+        norms: Mapping[int, float | None],
+    ) -> None:
+        """Contributes this process's row about an update.
+
+        Args:
+            issued: number of updates closed so far.
+            ticks: the update's micro-batches.
+            fingerprint: of the micro-batches, below 2**32.
+            losses: their losses; empty where this process does not have the last stage.
+            norms: {stage: gradient norm or None} of this process's stages.
+        """
+        row = torch.zeros(1 + len(ticks) + 2 * len(self._placement), dtype=torch.float64)
+        row[0] = fingerprint
+        for i, loss in enumerate(losses):
+            row[1 + i] = loss
+        for stage, norm in norms.items():
+            if norm is not None:
+                row[1 + len(ticks) + 2 * stage] = 1.0
+                row[2 + len(ticks) + 2 * stage] = norm
+        rows = [torch.empty_like(row) for _ in range(self._grid.world_size)]
+        self._on_their_way.append((issued, ticks, dist.all_gather(rows, row, self._group, async_op=True), rows))
+
+    def take(self, issued_before: float = math.inf) -> list[UpdateReport]:
+        """Waits for the rows issued before so many updates were closed, and puts them together."""
+        reports = []
+        while self._on_their_way and self._on_their_way[0][0] < issued_before:
+            _, ticks, work, rows = self._on_their_way.popleft()
+            work.wait()
+            reports.append(self._put_together(ticks, rows))
+        return reports
+
+    def _put_together(self, ticks: Sequence[int], rows: Sequence[torch.Tensor]) -> UpdateReport:
+        grid, count = self._grid, len(ticks)
+        for replica in range(grid.replicas):
+            found = {int(rows[rank][0]) for rank in grid.row(replica)}
+            if len(found) > 1:
+                raise EngineError(
+                    f"the processes of replica {replica} got different micro-batches at ticks {ticks[0]} to {ticks[-1]}: "
+                    "a data set or collator that draws random numbers of its own; seed it alike in all processes"
+                )
+        last = [rows[rank] for rank in grid.column(self._placement[-1])]
+        losses = [sum(float(row[1 + i]) for row in last) / grid.replicas for i in range(count)]
+        norms: list[float | None] = []
+        for stage, device in enumerate(self._placement):
+            present, norm = rows[grid.rank_of(device, 0)][1 + count + 2 * stage :][:2].tolist()
+            norms.append(norm if present else None)
+        return UpdateReport(ticks, losses, norms)
+
+
+def fingerprint(batch: Mapping[str, Any], start: int = 0) -> int:
+    """A checksum of a micro-batch's token ids [batch, time] on top of an earlier one, below 2**32; 0 off the CPU."""
+    ids = batch["input_ids"]
+    return zlib.crc32(ids.contiguous().numpy(), start) if ids.device.type == "cpu" else start

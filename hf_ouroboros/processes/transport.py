@@ -1,0 +1,136 @@
+"""ProcessTransport: what a worker needs to reach the stages of other processes."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..engine.transport import Aborted
+from ..errors import ConnectionLostError
+from .grid import ProcessGrid
+from .wires import DIRECTIONS, HiddenSpec, Wires
+
+
+class ProcessTransport:
+    """Hands tensors from stage to stage, over the wires or, between stages of one device, by hand.
+
+    No order of sends and receives can deadlock: nobody waits to send, every channel is in tick order on both of its
+    ends, and whether the programs wait for each other in a circle was found out by simulation when they were chosen.
+
+    Args:
+        grid: the processes; all of them create their transport at the same point.
+        placement: device index of every stage.
+        specs: what each stage but the last puts out.
+        waiting: told (what, rank of the peer) before a wait and (None, None) after it; for whoever watches over the run.
+    """
+
+    def __init__(
+        self,
+        grid: ProcessGrid,
+        placement: Sequence[int],
+        specs: Sequence[HiddenSpec],
+        waiting: Callable[[str | None, int | None], None] = lambda what, peer: None,
+    ):
+        self.aborted = threading.Event()
+        self._grid = grid
+        self._specs = specs
+        self._waiting = waiting
+        self._wires = Wires(grid, placement)
+        self._row = grid.row_group()
+        self._num_stages = len(placement)
+        # Receives that were posted, or what a neighbour on the same device left here: (tick, tensor or Posted).
+        self._arriving: dict[tuple[str, int], deque[tuple[int, Any]]] = {
+            (direction, stage): deque() for direction in DIRECTIONS for stage in range(len(placement))
+        }
+
+    def expect_hidden(self, stage: int, tick: int, batch: Mapping[str, Any]) -> None:
+        """Posts the receive of a hidden state."""
+        if not self._wires.is_local("hidden", stage):
+            spec = self._specs[stage - 1]
+            self._post("hidden", stage, tick, spec.shape(batch), spec.dtype)
+
+    def expect_gradient(self, stage: int, tick: int, output: torch.Tensor) -> None:
+        """Posts the receive of an output's gradient."""
+        if not self._wires.is_local("gradient", stage):
+            self._post("gradient", stage, tick, output.shape, output.dtype)
+
+    def _post(self, direction: str, stage: int, tick: int, shape: Sequence[int], dtype: torch.dtype) -> None:
+        with self._talking(f"{direction} of tick {tick} for stage {stage}", self._wires.peer(direction, stage)):
+            posted = self._wires.post(direction, stage, shape, dtype)
+        self._arriving[direction, stage].append((tick, posted))
+
+    def send(self, direction: str, stage: int, tick: int, tensor: torch.Tensor | None) -> None:
+        """Sends `direction` of a tick to a stage; never waits."""
+        if self._wires.is_local(direction, stage):
+            self._arriving[direction, stage].append((tick, tensor))
+            return
+        with self._talking(f"{direction} of tick {tick} to stage {stage}", None):
+            self._wires.send(direction, stage, tensor)
+
+    def receive(self, direction: str, stage: int, tick: int) -> torch.Tensor | None:
+        """Waits for what was sent to this stage for this tick.
+
+        Raises:
+            ConnectionLostError: the process that should send it is gone.
+            Aborted: the run was stopped.
+        """
+        if self.aborted.is_set():
+            raise Aborted
+        expected, item = self._arriving[direction, stage].popleft()
+        if expected != tick:
+            raise RuntimeError(f"stage {stage} expected the {direction} of tick {tick} but got tick {expected}")
+        if item is None or torch.is_tensor(item):
+            return item
+        with self._talking(f"{direction} of tick {tick} for stage {stage}", self._wires.peer(direction, stage)):
+            return item.wait()
+
+    def rendezvous(self) -> None:
+        """Waits until all devices of this replica are here."""
+        with self._talking("all devices of the replica", None):
+            dist.barrier(group=self._row)
+
+    def share(self, update: int, values: dict[int, Any]) -> dict[int, Any]:
+        """Puts together the norms of all stages of this replica: {stage: scalar tensor, or None}."""
+        table = torch.zeros(2, self._num_stages)
+        own = [value for value in values.values() if value is not None]
+        dtype = own[0].dtype if own else torch.float32
+        for stage, value in values.items():
+            if value is not None:
+                table[0, stage], table[1, stage] = 1.0, value.float().cpu()
+        with self._talking(f"the gradient norms of update {update}", None):
+            dist.all_reduce(table, group=self._row)  # exact: all other terms are zero
+        return {k: table[1, k].to(dtype) if table[0, k] else None for k in range(self._num_stages)}
+
+    def abort(self) -> None:
+        """Stops this process's worker at its next instruction; the other processes find out by themselves."""
+        self.aborted.set()
+
+    def close(self) -> None:
+        """Lets go of the process groups."""
+        self._wires.close()
+        self._arriving.clear()
+
+    def _talking(self, what: str, peer: int | None) -> _Talking:
+        return _Talking(self, what, peer)
+
+
+class _Talking:
+    """Says what is being waited for, and turns a lost connection into a named error."""
+
+    def __init__(self, transport: ProcessTransport, what: str, peer: int | None):
+        self._transport, self._what, self._peer = transport, what, peer
+
+    def __enter__(self) -> None:
+        self._transport._waiting(self._what, self._peer)
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        self._transport._waiting(None, None)
+        if isinstance(error, RuntimeError):
+            if self._transport.aborted.is_set():
+                raise Aborted from error
+            raise ConnectionLostError(self._what, self._peer, error) from error

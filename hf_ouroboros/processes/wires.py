@@ -1,0 +1,118 @@
+"""Wires: tensors between the stages of one replica, from process to process, without anybody waiting to send.
+
+A *channel* is ("hidden" | "gradient", receiving stage); its messages arrive in the order in which they were sent. A
+receive is posted into fresh memory before the message is needed: autograd may have saved an earlier buffer, and a write
+from outside would not bump its version counter.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .grid import ProcessGrid
+
+DIRECTIONS = ("hidden", "gradient")
+
+
+@dataclass(frozen=True)
+class HiddenSpec:
+    """What a stage puts out: [batch, time, *tail] of a dtype."""
+
+    tail: tuple[int, ...]
+    dtype: torch.dtype
+
+    def shape(self, batch: Mapping[str, Any]) -> tuple[int, ...]:
+        """Shape of the hidden state of a micro-batch."""
+        return (*batch["input_ids"].shape, *self.tail)
+
+
+class Posted:
+    """A receive that was posted: `wait()` gives the tensor."""
+
+    def __init__(self, work: dist.Work, tensor: torch.Tensor):
+        self._work = work
+        self._tensor = tensor
+
+    def wait(self) -> torch.Tensor:
+        """The tensor, once it is there (on an accelerator: once the current stream may use it)."""
+        self._work.wait()
+        return self._tensor
+
+
+class Wires:
+    """The channels of this process; created by all processes at the same point.
+
+    Args:
+        grid: the processes.
+        placement: device index of every stage.
+    """
+
+    def __init__(self, grid: ProcessGrid, placement: Sequence[int]):
+        self._grid = grid
+        self._placement = placement
+        self._sending: deque[tuple[dist.Work, torch.Tensor]] = deque()
+        self._groups: dict[tuple[str, int], tuple[dist.ProcessGroup, int]] = {}
+        channels = [
+            (direction, stage)
+            for direction in DIRECTIONS
+            for stage in range(len(placement))
+            if 0 <= self.source(direction, stage) < len(placement) and not self.is_local(direction, stage)
+        ]
+        if grid.tensor_backend == "gloo":
+            group = grid.world_group()  # tags tell the channels apart
+            self._groups = {channel: (group, tag) for tag, channel in enumerate(channels)}
+            self._created = [group]
+            return
+        # NCCL knows no tags and runs what a communicator is given one after another: a receive that waits would hold up a
+        # send to the same process. So every channel has a communicator, and with it a stream, of its own.
+        self._created = []
+        for replica in range(grid.replicas):
+            for direction, stage in channels:
+                ends = {
+                    grid.rank_of(placement[stage], replica),
+                    grid.rank_of(placement[self.source(direction, stage)], replica),
+                }
+                group = dist.new_group(sorted(ends), timeout=grid.timeout, backend=grid.tensor_backend)
+                if grid.rank in ends:
+                    self._groups[direction, stage] = group, 0
+                    self._created.append(group)
+
+    @staticmethod
+    def source(direction: str, stage: int) -> int:
+        """The stage that sends to this one."""
+        return stage - 1 if direction == "hidden" else stage + 1
+
+    def is_local(self, direction: str, stage: int) -> bool:
+        """Whether both ends are stages of one device."""
+        return self._placement[stage] == self._placement[self.source(direction, stage)]
+
+    def peer(self, direction: str, stage: int) -> int:
+        """Rank of the process that sends to this stage."""
+        return self._grid.rank_of(self._placement[self.source(direction, stage)])
+
+    def send(self, direction: str, stage: int, tensor: torch.Tensor) -> None:
+        """Starts to send a tensor to a stage of another process; it must not be written to any more."""
+        while self._sending and self._sending[0][0].is_completed():
+            self._sending.popleft()
+        group, tag = self._groups[direction, stage]
+        tensor = tensor.contiguous()
+        target = self._grid.rank_of(self._placement[stage])
+        self._sending.append((dist.isend(tensor, target, group=group, tag=tag), tensor))
+
+    def post(self, direction: str, stage: int, shape: Sequence[int], dtype: torch.dtype) -> Posted:
+        """Starts to receive the next tensor of a channel."""
+        group, tag = self._groups[direction, stage]
+        tensor = torch.empty(tuple(shape), dtype=dtype, device=self._grid.device)
+        return Posted(dist.irecv(tensor, self.peer(direction, stage), group=group, tag=tag), tensor)
+
+    def close(self) -> None:
+        """Lets go of the groups; messages on their way are lost."""
+        self._sending.clear()
+        self._groups.clear()
+        self._created.clear()

@@ -1,0 +1,69 @@
+"""The engine over processes against the oracle: bit for bit for one replica, to rounding for several."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from engine_runs import reference_result, run_all
+from helpers import Case, differences
+
+SCHEDULES = ["pipelined", "lockstep", "1f1b"]
+
+
+def check_all(processes: int, runs: list[tuple[Case, str, dict]]) -> None:
+    for found, run in zip(run_all(processes, runs), runs, strict=True):
+        assert differences(reference_result(*run), found) == [], run
+
+
+@pytest.mark.parametrize("stages", [3, 4, 5])
+@pytest.mark.parametrize("tied", [True, False])
+def test_equals_the_reference(stages: int, tied: bool) -> None:
+    processes = stages - tied
+    if processes == 5:
+        pytest.skip("untied K=5 runs on four processes below")
+    variants = [
+        Case(stages, tied=tied),
+        Case(stages, updates=(2, 2, 3, 1), tied=tied, dropout=0.1, padded=True, clip=0.5),
+        Case(stages, updates=(1, 4, 4, 2), tied=tied, optimizer="sgd", warmup=1, recompute=True, dropout=0.1),
+    ]
+    check_all(processes, [(case, schedule, {}) for case in variants for schedule in SCHEDULES])
+
+
+def test_stages_that_share_a_device() -> None:
+    """Five untied stages on four processes, and on two: neighbours hand over within a process."""
+    cases = [Case(5, updates=(2,) * 4, tied=False, devices=devices) for devices in (4, 2)]
+    check_all(4, [(cases[0], schedule, {}) for schedule in SCHEDULES])
+    check_all(2, [(cases[1], schedule, {}) for schedule in SCHEDULES])
+
+
+def test_global_clipping_and_the_papers_tied_gradient() -> None:
+    cases = [
+        (Case(4, updates=(2,) * 4, clip=0.3, scope="global"), "lockstep", {}),
+        (Case(4, updates=(2,) * 4, clip=0.3, scope="global"), "1f1b", {}),
+        (Case(4, updates=(2,) * 4, tied_gradient="paper", dropout=0.1), "lockstep", {}),
+    ]
+    check_all(3, cases)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_looking_changes_nothing(schedule: str) -> None:
+    looks = {0: "synchronize", 2: "norm", 3: "settle", 4: "state"}
+    check_all(2, [(Case(updates=(2,) * 6, dropout=0.1), schedule, looks)])
+
+
+@pytest.mark.parametrize("stages", [3, 4])
+def test_replicas_equal_the_reference_on_the_doubled_batch(stages: int) -> None:
+    if stages == 4:
+        case = Case(4, updates=(2, 1, 2), devices=2, tied=False, padded=True, clip=0.5, optimizer="sgd")
+    else:
+        case = Case(3, updates=(2, 1, 2, 2), clip=0.5, optimizer="sgd")
+    runs = [(case, schedule, {1: "state"}) for schedule in SCHEDULES]
+    for found, run in zip(run_all(4, runs, replicas=2), runs, strict=True):
+        expected = reference_result(*run)
+        # The replicas' halves are summed in another order than the rows of one batch. (SGD, because Adam would blow up the
+        # rounding of gradients that are zero by symmetry, such as those of key biases.)
+        torch.testing.assert_close(found["weights"], expected["weights"], rtol=1e-4, atol=1e-6)
+        assert found["ticks"] == expected["ticks"]
+        assert all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(found["losses"], expected["losses"], strict=True))
