@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +14,7 @@ from transformers import TrainingArguments
 from .engine.schedule import SCHEDULES
 from .engine.settings import EngineSettings
 from .errors import UnsupportedOptionError
+from .processes.launch import check_launch, check_started, launched_processes
 
 # option -> (is it on?, what to do instead)
 _REFUSED: dict[str, tuple[Any, str]] = {
@@ -58,7 +58,7 @@ class OuroborosArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "Devices in worker order, e.g. cuda:0 cuda:1 or cpu:0 cpu:1 (threads). Default: all visible "
-            "accelerators, else cpu:0 cpu:1.",
+            "accelerators, else cpu:0 cpu:1. Under a launch of several processes, each process is a device.",
         },
     )
     device_map: str = field(
@@ -73,7 +73,8 @@ class OuroborosArguments(TrainingArguments):
         metadata={"help": 'Bytes of parameters per device, e.g. \'{"0": "10GB"}\'; a dict, or JSON.'},
     )
     data_parallel_replicas: int = field(
-        default=1, metadata={"help": "Data-parallel replicas R of the pipeline; only 1 in one process."}
+        default=1,
+        metadata={"help": "Data-parallel replicas R of the pipeline; N processes are R replicas of N/R devices each."},
     )
     tied_gradient: str = field(
         default="joint",
@@ -110,8 +111,11 @@ class OuroborosArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        self._check_processes()  # before TrainingArguments opens a process group
+        check_launch()
+        if launched_processes() > 1 and not torch.accelerator.is_available():
+            self.use_cpu = True  # otherwise accelerate would not connect the processes
         super().__post_init__()
+        check_started(self.world_size)
         self._check_options()
         self._check_combinations()
         if isinstance(self.device_map, dict):  # loggers write arguments as JSON
@@ -152,6 +156,8 @@ class OuroborosArguments(TrainingArguments):
     @property
     def device_names(self) -> list[str]:
         """The devices in worker order."""
+        if self.world_size > 1:
+            return [f"{self.device.type}:{i}" for i in range(self.world_size // self.data_parallel_replicas)]
         if self.devices:
             return list(self.devices)
         accelerator = None if self.use_cpu else torch.accelerator.current_accelerator(check_available=True)
@@ -172,8 +178,8 @@ class OuroborosArguments(TrainingArguments):
             autocast_dtype=torch.bfloat16 if self.bf16 else None,
             recompute=self.recompute,
             # The reference computes on one device, but with the threads that each of the devices would have:
-            # kernels may sum in another order with another number of threads.
-            threads=max(1, torch.get_num_threads() // num_workers) if on_cpu else None,
+            # kernels may sum in another order with another number of threads. A process of several has its own share.
+            threads=max(1, torch.get_num_threads() // (1 if self.world_size > 1 else num_workers)) if on_cpu else None,
             micro_batches=self.gradient_accumulation_steps,
         )
 
@@ -196,22 +202,19 @@ class OuroborosArguments(TrainingArguments):
                 "another optimizer, e.g. adamw_torch"
             )
 
-    def _check_processes(self) -> None:
-        processes = int(os.environ.get("WORLD_SIZE", 1))
-        if processes > 1:
-            raise UnsupportedOptionError(
-                f"WORLD_SIZE={processes}: this version runs all devices from one process, one thread per device; start "
-                "the script once (python script.py, or accelerate launch --num_processes 1 script.py)"
-            )
-
     def _check_combinations(self) -> None:
         for name in ("schedule", "tied_gradient", "clip_scope", "delay_compensation"):
             value, allowed = getattr(self, name), self.__dataclass_fields__[name].metadata["choices"]
             if value not in allowed:
                 raise UnsupportedOptionError(f"{name}={value!r} is unknown; use one of {', '.join(allowed)}")
-        if self.data_parallel_replicas != 1:
+        if self.data_parallel_replicas < 1 or self.world_size % self.data_parallel_replicas:
             raise UnsupportedOptionError(
-                f"data_parallel_replicas={self.data_parallel_replicas}: one process runs one replica; use 1"
+                f"data_parallel_replicas={self.data_parallel_replicas} does not divide the {self.world_size} process(es) of "
+                "this run; N processes are R replicas of N/R devices, e.g. torchrun --nproc_per_node 4 with 2 replicas"
+            )
+        if self.world_size > 1 and self.schedule == "reference":
+            raise UnsupportedOptionError(
+                "schedule='reference' is one device by definition; start it as one process (python script.py)"
             )
         if self.num_stages is not None and self.num_stages < 1:
             raise UnsupportedOptionError(f"num_stages={self.num_stages} must be at least 1")
@@ -234,7 +237,7 @@ class OuroborosArguments(TrainingArguments):
         self._check_devices()
 
     def _check_devices(self) -> None:
-        if self.devices is None:
+        if self.devices is None or self.world_size > 1:
             return
         if not self.devices or len(set(self.devices)) < len(self.devices):
             raise UnsupportedOptionError(f"devices={self.devices} must be different names, e.g. cpu:0 cpu:1")

@@ -7,13 +7,16 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .engine.state import RunState
+from .engine.state import RunState, check_format
 from .errors import CheckpointError
 
 STATE_TENSORS = "ouroboros_state.safetensors"
@@ -21,24 +24,91 @@ STATE_META = "ouroboros_state.json"
 _STAGING = ".saving-"
 
 
+@dataclass(frozen=True)
+class StatePart:
+    """A file with pending gradients, as the manifest knows it.
+
+    Args:
+        file: its name.
+        replica: whose gradients they are.
+        sha256: its checksum.
+        meta: `RunState.meta()` of the process that wrote it.
+    """
+
+    file: str
+    replica: int
+    sha256: str
+    meta: dict[str, Any]
+
+
 def save_run_state(directory: str | Path, state: RunState) -> None:
     """Writes the run state, and a manifest of the checkpoint's files, into a checkpoint that is otherwise complete."""
-    directory = Path(directory)
+    write_manifest(directory, [save_state_part(directory, state)], replicas=1)
+
+
+def save_state_part(directory: str | Path, state: RunState, replica: int = 0, device: int | None = None) -> StatePart:
+    """Writes the pending gradients that a process holds.
+
+    Args:
+        directory: the checkpoint.
+        state: of this process.
+        replica: which replica's gradients these are.
+        device: which device's, where the state is spread over several files.
+    """
+    name = STATE_TENSORS if device is None else f"ouroboros_state-replica{replica}-device{device}.safetensors"
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors().items()}
-    save_file(tensors, directory / STATE_TENSORS)
+    save_file(tensors, Path(directory) / name)
+    return StatePart(name, replica, _sha256(Path(directory) / name), state.meta())
+
+
+def write_manifest(directory: str | Path, parts: Sequence[StatePart], replicas: int) -> None:
+    """Writes what makes a checkpoint complete, last of all: clocks, and the sizes of its files.
+
+    Args:
+        directory: the checkpoint, with all other files in it.
+        parts: of all processes.
+        replicas: R.
+    """
+    directory = Path(directory)
     sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if path.is_file()}
-    meta = {**state.meta(), "sha256": _sha256(directory / STATE_TENSORS), "files": sizes}
+    ticks = {stage: entries for part in parts for stage, entries in part.meta["pending_ticks"].items()}
+    listed = [{"file": part.file, "replica": part.replica, "sha256": part.sha256} for part in parts]
+    meta = {**parts[0].meta, "pending_ticks": ticks, "replicas": replicas, "parts": listed, "files": sizes}
     (directory / STATE_META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
 
-def load_run_state(directory: str | Path) -> RunState:
+def load_run_state(
+    directory: str | Path, stages: Collection[int] | None = None, replica: int = 0, replicas: int = 1
+) -> RunState:
     """Reads the run state of a checkpoint.
+
+    Args:
+        directory: the checkpoint.
+        stages: whose pending gradients to read; None for all.
+        replica: which replica this process belongs to.
+        replicas: R of this run. If the checkpoint was written with another R, every replica gets the mean of the
+            gradients of its replicas: the update that they make is the same.
 
     Raises:
         CheckpointError: no such state (a model alone, or another trainer's checkpoint), or files that are missing,
             cut off, or changed.
     """
     directory = Path(directory)
+    meta = _load_manifest(directory)
+    own = [part for part in meta["parts"] if meta["replicas"] != replicas or part["replica"] == replica]
+    ticks = {s: entries for s, entries in meta["pending_ticks"].items() if stages is None or int(s) in stages}
+    tensors: dict[str, torch.Tensor] = {}
+    for part in own:
+        for name, tensor in _load_part(directory, part).items():
+            if name.split(".")[1] in ticks:
+                tensors[name] = tensors[name] + tensor if name in tensors else tensor
+    if meta["replicas"] != replicas:
+        tensors = {name: tensor / meta["replicas"] for name, tensor in tensors.items()}
+    return RunState.from_parts({**meta, "pending_ticks": ticks}, tensors)
+
+
+def _load_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest, once all files have been found as it says."""
     if not directory.is_dir():
         raise CheckpointError(f"checkpoint {directory} does not exist, or is not a directory")
     try:
@@ -52,6 +122,7 @@ def load_run_state(directory: str | Path) -> RunState:
         ) from None
     except ValueError as error:
         raise CheckpointError(f"{directory / STATE_META} is damaged: {error}") from error
+    check_format(meta)
     for name, size in meta.get("files", {}).items():
         found = (directory / name).stat().st_size if (directory / name).is_file() else None
         if found != size:
@@ -60,12 +131,48 @@ def load_run_state(directory: str | Path) -> RunState:
                 + ("is missing" if found is None else f"has {found} bytes instead of {size}")
             )
     try:
-        if _sha256(directory / STATE_TENSORS) != meta.get("sha256"):
-            raise CheckpointError(f"{directory / STATE_TENSORS} is damaged: its checksum differs from {STATE_META}")
-        tensors = load_file(directory / STATE_TENSORS)
+        for part in meta["parts"]:
+            str(part["file"]), int(part["replica"]), str(part["sha256"])
+        int(meta["replicas"]), dict(meta["pending_ticks"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{directory / STATE_META} is damaged: {type(error).__name__}: {error}") from error
+    return meta
+
+
+def _load_part(directory: Path, part: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    path = directory / part["file"]
+    try:
+        if _sha256(path) != part["sha256"]:
+            raise CheckpointError(f"{path} is damaged: its checksum differs from {STATE_META}")
+        return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{directory / STATE_TENSORS} can't be read: {error}") from error
-    return RunState.from_parts(meta, tensors)
+        raise CheckpointError(f"{path} can't be read: {error}") from error
+
+
+@contextlib.contextmanager
+def offering_earlier(checkpoint: str | Path) -> Iterator[None]:
+    """Adds to the error about a damaged checkpoint which earlier one beside it is complete."""
+    try:
+        yield
+    except CheckpointError as error:
+        path = Path(checkpoint)
+        for step, sibling in sorted(_numbered(path.parent), reverse=True):
+            if sibling != path and (not _numbered_as(path) or step < _numbered_as(path)):
+                with contextlib.suppress(CheckpointError):
+                    load_run_state(sibling)
+                    raise CheckpointError(
+                        f"{error}. The checkpoint before it is complete: resume_from_checkpoint={str(sibling)!r}"
+                    ) from error
+        raise
+
+
+def _numbered(directory: Path) -> list[tuple[int, Path]]:
+    return [(_numbered_as(path), path) for path in directory.glob("checkpoint-*") if _numbered_as(path)]
+
+
+def _numbered_as(path: Path) -> int:
+    number = path.name.removeprefix("checkpoint-")
+    return int(number) if number.isdigit() else 0
 
 
 @contextlib.contextmanager

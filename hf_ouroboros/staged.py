@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutput
 
+from .errors import EngineError
 from .partition import Partition, compose
+from .processes.relay import Relay
 
 
 class LogitsModel(nn.Module):
@@ -42,10 +45,12 @@ class StagedModel(nn.Module):
     Args:
         partition: the split model.
         autocast_dtype: dtype of mixed precision; None for none.
+        relay: passes batches through the stages of other processes; None where all stages are here.
     """
 
-    def __init__(self, partition: Partition, autocast_dtype: torch.dtype | None):
+    def __init__(self, partition: Partition, autocast_dtype: torch.dtype | None, relay: Relay | None = None):
         super().__init__()
+        self.relay = relay
         self.stages = nn.ModuleList(partition.stages)
         self.config = partition.model.config
         self._partition = (partition,)  # in a tuple: the complete model must not be registered as a submodule
@@ -64,10 +69,16 @@ class StagedModel(nn.Module):
 
     def forward(self, **inputs: Any) -> CausalLMOutput:
         """Runs all stages in turn; the pipeline has to be synchronized."""
-        kind = next(self.parameters()).device.type
-        with torch.autocast(kind, dtype=self._autocast_dtype, enabled=self._autocast_dtype is not None):
-            logits = compose(self._partition[0], inputs)
+        with self.forward_scope():
+            logits = compose(self.stages, inputs) if self.relay is None else self.relay.run(inputs)
         return causal_lm_output(logits.float(), inputs)
+
+    @contextmanager
+    def forward_scope(self) -> Iterator[None]:
+        """Mixed precision, as in training."""
+        kind = next(p for stage in self.stages for p in stage.parameters() if not p.is_meta).device.type
+        with torch.autocast(kind, dtype=self._autocast_dtype, enabled=self._autocast_dtype is not None):
+            yield
 
 
 def causal_lm_output(logits: torch.Tensor, inputs: Mapping[str, Any]) -> CausalLMOutput:
@@ -83,6 +94,20 @@ def causal_lm_output(logits: torch.Tensor, inputs: Mapping[str, Any]) -> CausalL
         shift_labels=inputs.get("shift_labels"),
     )
     return CausalLMOutput(loss=loss, logits=logits)
+
+
+def refuse_forward(model: PreTrainedModel) -> None:
+    """Makes calls of a model whose other parts are in other processes (generate, for example) a named error."""
+
+    def refuse(module: nn.Module, *inputs: Any) -> None:
+        raise EngineError(
+            f"this process holds only its own stages of the {type(model).__name__}, which can't run by itself (forward, "
+            "generate). Use trainer.evaluate() or trainer.predict(); or trainer.save_model() in all processes and load "
+            "the result with from_pretrained"
+        )
+
+    if not any(hook.__qualname__ == refuse.__qualname__ for hook in model._forward_pre_hooks.values()):
+        model.register_forward_pre_hook(refuse)
 
 
 class StagedOptimizer(torch.optim.Optimizer):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,25 +15,26 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import (
-    PREFIX_CHECKPOINT_DIR,
-    EvalLoopOutput,
-    EvalPrediction,
-    TrainOutput,
-    rotate_checkpoints,
-)
+from transformers.trainer_utils import EvalPrediction, TrainOutput
 
 from .arguments import OuroborosArguments
-from .checkpoint import appearing_whole, load_run_state, save_run_state
 from .engine.engine import Engine
 from .engine.optimizers import check_optimizer
-from .engine.state import RunState
+from .hooks.batches import BatchHooks
+from .hooks.checkpoints import CheckpointHooks
+from .hooks.evaluation import EvaluationHooks
 from .hub.facts import TAG, collect_facts
 from .ledger import LossLedger
-from .partition import Partition, StagePlan, split_model, torch_device
+from .partition import Home, Partition, StagePlan, split_model, torch_device
+from .processes import ProcessGrid
+from .processes.engine import ProcessEngine
+from .processes.files import together
+from .processes.probe import hidden_specs
+from .processes.relay import Relay
+from .processes.watch import Watch
 from .reference import Reference
 from .simulate.timeline import Timeline
-from .staged import LogitsModel, StagedModel, StagedOptimizer
+from .staged import LogitsModel, StagedModel, StagedOptimizer, refuse_forward
 
 
 class LossContext(NamedTuple):
@@ -41,7 +44,7 @@ class LossContext(NamedTuple):
     accumulation_steps: int
 
 
-class OuroborosTrainer(Trainer):
+class OuroborosTrainer(BatchHooks, EvaluationHooks, CheckpointHooks, Trainer):
     """A `Trainer` that splits the model into stages and trains them with delayed gradients, all devices busy.
 
     Same signature as `transformers.Trainer`. A plain `TrainingArguments` is taken with the defaults of
@@ -80,10 +83,12 @@ class OuroborosTrainer(Trainer):
         self._partition: Partition | None = None
         self._staged: StagedModel | None = None
         self._ledger = LossLedger()
-        self._eval_sums: list[tuple[float, float]] | None = None
-        self._staging_dir: str | None = None
-        self._save_due = False
-        self._resumed_state: RunState | None = None
+        self._grid = _grid_of(args)
+        self._watch: Watch | None = None
+        self._phase: str | None = None
+        if self._grid is not None:
+            self._control_group, self._row_group = self._grid.world_group(), self._grid.row_group()
+            self._watch = Watch(self._grid, self._control_group, self._doing)
         if model is not None:
             self._split(model, args)
         if optimizers[0] is not None:
@@ -122,9 +127,15 @@ class OuroborosTrainer(Trainer):
             args.max_memory,
             delayed=args.schedule != "1f1b",
             colocate=args.schedule == "reference",
+            home=None if self._grid is None else Home(self._grid.device_index, self._grid.device),
         )
-        settings = args.engine_settings(self.stage_plan.num_workers)
-        self._staged = StagedModel(self._partition, settings.autocast_dtype)
+        dtype = args.engine_settings(self.stage_plan.num_workers).autocast_dtype
+        relay = None
+        if self._grid is not None:
+            self._specs = hidden_specs(self._partition, self._grid, self._row_group, dtype)
+            relay = Relay(self._partition, self._grid, self._specs)
+            refuse_forward(model)
+        self._staged = StagedModel(self._partition, dtype, relay)
         # Without it, Trainer counts one label too many per row of GPT-2 and the loss comes out too small.
         model.loss_type = "ForCausalLM"
         if hasattr(model, "add_model_tags"):
@@ -152,21 +163,54 @@ class OuroborosTrainer(Trainer):
             WorkerError: a device's worker failed; names device, instruction, stage and tick.
             CheckpointError: the checkpoint can't be resumed exactly.
         """
-        try:
-            output = super().train(
-                resume_from_checkpoint=resume_from_checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval
-            )
-            self._make_model_usable()
+        with self._guarded("training"):
+            try:
+                output = super().train(
+                    resume_from_checkpoint=resume_from_checkpoint,
+                    trial=trial,
+                    ignore_keys_for_eval=ignore_keys_for_eval,
+                )
+                self._make_model_usable()
+            finally:
+                self.is_in_train = False
+                if self.engine is not None:
+                    self.engine.close()
+                if self._grid is None:
+                    self._write_timeline()
+            if self._grid is not None:
+                self._write_timeline()
             return output
+
+    @contextmanager
+    def _guarded(self, phase: str) -> Iterator[None]:
+        """Names what is going on to those who watch; the failure of another process becomes a named error here."""
+        before, self._phase = self._phase, phase
+        try:
+            with contextlib.nullcontext() if self._watch is None else self._watch.guard():
+                yield
         finally:
-            self.is_in_train = False
-            if self.engine is not None:
-                self.engine.close()
-            if self.timeline is not None:
-                self.timeline.write(self.args.timeline)
+            self._phase = before
+
+    def _doing(self) -> tuple[str, int | None]:
+        if self._phase == "training" and isinstance(self.engine, ProcessEngine) and not self.engine.closed:
+            return self.engine.doing()
+        return self._phase or "between training and evaluation", None
+
+    def _write_timeline(self) -> None:
+        if self.timeline is None:
+            return
+        if self._grid is not None:
+            events = together(self._grid, self._control_group, self.timeline.events)
+            self.timeline = Timeline(self.timeline.num_devices, self.timeline.device_names)
+            for event in (e for rank in self._grid.row(0) for e in events[rank]):
+                self.timeline.record(event)
+        if self.is_world_process_zero():
+            self.timeline.write(self.args.timeline)
 
     def _make_model_usable(self) -> None:
         """Lets `trainer.model` run by itself where its parts stay on several accelerators, as device_map="auto" does."""
+        if self._grid is not None:
+            return
         device_map = self.stage_plan.device_map()
         if len({torch_device(name) for name in device_map.values()}) > 1 and not hasattr(self.model, "hf_device_map"):
             dispatch_model(self.model, {name: torch_device(device) for name, device in device_map.items()})
@@ -200,9 +244,12 @@ class OuroborosTrainer(Trainer):
             self.engine.close()
         plan = self.stage_plan
         self.timeline = Timeline(len(plan.devices), list(plan.devices)) if self.args.timeline else None
-        kind = Reference if self.args.schedule == "reference" else Engine
         settings = self.args.engine_settings(plan.num_workers)
-        self.engine = kind(self._partition, staged.optimizer, self._stage_loss, settings, self.timeline)
+        common = self._partition, staged.optimizer, self._stage_loss, settings, self.timeline
+        if self._grid is not None:
+            self.engine = ProcessEngine(*common, self._grid, self._specs, self._watch.check)
+        else:
+            self.engine = Reference(*common) if self.args.schedule == "reference" else Engine(*common)
         staged.engine = self.engine
         self._ledger = LossLedger()
         self._save_due = False
@@ -242,15 +289,6 @@ class OuroborosTrainer(Trainer):
             total += loss
         return total
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
-        """Number of target tokens of an update: labels after the shift that are not -100."""
-        if not batch_samples or "labels" not in batch_samples[0]:
-            return None
-        targets = [
-            batch["shift_labels"] if "shift_labels" in batch else batch["labels"][..., 1:] for batch in batch_samples
-        ]
-        return sum(target.ne(-100).sum() for target in targets).to(device)
-
     def _clip_grad_norm(self, model: nn.Module) -> None:
         """Nothing: the workers clip."""
 
@@ -288,100 +326,6 @@ class OuroborosTrainer(Trainer):
             else:
                 logs["loss"] = mean
         super().log(logs, start_time)
-
-    # ---- evaluation ----
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """As in Trainer, at a synchronized pipeline; the loss is the mean over target tokens, not over batches."""
-        self.synchronize()
-        self._eval_sums = []
-        try:
-            output = super().evaluation_loop(*args, **kwargs)
-            sums, prefix = self._eval_sums, kwargs.get("metric_key_prefix", "eval")
-        finally:
-            self._eval_sums = None
-        tokens = sum(count for _, count in sums)
-        if tokens and f"{prefix}_loss" in output.metrics:
-            output.metrics[f"{prefix}_loss"] = sum(loss * count for loss, count in sums if count) / tokens
-        return output
-
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
-        """As in Trainer; remembers how many tokens the batch's loss stands for."""
-        count = self._get_num_items_in_batch([inputs], self.args.device)
-        result = super().prediction_step(model, inputs, *args, **kwargs)
-        # A custom loss need not be a mean over tokens; then Trainer's mean over rows stays.
-        stock = self.compute_loss_func is None and type(self).compute_loss is Trainer.compute_loss
-        if stock and self._eval_sums is not None and count is not None and result[0] is not None:
-            if torch.isfinite(result[0]) or not self.args.logging_nan_inf_filter:
-                self._eval_sums.append((result[0].item(), count.item()))
-        return result
-
-    # ---- checkpoints ----
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.engine.update_open:
-            # Asked for within an update (a just-in-time checkpoint): Trainer saves as soon as the update is closed.
-            self._save_due = True
-            return
-        state = None if self.args.save_only_model else self.engine.state_dict()
-        run_dir = super()._get_output_dir(trial)
-        folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        try:
-            with appearing_whole(run_dir) as staging:
-                self._staging_dir = str(staging)
-                super()._save_checkpoint(model, trial)
-                self._staging_dir = None
-                self._name_best_checkpoint(run_dir)
-                self.state.save_to_json(os.path.join(staging, folder, "trainer_state.json"))
-                if state is not None:
-                    save_run_state(staging / folder, state)
-        finally:
-            self._staging_dir = None
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(os.path.join(run_dir, folder))
-        rotate_checkpoints(
-            output_dir=run_dir,
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-            use_mtime=True,
-        )
-
-    def _get_output_dir(self, trial: Any) -> str:
-        """The run's directory; while a checkpoint is being written, the directory where it is put together."""
-        return self._staging_dir or super()._get_output_dir(trial)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """As in Trainer, but not while the checkpoint is still being put together."""
-        if self._staging_dir is None:
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def _name_best_checkpoint(self, run_dir: str) -> None:
-        """The best checkpoint by its final name: Trainer only saw the directory it was put together in."""
-        best = getattr(self.state, "best_global_step", None)
-        if best:
-            path = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{best}")
-            if os.path.exists(path) or best == self.state.global_step:
-                self.state.best_model_checkpoint = path
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self.engine.load_state_dict(self._resumed_state)
-            self._resumed_state = None
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._partition.model is not self.model:
-            self._split(self.model, self.args)
-        settings = self.args.engine_settings(self.stage_plan.num_workers)
-        # Refuse before anything is loaded over; the engine takes the state once it is there.
-        self._resumed_state = load_run_state(resume_from_checkpoint)
-        self._resumed_state.check(self._partition, settings)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the complete model as `Trainer.save_model` does, after all stages have finished."""
-        self.synchronize()
-        super().save_model(output_dir, _internal_call)
 
     # ---- the Hub ----
 
@@ -421,3 +365,11 @@ class OuroborosTrainer(Trainer):
         path = Path(self.args.output_dir) / "README.md"
         path.parent.mkdir(parents=True, exist_ok=True)
         build_card(known).save(path)
+
+
+def _grid_of(args: OuroborosArguments) -> ProcessGrid | None:
+    """The processes of this run; None where there is only one."""
+    if args.world_size == 1:
+        return None
+    timeout = timedelta(seconds=args.ddp_timeout)
+    return ProcessGrid(args.process_index, args.world_size, args.data_parallel_replicas, args.device, timeout)

@@ -65,7 +65,7 @@ def test_non_contiguous_and_half_precision_gradients(tmp_path: Path) -> None:
     assert found.dtype == torch.bfloat16 and torch.equal(found, gradient)
 
 
-META_GARBAGE = ["", "{", "null", "[]", "3", "{}", '{"format": 1}', "\x00\x01", '{"format": 1, "files": {"x": 3}}']
+META_GARBAGE = ["", "{", "null", "[]", "3", "{}", '{"format": 2}', "\x00\x01", '{"format": 2, "files": {"x": 3}}']
 
 
 @pytest.mark.parametrize("text", META_GARBAGE)
@@ -85,7 +85,8 @@ def test_meta_file_that_is_not_text(tmp_path: Path) -> None:
 
 WRONG_META: dict[str, Any] = {
     "format": 99,
-    "sha256": "0" * 64,
+    "parts": [{"file": STATE_TENSORS, "replica": 0, "sha256": "0" * 64}],
+    "replicas": None,
     "pending_ticks": {"0": [3, 4], "1": [4]},
     "num_stages": None,
 }
@@ -335,9 +336,9 @@ def test_killed_while_saving(tmp_path: Path, uninterrupted: dict[str, Any], wher
 @pytest.mark.parametrize("where", ["save_run_state", "rotate_checkpoints"])
 def test_error_while_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """A full disk, say: the error comes out, earlier checkpoints stay, nothing is left over."""
-    import hf_ouroboros.trainer
+    import hf_ouroboros.hooks.checkpoints
 
-    original, calls = getattr(hf_ouroboros.trainer, where), []
+    original, calls = getattr(hf_ouroboros.hooks.checkpoints, where), []
 
     def failing(*args: Any, **kwargs: Any) -> None:
         calls.append(args)
@@ -345,7 +346,7 @@ def test_error_while_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whe
             raise OSError(28, "No space left on device")
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(hf_ouroboros.trainer, where, failing)
+    monkeypatch.setattr(hf_ouroboros.hooks.checkpoints, where, failing)
     with pytest.raises(OSError, match="No space left"):
         trained(tmp_path, save_strategy="steps", save_steps=1)
     assert whole(tmp_path) == [f"checkpoint-{step}" for step in range(1, 3 if where == "save_run_state" else 4)]

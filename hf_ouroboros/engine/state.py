@@ -12,7 +12,7 @@ from ..errors import CheckpointError
 from ..partition import Partition
 from .settings import EngineSettings
 
-FORMAT = 1
+FORMAT = 2
 Pending = dict[int, dict[int, dict[str, torch.Tensor]]]
 """{stage: {tick: {parameter name: gradient}}}: gradients that are known but not applied yet."""
 
@@ -64,10 +64,7 @@ class RunState:
         """
         if not isinstance(meta, Mapping):
             raise CheckpointError(f"Ouroboros state is damaged: {type(meta).__name__} instead of a mapping")
-        if meta.get("format") != FORMAT:
-            raise CheckpointError(
-                f"Ouroboros state has format {meta.get('format')!r}, this version reads format {FORMAT}"
-            )
+        check_format(meta)
         try:
             pending: Pending = {
                 int(stage): {int(tick): {} for tick in ticks} for stage, ticks in meta["pending_ticks"].items()
@@ -137,3 +134,13 @@ class RunState:
                         f"the checkpoint has no pending gradient of {min(missing)!r} at tick {tick}, which stage {stage} "
                         "of this run trains; the file is incomplete, or resume with the same device_map and frozen layers"
                     )
+
+
+def check_format(meta: Mapping[str, Any]) -> None:
+    """Refuses a state that another version wrote.
+
+    Raises:
+        CheckpointError: not a state of this format.
+    """
+    if meta.get("format") != FORMAT:
+        raise CheckpointError(f"Ouroboros state has format {meta.get('format')!r}, this version reads format {FORMAT}")

@@ -112,7 +112,7 @@ class Worker(threading.Thread):
         self._pacing_stage = pacing_stage
         self._events = events
         self._timeline = timeline
-        self._instruction: Instruction | None = None
+        self.instruction: Instruction | None = None
         self._work: dict[int, dict[int, Work]] = {stage: {} for stage in runners}
         self._hyperparameters: dict[int, dict[int, Hyperparameters]] = {stage: {} for stage in runners}
         self._norms: dict[int, torch.Tensor | None] = {}
@@ -131,13 +131,13 @@ class Worker(threading.Thread):
             for instruction in self._program(self._slots()):
                 if self._transport.aborted.is_set():
                     raise Aborted
-                self._instruction = instruction
+                self.instruction = instruction
                 self._execute(instruction)
-                self._instruction = None
+                self.instruction = None
         except Aborted:
             pass
         except BaseException as error:
-            failure = WorkerError(self.device_name, str(self._instruction) if self._instruction else None, error)
+            failure = WorkerError(self.device_name, str(self.instruction) if self.instruction else None, error)
             failure.__cause__ = error
             self._events.put(failure)
             self._transport.abort()

@@ -11,13 +11,28 @@ from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import DeviceMapError, UnsupportedModelError
+from ..errors import DeviceMapError
 from .device_map import parse_device_map, plan_stages
 from .families import Family, find_family
 from .mapping import check_module_names
+from .ownership import Owned, release_foreign
 from .plan import StagePlan, StageRow, torch_device
+from .self_check import compare_logits, sample_logits
 from .stages import Stage
-from .units import Unit
+from .units import StageSpan, Unit
+
+
+@dataclass(frozen=True)
+class Home:
+    """The one device of a plan that this process runs, where every device has a process of its own.
+
+    Args:
+        device_index: its index in the plan.
+        device: the torch device behind it.
+    """
+
+    device_index: int
+    device: torch.device
 
 
 @dataclass(frozen=True)
@@ -26,15 +41,21 @@ class Partition:
 
     Args:
         model: the complete model; its parameters are the stages' parameters.
-        stages: K stages in order, each on its device.
+        stages: K stages in order, each on its device; those of other processes are on the meta device.
         plan: what is where.
         tied_name: full name of the matrix that stage 0 owns and the last stage uses too; None where there is none.
+        home: what this process runs; None for everything.
     """
 
     model: PreTrainedModel
     stages: tuple[Stage, ...]
     plan: StagePlan
     tied_name: str | None
+    home: Home | None = None
+
+    def is_here(self, stage: int) -> bool:
+        """Whether this process runs a stage."""
+        return self.home is None or self.plan.placement[stage] == self.home.device_index
 
     def owned(self, stage: int) -> dict[str, nn.Parameter]:
         """The parameters that belong to a stage, by their name in the model, in the model's order."""
@@ -90,6 +111,7 @@ def split_model(
     delayed: bool = True,
     colocate: bool = False,
     check: bool = True,
+    home: Home | None = None,
 ) -> Partition:
     """Splits a model into stages and puts each on its device.
 
@@ -101,14 +123,16 @@ def split_model(
         max_memory: parameter bytes per device.
         delayed: whether the schedule delays gradients (for the plan's delay column).
         colocate: split as for all devices, but put every stage on the first one (for `schedule="reference"`).
-        check: compare the composed stages' logits with the model's.
+        check: compare the composed stages' logits with the model's, where the model is complete.
+        home: what this process runs; the parameters of all other stages go to the meta device. None for everything.
 
     Raises:
         UnsupportedModelError: unknown architecture, or stages that don't reproduce the model's logits.
         DeviceMapError: see `plan_stages`.
     """
     family = find_family(model)
-    if any(p.is_meta for p in model.parameters()):
+    complete = not any(p.is_meta for p in model.parameters())
+    if home is None and not complete:
         raise DeviceMapError("the model has parameters on the meta device (offloaded or not loaded); load its weights")
     dispatched = getattr(model, "hf_device_map", None)
     if device_map == "auto" and dispatched and len(set(map(str, dispatched.values()))) > 1:
@@ -119,18 +143,37 @@ def split_model(
     if isinstance(device_map, Mapping):
         check_module_names(device_map, model)
     spans = plan_stages(device_map, units, devices, tied_name is not None, num_stages, max_memory)
-    num_workers = len({span.device for span in spans})
+    used = sorted({span.device for span in spans})
+    num_workers = len(used)
+    if home is not None and num_workers < len(devices):
+        raise DeviceMapError(
+            f"the device map uses {num_workers} of {len(devices)} devices, but every process is a device and needs a "
+            f"stage; start {num_workers} processes per replica, or choose another device_map or num_stages"
+        )
     if colocate:
         spans = [replace(span, device=0) for span in spans]
-    expected = _sample_logits(model, lambda batch: model(**batch, use_cache=False).logits) if check else None
+        used = [0]
+    check = check and complete
+    expected = sample_logits(model, lambda batch: model(**batch, use_cache=False).logits) if check else None
     remove_hook_from_submodules(model)
     if dispatched:
         del model.hf_device_map
-    stages = tuple(Stage(model, family, units, span, len(spans)) for span in spans)
-    used = sorted({span.device for span in spans})
+
+    def build() -> tuple[Stage, ...]:
+        return tuple(Stage(model, family, units, span, len(spans)).eval() for span in spans)
+
+    stages = build()
+    if home is not None:
+        if check:  # while the weights of all stages are there
+            compare_logits(expected, sample_logits(model, lambda batch: compose(stages, batch)), model)
+        release_foreign(model, ownership(units, spans, home.device_index))
+        stages = build()
     for stage, span in zip(stages, spans, strict=True):
-        _place(stage, torch_device(devices[span.device]))
-        stage.eval()
+        if home is None:
+            _place(stage, torch_device(devices[span.device]))
+        elif span.device == home.device_index:
+            _check_loaded(stage, model)
+            _place(stage, home.device)
     tied = model.get_parameter(tied_name) if tied_name else None
     rows = []
     for span, stage in zip(spans, stages, strict=True):
@@ -148,26 +191,47 @@ def split_model(
             )
         )
     plan = StagePlan(tuple(rows), tuple(devices[d] for d in used), tied is not None, num_workers)
-    partition = Partition(model, stages, plan, tied_name)
-    if expected is not None:
-        _compare(expected, _sample_logits(model, lambda batch: compose(partition, batch)), model)
+    if check and home is None:
+        compare_logits(expected, sample_logits(model, lambda batch: compose(stages, batch)), model)
     for stage in stages:
         stage.train(model.training)
-    return partition
+    return Partition(model, stages, plan, tied_name, home)
 
 
-def compose(partition: Partition, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def ownership(units: Sequence[Unit], spans: Sequence[StageSpan], device_index: int) -> Owned:
+    """Tells for a parameter's name whether it belongs to a stage on a device."""
+    modules = [
+        f"{name}."
+        for span in spans
+        if span.device == device_index
+        for unit in units[span.start : span.stop]
+        for name in unit.modules
+    ]
+    return lambda name: any(name.startswith(module) for module in modules)
+
+
+def _check_loaded(stage: Stage, model: PreTrainedModel) -> None:
+    for name, parameter in stage.named_parameters():
+        if parameter.is_meta:
+            raise DeviceMapError(
+                f"{name} of this {type(model).__name__} has no values, but stage {stage.index}, which needs it, is this "
+                "process's; load the model with the same devices, device_map and num_stages as it is trained with"
+            )
+
+
+def compose(stages: Sequence[Stage], batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Runs all stages in turn, as the unsplit model would, moving the batch and hidden state along.
 
     Args:
+        stages: all of them, with weights.
         batch: what the family takes, e.g. `input_ids` [batch, time].
 
     Returns:
         Logits [batch, time, vocabulary] on the last stage's device.
     """
     hidden = None
-    for stage, row in zip(partition.stages, partition.plan.rows, strict=True):
-        device = torch_device(row.device)
+    for stage in stages:
+        device = next(stage.parameters()).device
         hidden = stage(select(stage.family, batch, device), hidden if hidden is None else hidden.to(device))
     return hidden
 
@@ -189,33 +253,3 @@ def _place(stage: Stage, device: torch.device) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device != device:
                 module._buffers[name] = buffer.to(device)
-
-
-@torch.no_grad()
-def _sample_logits(model: PreTrainedModel, run: Any) -> torch.Tensor:
-    """Logits of a small fixed batch whose second row is padded, in evaluation mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    length = min(16, getattr(model.config, "max_position_embeddings", 16))
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (2, length), generator=generator)
-    mask = torch.ones_like(ids)
-    mask[1, length // 2 + 1 :] = 0
-    device = model.get_input_embeddings().weight.device
-    try:
-        model.eval()
-        logits = run({"input_ids": ids.to(device), "attention_mask": mask.to(device)})
-        return logits.float().cpu()[mask.bool()]
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def _compare(expected: torch.Tensor, found: torch.Tensor, model: PreTrainedModel) -> None:
-    # The stages run the same kernels; only another device or a half-precision rounding may differ.
-    eps = torch.finfo(next(model.parameters()).dtype).eps
-    error = (expected - found).abs().max().item()
-    if not error <= 1e3 * eps * (1 + expected.abs().max().item()):
-        raise UnsupportedModelError(
-            f"the stages of this {type(model).__name__} don't compute what the model computes: logits differ by "
-            f"{error:.3g}. Its forward probably does more than its family expects; please report the configuration"
-        )

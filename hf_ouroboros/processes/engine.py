@@ -29,7 +29,7 @@ class ProcessEngine(Engine):
     Args:
         grid: the processes.
         specs: what each stage but the last puts out.
-        waiting: see `ProcessTransport`.
+        check: raises if another process is known to have failed; called while this one waits.
     """
 
     def __init__(
@@ -41,12 +41,14 @@ class ProcessEngine(Engine):
         timeline: Timeline | None,
         grid: ProcessGrid,
         specs: Sequence[HiddenSpec],
-        waiting: Callable[[str | None, int | None], None] = lambda what, peer: None,
+        check: Callable[[], None] = lambda: None,
     ):
         plan = partition.plan
         self._grid = grid
+        self._check_others = check
+        self._waits: tuple[str | None, int | None] = None, None
         self._reports = Reports(grid, plan.placement)
-        self._transport = ProcessTransport(grid, plan.placement, specs, waiting)
+        self._transport = ProcessTransport(grid, plan.placement, specs, self._wait_for)
         self._last_stage_here = plan.placement[-1] == grid.device_index
         self._open: tuple[list[int], int] = [], 0  # ticks of the open update, fingerprint of its micro-batches
         self._unreported: dict[int, tuple[list[int], int]] = {}
@@ -105,7 +107,21 @@ class ProcessEngine(Engine):
             super().close(timeout)
             self._transport.close()
 
+    def doing(self) -> tuple[str, int | None]:
+        """What this process's worker is doing, and the rank that it waits for, if it waits for one."""
+        what, peer = self._waits
+        if what is not None:
+            return f"waiting for {what}", peer
+        instruction = self._workers[0].instruction
+        return ("waiting for its next micro-batch" if instruction is None else f"at {instruction}"), None
+
     # ---- inside ----
+
+    def _wait_for(self, what: str | None, peer: int | None) -> None:
+        self._waits = what, peer
+
+    def _still_waiting(self) -> None:
+        self._check_others()
 
     def _take(self, event: Any) -> None:
         match event:

@@ -39,7 +39,7 @@ def split(model: GPT2LMHeadModel, stages: int, **kwargs: Any) -> Partition:
 def assert_same_logits(model: GPT2LMHeadModel, partition: Partition, batch: dict[str, torch.Tensor]) -> None:
     """The stages run the same kernels on the same values, so the logits are equal to the last bit."""
     inputs = {k: v for k, v in batch.items() if k != "labels"}
-    assert torch.equal(compose(partition, batch), model(**inputs, use_cache=False).logits)
+    assert torch.equal(compose(partition.stages, batch), model(**inputs, use_cache=False).logits)
 
 
 # ---- parameters ----
@@ -154,8 +154,8 @@ def test_packed_sequences_do_not_see_each_other() -> None:
     packed = torch.cat([first, second], 1)
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]] * 2)
     with torch.no_grad():
-        together = compose(partition, {"input_ids": packed, "position_ids": positions})[:, 4:]
-        alone = compose(partition, {"input_ids": second})
+        together = compose(partition.stages, {"input_ids": packed, "position_ids": positions})[:, 4:]
+        alone = compose(partition.stages, {"input_ids": second})
     # Another mask takes another kernel, which sums in another order.
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
 

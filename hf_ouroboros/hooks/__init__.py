@@ -1,0 +1,1 @@
+"""What OuroborosTrainer overrides of Trainer, by topic: batches, evaluation, checkpoints."""

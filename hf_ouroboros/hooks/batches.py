@@ -1,0 +1,44 @@
+"""Batches among processes: who gets which, what counts how often."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from ..processes import ProcessGrid
+from ..processes.accelerator import ReplicaAccelerator
+
+
+class BatchHooks(Trainer):
+    """Makes Trainer share batches within a replica, shard them among replicas, and count everything once."""
+
+    _grid: ProcessGrid | None
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in Trainer; where devices are processes, data and metrics follow the replicas."""
+        super().create_accelerator_and_postprocess()
+        if self._grid is not None:
+            self.accelerator = ReplicaAccelerator.over(self.accelerator, self._grid)
+            self.gather_function = self.accelerator.gather_for_metrics
+
+    def get_tp_size(self) -> int:
+        """How many processes share a batch: Trainer divides its count of processes by this."""
+        return 1 if self._grid is None else self._grid.num_devices
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
+        """Number of target tokens of an update over all replicas: labels after the shift that are not -100."""
+        if not batch_samples or "labels" not in batch_samples[0]:
+            return None
+        targets = [
+            batch["shift_labels"] if "shift_labels" in batch else batch["labels"][..., 1:] for batch in batch_samples
+        ]
+        count = sum(target.ne(-100).sum() for target in targets).to(device)
+        if self._grid is not None and self._grid.replicas > 1 and self.args.average_tokens_across_devices:
+            return self.accelerator.gather(count).sum()
+        return count
+
+    def floating_point_ops(self, inputs: dict[str, torch.Tensor | Any]) -> int:
+        """This process's share of the operations of a batch; Trainer sums over processes."""
+        return super().floating_point_ops(inputs) / self.get_tp_size()

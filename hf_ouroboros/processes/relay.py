@@ -1,0 +1,117 @@
+"""Relay: forward passes for evaluation through the stages of several processes, all of them busy.
+
+The process with the first stage runs it for some batches ahead; every other process takes them up one after the other.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from ..partition import Partition, select
+from .grid import ProcessGrid
+from .wires import HiddenSpec, Wires
+
+
+class Relay:
+    """The stages of this process, with what comes before and after them; created by all processes at the same point.
+
+    Args:
+        partition: the split model.
+        grid: the processes.
+        specs: what each stage but the last puts out.
+    """
+
+    def __init__(self, partition: Partition, grid: ProcessGrid, specs: Sequence[HiddenSpec]):
+        placement = partition.plan.placement
+        self._partition = partition
+        self._grid = grid
+        self._specs = specs
+        self._wires = Wires(grid, placement)
+        self._own = [k for k, device in enumerate(placement) if device == grid.device_index]
+        self._begun: deque[torch.Tensor | None] = deque()
+        self._kept: torch.Tensor | None = None
+        self.has_logits = placement[-1] == grid.device_index
+        self.depth = grid.num_devices
+
+    def run(self, batch: Mapping[str, Any]) -> torch.Tensor | None:
+        """Passes a batch through the stages of this process; all processes of the replica do so, in the same order.
+
+        Args:
+            batch: what the family takes, e.g. `input_ids` [batch, time].
+
+        Returns:
+            Logits [batch, time, vocabulary] where the last stage is, None elsewhere.
+        """
+        if not self._begun:
+            self.begin(batch)
+        hidden = self._begun.popleft()
+        for stage in self._own:
+            if stage > 0:
+                hidden = self._stage(stage, batch, hidden)
+        return hidden if self.has_logits else None
+
+    def begin(self, batch: Mapping[str, Any]) -> None:
+        """Runs the first stage, where it is here, for a batch that `run` will be called with later."""
+        self._begun.append(self._stage(0, batch, None) if self._own[0] == 0 else None)
+
+    def _stage(self, stage: int, batch: Mapping[str, Any], hidden: torch.Tensor | None) -> torch.Tensor | None:
+        module = self._partition.stages[stage]
+        if stage > 0 and not self._wires.is_local("hidden", stage):
+            spec = self._specs[stage - 1]
+            hidden = self._wires.post("hidden", stage, spec.shape(batch), spec.dtype).wait()
+        output = module(select(module.family, batch, self._grid.device), hidden)
+        if not module.is_last and not self._wires.is_local("hidden", stage + 1):
+            self._wires.send("hidden", stage + 1, output)
+            return None
+        return output
+
+    def close(self) -> None:
+        """Forgets batches that were begun."""
+        self._begun.clear()
+
+
+class AheadLoader:
+    """A data loader whose batches have been begun before they come out.
+
+    Args:
+        loader: the data loader.
+        relay: begins the batches.
+        accelerator: told how many rows of the last batch count.
+        scope: entered around the forwards that are run ahead.
+    """
+
+    def __init__(self, loader: DataLoader, relay: Relay, accelerator: Any, scope: Any):
+        self._loader, self._relay, self._accelerator, self._scope = loader, relay, accelerator, scope
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        state = self._accelerator.gradient_state
+        waiting: deque[tuple[Any, int | None]] = deque()
+        self._relay.close()
+        try:
+            for batch in self._loader:
+                # Known while the loader stands at the batch, which comes out only later.
+                rows = state.remainder if state.end_of_dataloader and state.remainder > 0 else None
+                with self._scope():
+                    self._relay.begin(batch)
+                waiting.append((batch, rows))
+                if len(waiting) > self._relay.depth:
+                    yield self._next(waiting)
+            while waiting:
+                yield self._next(waiting)
+        finally:
+            self._accelerator.rows_left = None
+
+    def _next(self, waiting: deque[tuple[Any, int | None]]) -> Any:
+        batch, self._accelerator.rows_left = waiting.popleft()
+        return batch

@@ -1,0 +1,245 @@
+"""Watch: every process posts what it is doing on a common board; a failure of one becomes a named error in all.
+
+A process that raises writes its error on the board. One that is killed stops posting, and its connections break. One that
+hangs is found by what its neighbours wait for. Whoever finds out first writes it down, so that all say the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from ..errors import ConnectionLostError, RankFailedError
+from .grid import ProcessGrid
+
+INTERVAL = 0.5
+"""Seconds between two looks at the board."""
+GRACE = 10.0
+"""Seconds that a process gets to end by itself, with a traceback, before it is ended."""
+_FAILURE = "failure"
+_BROKEN_CONNECTION = re.compile(
+    "connection|broken pipe|timed? ?out|gloo|nccl|socket|store|remote end", re.IGNORECASE | re.ASCII
+)
+
+
+class Watch:
+    """One process's part; created by all processes at the same point.
+
+    Args:
+        grid: the processes.
+        group: of all processes.
+        doing: tells what this process is doing: (text, rank that it waits for or None).
+    """
+
+    def __init__(self, grid: ProcessGrid, group: dist.ProcessGroup, doing: Callable[[], tuple[str, int | None]]):
+        self._grid = grid
+        self._group = group
+        self._doing = doing
+        self._store = self._open_store()
+        self._armed = threading.Event()
+        self._raised = threading.Event()
+        self._seen: dict[int, tuple[str, float]] = {}  # rank -> (what was posted, when it last changed)
+        self._posts = 0
+        self.failure: RankFailedError | None = None
+
+    def _open_store(self) -> dist.TCPStore:
+        """A store of our own, on the main process: the launcher's may go away in the very moment it is needed."""
+        message: list[Any] = [None]
+        timeout = timedelta(seconds=min(60.0, self._grid.timeout.total_seconds()))
+        if self._grid.rank == 0:
+            host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+            store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+            message = [(host, store.port)]
+        dist.broadcast_object_list(message, 0)
+        if self._grid.rank:
+            store = dist.TCPStore(*message[0], is_master=False, wait_for_workers=False, timeout=timeout)
+        return store
+
+    # ---- called by the trainer ----
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Watches over what is inside; entered by all processes at the same point, and left together.
+
+        Raises:
+            RankFailedError: another process failed.
+        """
+        if self._armed.is_set():  # inside of another one
+            yield
+            return
+        self._seen.clear()
+        self._raised.clear()
+        self._armed.set()
+        thread = threading.Thread(target=self._run, name="ouroboros watch", daemon=True)
+        thread.start()
+        try:
+            yield
+            dist.barrier(self._group)
+        except BaseException as error:
+            cause = self._explain(error)
+            if cause is error:
+                raise
+            raise cause from error
+        finally:
+            self._armed.clear()
+            thread.join(2 * INTERVAL + 1)
+
+    def check(self) -> None:
+        """Raises what another process has posted as the failure of the run."""
+        if self.failure is not None:
+            raise self.failure
+
+    def _explain(self, error: BaseException) -> BaseException:
+        """What to raise instead of an error of this process: the failure of another one, if that is the cause.
+
+        The error is posted, so that the other processes name it, too.
+        """
+        self._raised.set()
+        if self._is_foreign(error):
+            self.failure = self.failure or self._find_culprit(error)
+            error = self.failure
+        else:
+            self._post_failure({"rank": self._grid.rank, "text": self._account(self._grid.rank, _describe(error))})
+        self._linger()
+        return error
+
+    # ---- finding out ----
+
+    def _is_foreign(self, error: BaseException | None) -> bool:
+        while error is not None:
+            if isinstance(error, (ConnectionLostError, RankFailedError)):
+                return True
+            if isinstance(error, RuntimeError) and "torch" in str(type(error)) + _origin(error):
+                if _BROKEN_CONNECTION.search(str(error)):
+                    return True
+            error = error.__cause__
+        return False
+
+    def _find_culprit(self, error: BaseException) -> RankFailedError:
+        """Who is to blame for a connection that broke: the poster of a failure, else whoever has gone silent."""
+        deadline = time.monotonic() + 4 * INTERVAL + 1.0
+        while time.monotonic() < deadline:
+            try:
+                self._look()
+            except RuntimeError:
+                break
+            if self.failure is not None:
+                return self.failure
+            time.sleep(INTERVAL / 2)
+        now = time.monotonic()
+        # The board is on rank 0: if nobody answers there, it is rank 0 that is gone.
+        silent = [rank for rank, (_, when) in self._seen.items() if now - when > 3 * INTERVAL]
+        try:
+            self._store.check([_FAILURE])
+        except RuntimeError:
+            silent = [0]
+        culprit = silent[0] if silent else self._blocking_rank()
+        text = "is gone (killed, or its connection broke)" if silent else "does not answer"
+        self._post_failure({"rank": culprit, "text": self._account(culprit, f"{text}. {_describe(error)}")})
+        return self.failure or RankFailedError(self._account(culprit, f"{text}. {_describe(error)}"))
+
+    def _blocking_rank(self) -> int | None:
+        """Of the living processes, one that waits for nobody: it is the one that all others wait for."""
+        idle = []
+        for rank, (post, _) in self._seen.items():
+            entry = json.loads(post)
+            if entry["waits_for"] is None and "all devices" not in entry["doing"]:
+                idle.append((entry["since"], rank))
+        return min(idle)[1] if idle else None
+
+    def _account(self, rank: int | None, what: str) -> str:
+        if rank is None:
+            return f"a process of this run {what}"
+        grid = self._grid
+        place = f"rank {rank} (replica {rank // grid.num_devices}, device {rank % grid.num_devices})"
+        post = self._doing()[0] if rank == grid.rank else None
+        if rank in self._seen and rank != grid.rank:
+            post = json.loads(self._seen[rank][0])["doing"]
+        return f"{place} {what}" + (f". It was last seen {post}" if post else "")
+
+    # ---- the board ----
+
+    def _run(self) -> None:
+        while self._armed.is_set():
+            try:
+                self._post()
+                self._look()
+                self._look_for_silence()
+            except RuntimeError as error:  # the board, that is rank 0, is gone
+                if not self._armed.is_set():
+                    return
+                self.failure = self.failure or RankFailedError(
+                    self._account(0, f"is gone (killed, or its connection broke). {_describe(error)}")
+                )
+            if self.failure is not None:
+                self._end_if_stuck()
+                return
+            time.sleep(INTERVAL)
+
+    def _post(self) -> None:
+        doing, waits_for = self._doing()
+        self._posts += 1
+        entry = {"post": self._posts, "doing": doing, "waits_for": waits_for, "since": time.time()}
+        self._store.set(f"rank {self._grid.rank}", json.dumps(entry))
+
+    def _look(self) -> None:
+        if self.failure is None and self._store.check([_FAILURE]):
+            found = json.loads(self._store.get(_FAILURE))
+            if found["rank"] != self._grid.rank:
+                self.failure = RankFailedError(found["text"])
+        for rank in range(self._grid.world_size):
+            key = f"rank {rank}"
+            if rank != self._grid.rank and self._store.check([key]):
+                post = self._store.get(key).decode()
+                if self._seen.get(rank, ("", 0.0))[0] != post:
+                    self._seen[rank] = post, time.monotonic()
+
+    def _look_for_silence(self) -> None:
+        limit = self._grid.timeout.total_seconds()
+        for rank, (_, when) in self._seen.items():
+            if time.monotonic() - when > limit:
+                text = self._account(rank, f"has not been heard of for {limit:.0f} s (ddp_timeout)")
+                self._post_failure({"rank": rank, "text": text})
+                self.failure = self.failure or RankFailedError(text)
+
+    def _post_failure(self, failure: dict[str, Any]) -> None:
+        """Writes a failure down, unless another one is there: then that one counts."""
+        try:
+            kept = json.loads(self._store.compare_set(_FAILURE, "", json.dumps(failure)))
+        except (RuntimeError, ValueError):
+            return
+        if kept["rank"] != self._grid.rank:
+            self.failure = RankFailedError(kept["text"])
+
+    def _linger(self) -> None:
+        """The board stays until the others have read it."""
+        if self._grid.rank == 0:
+            time.sleep(3 * INTERVAL)
+
+    def _end_if_stuck(self) -> None:
+        """Ends a process whose main thread waits, in a library, for something that will never come."""
+        if not self._raised.wait(GRACE) and self._armed.is_set():
+            print(f"hf_ouroboros, rank {self._grid.rank}: {self.failure}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def _origin(error: BaseException) -> str:
+    """File of the innermost Python frame of an error: torch's communication raises plain RuntimeErrors."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return "" if trace is None else trace.tb_frame.f_code.co_filename

@@ -1,0 +1,79 @@
+"""A run of OuroborosTrainer over several processes, and its result put together as if it were one."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from rig import in_processes
+from trainer_helpers import complete_optimizer, copied, ouroboros, tiny_model
+
+from hf_ouroboros import OuroborosTrainer
+
+
+def held(trainer: OuroborosTrainer) -> dict[str, Any]:
+    """Weights and optimizer state in this process, and what it has logged."""
+    optimizer = complete_optimizer(trainer)
+    names = {id(p): n for n, p in trainer.model.named_parameters()}
+    return {
+        "weights": {n: p.detach().clone() for n, p in trainer.model.named_parameters() if not p.is_meta},
+        "optimizer": {names[id(p)]: copied(state) for p, state in optimizer.state.items()},
+        "groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
+        "scheduler": trainer.lr_scheduler.state_dict(),
+        "log": [without_times(entry) for entry in trainer.state.log_history],
+        "flos": trainer.state.total_flos,
+        "tokens": trainer.state.num_input_tokens_seen,
+        "step": trainer.state.global_step,
+    }
+
+
+def without_times(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Metrics that do not depend on the clock."""
+    return {k: v for k, v in metrics.items() if not k.endswith(("_runtime", "_per_second"))}
+
+
+def train_part(rank: int, folder: str, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One process's part in some runs, one after the other: {options, model, trainer, resume}."""
+    results = []
+    for run in runs:
+        with contextlib.redirect_stdout(io.StringIO()):
+            trainer = made(folder, run)
+            trainer.train(resume_from_checkpoint=run.get("resume"))
+        results.append(held(trainer))
+    return results
+
+
+def made(folder: str, run: dict[str, Any]) -> OuroborosTrainer:
+    """The trainer of a run."""
+    given = {"model": tiny_model(**run.get("model", {}))} | run.get("trainer", {})
+    return ouroboros(Path(folder) / run.get("name", "out"), given, **run.get("options", {}))
+
+
+def whole(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The processes' results as one; all must agree on what they all know, replicas on their weights."""
+    merged: dict[str, Any] = {**parts[0], "weights": {}, "optimizer": {}}
+    for part in parts:
+        for key in ("log", "flos", "tokens", "step", "scheduler", "groups"):
+            assert part[key] == parts[0][key], (key, part[key], parts[0][key])
+        for key in ("weights", "optimizer"):
+            for name, value in part[key].items():
+                if torch.is_tensor(value) and name in merged[key]:
+                    assert torch.equal(merged[key][name], value), name
+                merged[key][name] = value
+    return merged
+
+
+def run_all(folder: Path, processes: int, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Results of runs over processes."""
+    parts = in_processes(processes, train_part, str(folder), runs)
+    return [whole([part[i] for part in parts]) for i in range(len(runs))]
+
+
+def run_here(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """The same in this process, with threads or as the reference."""
+    trainer = made(str(folder), run)
+    trainer.train(resume_from_checkpoint=run.get("resume"))
+    return held(trainer)
