@@ -15,6 +15,7 @@ class BatchHooks(Trainer):
     """Makes Trainer share batches within a replica, shard them among replicas, and count everything once."""
 
     _grid: ProcessGrid | None
+    _eval_sums: list[tuple[float, float]] | None
 
     def create_accelerator_and_postprocess(self) -> None:
         """As in Trainer; where devices are processes, data and metrics follow the replicas."""
@@ -35,9 +36,12 @@ class BatchHooks(Trainer):
             batch["shift_labels"] if "shift_labels" in batch else batch["labels"][..., 1:] for batch in batch_samples
         ]
         count = sum(target.ne(-100).sum() for target in targets).to(device)
-        if self._grid is not None and self._grid.replicas > 1 and self.args.average_tokens_across_devices:
-            return self.accelerator.gather(count).sum()
-        return count
+        if self._grid is None or self._grid.replicas == 1 or not self.args.average_tokens_across_devices:
+            return count
+        if self._eval_sums is not None:
+            # Trainer multiplies what it divided by this by R; a batch of an evaluation stands for itself.
+            return count * self._grid.replicas
+        return self.accelerator.gather(count).sum()
 
     def floating_point_ops(self, inputs: dict[str, torch.Tensor | Any]) -> int:
         """This process's share of the operations of a batch; Trainer sums over processes."""

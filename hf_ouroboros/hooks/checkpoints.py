@@ -143,7 +143,7 @@ class CheckpointHooks(Trainer):
             super()._save(str(directory), state_dict={})
             for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
                 (directory / name).unlink(missing_ok=True)
-        save_weights(self.model, directory, self._grid, self._control_group, write_config=False)
+        save_weights(self.model, directory, self._grid, self._control_group)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._grid is None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -22,6 +23,7 @@ from ..errors import CheckpointError
 from .grid import ProcessGrid
 
 PIECE_BYTES = 64 * 2**20
+SHARD_SIZE = "5GB"
 OPTIMIZER_PARTS = "optimizer-*-of-*.pt"
 
 
@@ -81,26 +83,22 @@ def _receive(path: Path, size: int, rank: int, group: dist.ProcessGroup) -> None
 # ---- weights ----
 
 
-def save_weights(
-    model: PreTrainedModel, directory: Path, grid: ProcessGrid, group: dist.ProcessGroup, write_config: bool = True
-) -> None:
-    """Writes the model in Hub format: every device of the first replica its parameters, the main process the index.
+def save_weights(model: PreTrainedModel, directory: Path, grid: ProcessGrid, group: dist.ProcessGroup) -> None:
+    """Writes a model's weights in Hub format: each device of the first replica its shards, the main process the index.
 
     Args:
         model: what this process does not hold is on the meta device.
         directory: exists in the main process.
         grid: the processes.
         group: of all processes.
-        write_config: whether the main process writes the configuration, too.
     """
     own: list[str] = []
     weight_map: dict[str, str] = {}
     part = directory / f".part-{grid.device_index}"
     if grid.replica == 0:
         directory.mkdir(parents=True, exist_ok=True)
-        # The library knows how a model's names and tied weights are saved; it gets those that are here.
-        held = {name: value for name, value in model.state_dict().items() if not value.is_meta}
-        model.save_pretrained(part, state_dict=held)
+        part.mkdir(parents=True, exist_ok=True)
+        save_torch_state_dict(_held(model), part, max_shard_size=SHARD_SIZE, metadata={"format": "pt"})
         own = sorted(path.name for path in part.glob("*.safetensors"))
         for file in own:
             with safe_open(part / file, "pt") as opened:
@@ -118,9 +116,6 @@ def save_weights(
     for file in own:
         (part / file).rename(directory / final[grid.rank, file])
     if grid.replica == 0:
-        if grid.rank == 0 and write_config:
-            for path in part.glob("*config*.json"):
-                path.rename(directory / path.name)
         shutil.rmtree(part)
     bring_home(directory, [final[grid.rank, file] for file in own], grid, group)
     if grid.rank == 0 and len(files) > 1:
@@ -144,8 +139,7 @@ def load_weights(model: PreTrainedModel, directory: str | Path) -> None:
             files = sorted(set(index["weight_map"].values()))
         else:
             files = [SAFE_WEIGHTS_NAME]
-        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-        wanted = {n: v for n, v in model.state_dict(keep_vars=True).items() if not v.is_meta and n not in tied}
+        wanted = _held(model)
         with torch.no_grad():
             for file in files:
                 with safe_open(directory / file, "pt") as opened:
@@ -155,6 +149,12 @@ def load_weights(model: PreTrainedModel, directory: str | Path) -> None:
         raise CheckpointError(f"the model in {directory} can't be read: {error}") from error
     if wanted:
         raise CheckpointError(f"the model in {directory} has no {min(wanted)!r}; it belongs to another model")
+
+
+def _held(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Parameters and buffers that a checkpoint has and this process holds; a tied matrix under one name."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    return {name: value for name, value in model.state_dict().items() if not value.is_meta and name not in tied}
 
 
 # ---- optimizer ----

@@ -69,7 +69,8 @@ def _main(rank: int, world_size: int, store: str, sender: Any, target: Callable,
     faulthandler.enable()
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", GLOO_SOCKET_IFNAME="lo")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1")
+    os.environ.update(LOCAL_WORLD_SIZE=str(world_size))
     try:
         dist.init_process_group(
             "gloo", f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)

@@ -1,16 +1,123 @@
-"""OuroborosTrainer over processes: the reference's numbers, and everything logged once."""
+"""OuroborosTrainer over processes: the reference's numbers, metrics of the whole, and checkpoints that cross over."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
-from trainer_helpers import differing, split_options
-from trainer_runs import run_all, run_here
+import numpy
+import pytest
+import torch
+from rig import in_processes
+from trainer_helpers import Rows, differing, split_options
+from trainer_runs import accuracy, most_likely, run_all, run_here, train_part, whole
+from transformers import AutoModelForCausalLM
+
+EVALUATED = {
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "accuracy",
+    "per_device_eval_batch_size": 3,
+    "include_num_input_tokens_seen": "all",
+    "save_total_limit": 3,
+    "learning_rate": 3e-2,
+}
+METRICS = {"compute_metrics": accuracy, "preprocess_logits_for_metrics": most_likely}
+
+
+def assert_equal(expected: dict[str, Any], found: dict[str, Any], *keys: str) -> None:
+    for key in keys or ("weights", "optimizer", "groups", "scheduler", "step", "flos", "tokens"):
+        assert differing(expected[key], found[key]) == [], key
+
+
+def evaluations(result: dict[str, Any]) -> list[dict[str, Any]]:
+    return [entry for entry in result["log"] if any(key.startswith("eval_") for key in entry)]
+
+
+def mean_loss(result: dict[str, Any]) -> float:
+    return next(entry["train_loss"] for entry in reversed(result["log"]) if "train_loss" in entry)
 
 
 def test_equals_the_reference(tmp_path: Path) -> None:
     runs = [{"options": {"schedule": s, "num_stages": 3}, "name": s} for s in ("pipelined", "lockstep")]
     expected = run_here(tmp_path, {"options": {"schedule": "reference", **split_options(3, 2)}, "name": "reference"})
     for found in run_all(tmp_path, 2, runs):
-        for key in ("weights", "optimizer", "groups", "step", "flos"):
-            assert differing(expected[key], found[key]) == [], key
+        assert_equal(expected, found)
+        # Trainer adds the losses up in float32, in groups that depend on when they come back.
+        assert math.isclose(mean_loss(found), mean_loss(expected), rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_evaluation_and_best_model(tmp_path: Path, tied: bool) -> None:
+    """Untied, the last stage and the main process are different ones."""
+    run = {"options": EVALUATED, "trainer": METRICS, "model": {"tied": tied}, "predict": 7, "save": True}
+    stages = 2 + tied
+    expected = run_here(tmp_path, {**run, "options": EVALUATED | split_options(stages, 2), "name": "threads"})
+    parts = in_processes(2, train_part, str(tmp_path), [{**run, "name": "processes"}])
+    found = whole([part[0] for part in parts])
+    assert_equal(expected, found)
+    assert evaluations(found) == evaluations(expected) and len(evaluations(found)) == 3
+    assert found["best"] == expected["best"].replace("threads", "processes")
+    assert numpy.array_equal(found["predictions"], expected["predictions"])
+    assert numpy.array_equal(found["labels"], expected["labels"])
+    assert all(part[0]["metrics"] == expected["metrics"] for part in parts)
+    for folder in ("", *(path.name for path in (tmp_path / "threads").glob("checkpoint-*"))):
+        saved = AutoModelForCausalLM.from_pretrained(tmp_path / "processes" / folder).state_dict()
+        assert differing(AutoModelForCausalLM.from_pretrained(tmp_path / "threads" / folder).state_dict(), saved) == []
+    assert len(list((tmp_path / "processes").glob("model-*-of-00002.safetensors"))) == 2
+    assert not list((tmp_path / "processes").rglob(".*"))
+
+
+def test_checkpoints_cross_over(tmp_path: Path) -> None:
+    """A run over processes goes on in threads, and the other way round; in the middle of an epoch, with dropout."""
+    saving = {"save_strategy": "steps", "save_steps": 2, "num_stages": 3}
+    threads = {"options": saving | split_options(3, 2), "name": "threads"}
+    expected = run_here(tmp_path, threads)
+    processes = {"options": saving, "name": "processes"}
+    resumed = {"options": saving, "name": "resumed", "resume": str(tmp_path / "threads" / "checkpoint-2")}
+    again = {"options": saving, "name": "again", "resume": str(tmp_path / "processes" / "checkpoint-4")}
+    for found in run_all(tmp_path, 2, [processes, resumed, again]):
+        assert_equal(expected, found)
+    for step in (2, 4):
+        resume = str(tmp_path / "processes" / f"checkpoint-{step}")
+        assert_equal(expected, run_here(tmp_path, {**threads, "name": f"back-{step}", "resume": resume}))
+
+
+def test_replicas(tmp_path: Path) -> None:
+    """Two replicas of two devices: the numbers of one replica with twice the batch; a resumed run equals itself."""
+    common = {"num_stages": 3, "optim": "sgd", "num_train_epochs": 2, **{k: EVALUATED[k] for k in EVALUATED if "eval" in k}}
+    common |= {"load_best_model_at_end": False, "metric_for_best_model": None, "include_num_input_tokens_seen": "all"}
+    model = {"dropout": 0.0}
+    here = {"options": common | split_options(3, 2) | {"per_device_train_batch_size": 4}, "model": model}
+    expected = run_here(tmp_path, {**here, "trainer": METRICS | {"train_dataset": Rows(16)}, "name": "one", "predict": 7})
+    options = common | {"per_device_train_batch_size": 2, "data_parallel_replicas": 2}
+    two = {"options": options, "model": model, "trainer": METRICS | {"train_dataset": Rows(16)}, "predict": 7}
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    runs = [
+        {**two, "name": "two"},
+        {**two, "options": options | saving | {"optim": "adamw_torch"}, "model": {}, "name": "saved"},
+        {
+            **two,
+            "options": options | saving | {"optim": "adamw_torch"},
+            "model": {},
+            "name": "resumed",
+            "resume": str(tmp_path / "saved" / "checkpoint-2"),
+        },
+    ]
+    found, saved, resumed = run_all(tmp_path, 4, runs)
+    # The replicas' halves are summed in another order than the rows of one batch.
+    torch.testing.assert_close(found["weights"], expected["weights"], rtol=1e-4, atol=1e-6)
+    assert (found["step"], found["tokens"], found["flos"]) == (expected["step"], expected["tokens"], expected["flos"])
+    assert math.isclose(mean_loss(found), mean_loss(expected), rel_tol=1e-5)
+    for a, b in zip(evaluations(found), evaluations(expected), strict=True):
+        assert math.isclose(a["eval_loss"], b["eval_loss"], rel_tol=1e-5) and a["eval_targets"] == b["eval_targets"]
+    assert numpy.array_equal(found["labels"], expected["labels"])
+    assert_equal(saved, resumed)
+    # Half of the replicas go on from there: other micro-batches, but nothing is lost.
+    one = {**two, "options": common | saving | split_options(3, 2) | {"optim": "adamw_torch"}, "model": {}}
+    on = run_here(tmp_path, {**one, "name": "half", "resume": str(tmp_path / "saved" / "checkpoint-2")})
+    assert on["step"] == 4

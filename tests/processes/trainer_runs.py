@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from rig import in_processes
-from trainer_helpers import complete_optimizer, copied, ouroboros, tiny_model
+from trainer_helpers import Rows, complete_optimizer, copied, ouroboros, tiny_model
 
 from hf_ouroboros import OuroborosTrainer
 
@@ -42,8 +42,32 @@ def train_part(rank: int, folder: str, runs: list[dict[str, Any]]) -> list[dict[
         with contextlib.redirect_stdout(io.StringIO()):
             trainer = made(folder, run)
             trainer.train(resume_from_checkpoint=run.get("resume"))
-        results.append(held(trainer))
+        results.append(held(trainer) | after(trainer, run))
     return results
+
+
+def after(trainer: OuroborosTrainer, run: dict[str, Any]) -> dict[str, Any]:
+    """What a run is asked to do when it is trained."""
+    found: dict[str, Any] = {"best": trainer.state.best_model_checkpoint}
+    if "predict" in run:
+        prediction = trainer.predict(Rows(run["predict"], seed=2))
+        found["predictions"], found["labels"] = prediction.predictions, prediction.label_ids
+        found["metrics"] = without_times(prediction.metrics)
+    if run.get("save"):
+        trainer.save_model()
+    return found
+
+
+def most_likely(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Predicted tokens instead of logits."""
+    return logits.argmax(-1)
+
+
+def accuracy(prediction: Any) -> dict[str, float]:
+    """Share of target tokens that were predicted."""
+    targets = prediction.label_ids[:, 1:]
+    hits = prediction.predictions[:, :-1][targets != -100] == targets[targets != -100]
+    return {"accuracy": float(hits.mean()), "targets": int(hits.size)}
 
 
 def made(folder: str, run: dict[str, Any]) -> OuroborosTrainer:
@@ -76,4 +100,4 @@ def run_here(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
     """The same in this process, with threads or as the reference."""
     trainer = made(str(folder), run)
     trainer.train(resume_from_checkpoint=run.get("resume"))
-    return held(trainer)
+    return held(trainer) | after(trainer, run)
