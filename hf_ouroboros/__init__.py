@@ -8,27 +8,35 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AutoStagedModelForCausalLM": "loading",
     "OuroborosArguments": "arguments",
     "OuroborosTrainer": "trainer",
     "Reference": "reference",
     "StagePlan": "partition",
     "split_model": "partition",
     "CheckpointError": "errors",
+    "ConnectionLostError": "errors",
     "DeviceMapError": "errors",
     "EngineError": "errors",
     "OuroborosError": "errors",
+    "ProcessLaunchError": "errors",
+    "RankFailedError": "errors",
     "UnsupportedModelError": "errors",
     "UnsupportedOptionError": "errors",
     "WorkerError": "errors",
 }
 
 __all__ = [
+    "AutoStagedModelForCausalLM",
     "CheckpointError",
+    "ConnectionLostError",
     "DeviceMapError",
     "EngineError",
     "OuroborosArguments",
     "OuroborosError",
     "OuroborosTrainer",
+    "ProcessLaunchError",
+    "RankFailedError",
     "Reference",
     "StagePlan",
     "UnsupportedModelError",
@@ -42,13 +50,17 @@ if TYPE_CHECKING:
     from .arguments import OuroborosArguments
     from .errors import (
         CheckpointError,
+        ConnectionLostError,
         DeviceMapError,
         EngineError,
         OuroborosError,
+        ProcessLaunchError,
+        RankFailedError,
         UnsupportedModelError,
         UnsupportedOptionError,
         WorkerError,
     )
+    from .loading import AutoStagedModelForCausalLM
     from .partition import StagePlan, split_model
     from .reference import Reference
     from .trainer import OuroborosTrainer

@@ -163,6 +163,11 @@ class Reference:
         return self._tick > self._first_tick
 
     closed = False
+    stop_requested = False
+
+    def request_stop(self) -> None:
+        """Asks for the end of the run."""
+        self.stop_requested = True
 
     def synchronize(self) -> None:
         """Nothing is ever in flight."""

@@ -23,6 +23,7 @@ from .engine.optimizers import check_optimizer
 from .hooks.batches import BatchHooks
 from .hooks.checkpoints import CheckpointHooks
 from .hooks.evaluation import EvaluationHooks
+from .hooks.preemption import SaveOnSigterm
 from .hub.facts import TAG, collect_facts
 from .ledger import LossLedger
 from .partition import Home, Partition, StagePlan, split_model, torch_device
@@ -93,6 +94,8 @@ class OuroborosTrainer(BatchHooks, EvaluationHooks, CheckpointHooks, Trainer):
             self._split(model, args)
         if optimizers[0] is not None:
             check_optimizer(optimizers[0], model.parameters() if model is not None else ())
+        # Trainer's own callback would save at once, in the middle of an update, and each process at a step of its own.
+        save_on_sigterm, args.enable_jit_checkpoint = args.enable_jit_checkpoint, False
         super().__init__(
             model=model,
             args=args,
@@ -108,6 +111,9 @@ class OuroborosTrainer(BatchHooks, EvaluationHooks, CheckpointHooks, Trainer):
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
+        args.enable_jit_checkpoint = save_on_sigterm
+        if save_on_sigterm:
+            self.add_callback(SaveOnSigterm(self))
         if model is None:
             self._split(self.model, args)
 
@@ -132,8 +138,9 @@ class OuroborosTrainer(BatchHooks, EvaluationHooks, CheckpointHooks, Trainer):
         dtype = args.engine_settings(self.stage_plan.num_workers).autocast_dtype
         relay = None
         if self._grid is not None:
-            self._specs = hidden_specs(self._partition, self._grid, self._row_group, dtype)
-            relay = Relay(self._partition, self._grid, self._specs)
+            with self._guarded("setting up"):
+                self._specs = hidden_specs(self._partition, self._grid, self._row_group, dtype)
+                relay = Relay(self._partition, self._grid, self._specs)
             refuse_forward(model)
         self._staged = StagedModel(self._partition, dtype, relay)
         # Without it, Trainer counts one label too many per row of GPT-2 and the loss comes out too small.

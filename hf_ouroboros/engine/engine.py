@@ -85,6 +85,7 @@ class Engine:
         self._paused: set[int] = set()
         self._failure: WorkerError | None = None
         self._closed = False
+        self._stop_asked = False
         link = TiedLink(partition.tied_name) if partition.tied_name and num_stages > 1 else None
         self._runners = {
             k: StageRunner(partition, k, site.devices[d], loss_fn, settings, link, site.replica_mean)
@@ -164,6 +165,15 @@ class Engine:
         if self._last_norms is None:
             return None
         return math.sqrt(sum(float(norm) ** 2 for norm in self._last_norms))
+
+    def request_stop(self) -> None:
+        """Asks for the end of the run."""
+        self._stop_asked = True
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether the end of the run was asked for."""
+        return self._stop_asked
 
     @property
     def closed(self) -> bool:

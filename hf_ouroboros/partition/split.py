@@ -166,8 +166,11 @@ def split_model(
     if home is not None:
         if check:  # while the weights of all stages are there
             compare_logits(expected, sample_logits(model, lambda batch: compose(stages, batch)), model)
-        release_foreign(model, ownership(units, spans, home.device_index))
-        stages = build()
+        if replaced := release_foreign(model, ownership(units, spans, home.device_index)):
+            raise DeviceMapError(
+                f"{', '.join(replaced[:3])} can't be released in place: a view, a weak reference or an unfinished backward "
+                "holds them; create the trainer before anything else uses the model's parameters"
+            )
     for stage, span in zip(stages, spans, strict=True):
         if home is None:
             _place(stage, torch_device(devices[span.device]))
@@ -196,6 +199,28 @@ def split_model(
     for stage in stages:
         stage.train(model.training)
     return Partition(model, stages, plan, tied_name, home)
+
+
+def plan_ownership(
+    model: PreTrainedModel,
+    devices: Sequence[str],
+    device_map: Any,
+    num_stages: int | None,
+    max_memory: Mapping[Any, int | str] | None,
+    device_index: int,
+) -> Owned:
+    """Tells which parameters will be on a device when `split_model` splits this model, whose weights it does not need.
+
+    Raises:
+        UnsupportedModelError: unknown architecture.
+        DeviceMapError: see `plan_stages`.
+    """
+    units = model_units(model, find_family(model))
+    device_map = parse_device_map(device_map)
+    if isinstance(device_map, Mapping):
+        check_module_names(device_map, model)
+    tied = tied_parameter_name(model, units) is not None
+    return ownership(units, plan_stages(device_map, units, devices, tied, num_stages, max_memory), device_index)
 
 
 def ownership(units: Sequence[Unit], spans: Sequence[StageSpan], device_index: int) -> Owned:

@@ -54,7 +54,7 @@ class ProcessEngine(Engine):
         self._unreported: dict[int, tuple[list[int], int]] = {}
         self._losses: dict[int, torch.Tensor] = {}
         self._reported_norms: Sequence[float | None] | None = None
-        self._all_reported = False
+        self._all_reported = self._stop_asked = self._stop_heard = False
         mean = GroupMean(grid.column_group()) if grid.replicas > 1 else None
         # The other processes may be K-1 ticks behind or ahead, and this one's main thread waits for theirs now and then:
         # with K+1 micro-batches in stock the worker never runs dry meanwhile. They are token ids; activations are bounded
@@ -107,6 +107,16 @@ class ProcessEngine(Engine):
             super().close(timeout)
             self._transport.close()
 
+    def request_stop(self) -> None:
+        """Tells all processes, with the next reports, that this one asks for the end of the run."""
+        self._stop_asked = True
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether a process asked for the end of the run; becomes true at the same step in all of them."""
+        self._take_reports()
+        return self._stop_heard
+
     def doing(self) -> tuple[str, int | None]:
         """What this process's worker is doing, and the rank that it waits for, if it waits for one."""
         what, peer = self._waits
@@ -134,6 +144,7 @@ class ProcessEngine(Engine):
 
     def _take_reports(self) -> None:
         for report in self._reports.take(math.inf if self._all_reported else self._clock.update):
+            self._stop_heard |= report.stop
             self._reported_norms = report.norms
             self._finished += [
                 FinishedLoss(tick, torch.tensor(loss)) for tick, loss in zip(report.ticks, report.losses, strict=True)
@@ -153,4 +164,4 @@ class ProcessEngine(Engine):
         norms = {k: None if norm is None else float(norm) for k, norm in self._norms.pop(update).items()}
         # The last stage's forwards of the update come before its step.
         losses = [float(self._losses.pop(tick)) for tick in ticks] if self._last_stage_here else []
-        self._reports.send(self._clock.update, ticks, checksum, losses, norms)
+        self._reports.send(self._clock.update, ticks, checksum, losses, norms, self._stop_asked)

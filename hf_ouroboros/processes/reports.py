@@ -29,11 +29,13 @@ class UpdateReport:
         ticks: its micro-batches.
         losses: loss of each of them, the mean over replicas.
         norms: gradient norm of each stage before clipping; None where a stage had no gradient.
+        stop: whether any process asked for the end of the run.
     """
 
     ticks: Sequence[int]
     losses: Sequence[float]
     norms: Sequence[float | None]
+    stop: bool
 
 
 class Reports:
@@ -57,6 +59,7 @@ class Reports:
         fingerprint: int,
         losses: Sequence[float],
         norms: Mapping[int, float | None],
+        stop: bool = False,
     ) -> None:
         """Contributes this process's row about an update.
 
@@ -66,15 +69,14 @@ class Reports:
             fingerprint: of the micro-batches, below 2**32.
             losses: their losses; empty where this process does not have the last stage.
             norms: {stage: gradient norm or None} of this process's stages.
+            stop: whether this process asks for the end of the run.
         """
-        row = torch.zeros(1 + len(ticks) + 2 * len(self._placement), dtype=torch.float64)
-        row[0] = fingerprint
-        for i, loss in enumerate(losses):
-            row[1 + i] = loss
-        for stage, norm in norms.items():
-            if norm is not None:
-                row[1 + len(ticks) + 2 * stage] = 1.0
-                row[2 + len(ticks) + 2 * stage] = norm
+        # fingerprint, stop, a loss per tick, then (is there one?, norm) per stage
+        values = [float(fingerprint), float(stop), *(losses or [0.0] * len(ticks))]
+        for stage in range(len(self._placement)):
+            norm = norms.get(stage)
+            values += [0.0, 0.0] if norm is None else [1.0, norm]
+        row = torch.tensor(values, dtype=torch.float64)
         rows = [torch.empty_like(row) for _ in range(self._grid.world_size)]
         self._on_their_way.append((issued, ticks, dist.all_gather(rows, row, self._group, async_op=True), rows))
 
@@ -97,12 +99,12 @@ class Reports:
                     "a data set or collator that draws random numbers of its own; seed it alike in all processes"
                 )
         last = [rows[rank] for rank in grid.column(self._placement[-1])]
-        losses = [sum(float(row[1 + i]) for row in last) / grid.replicas for i in range(count)]
+        losses = [sum(float(row[2 + i]) for row in last) / grid.replicas for i in range(count)]
         norms: list[float | None] = []
         for stage, device in enumerate(self._placement):
-            present, norm = rows[grid.rank_of(device, 0)][1 + count + 2 * stage :][:2].tolist()
+            present, norm = rows[grid.rank_of(device, 0)][2 + count + 2 * stage :][:2].tolist()
             norms.append(norm if present else None)
-        return UpdateReport(ticks, losses, norms)
+        return UpdateReport(ticks, losses, norms, any(bool(row[1]) for row in rows))
 
 
 def fingerprint(batch: Mapping[str, Any], start: int = 0) -> int:

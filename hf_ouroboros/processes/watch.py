@@ -22,14 +22,13 @@ import torch.distributed as dist
 from ..errors import ConnectionLostError, RankFailedError
 from .grid import ProcessGrid
 
-INTERVAL = 0.5
+INTERVAL = 0.2
 """Seconds between two looks at the board."""
 GRACE = 10.0
 """Seconds that a process gets to end by itself, with a traceback, before it is ended."""
 _FAILURE = "failure"
-_BROKEN_CONNECTION = re.compile(
-    "connection|broken pipe|timed? ?out|gloo|nccl|socket|store|remote end", re.IGNORECASE | re.ASCII
-)
+# torch's communication raises plain RuntimeErrors; these words tell them from others.
+_BROKEN_CONNECTION = re.compile(r"gloo/|NCCL|Connection (closed|reset)|Broken pipe|Socket|TCPStore|Timed out waiting")
 
 
 class Watch:
@@ -50,6 +49,7 @@ class Watch:
         self._raised = threading.Event()
         self._seen: dict[int, tuple[str, float]] = {}  # rank -> (what was posted, when it last changed)
         self._posts = 0
+        self._last: tuple[str, float] = "", 0.0  # what this process is doing, since when
         self.failure: RankFailedError | None = None
 
     def _open_store(self) -> dist.TCPStore:
@@ -119,15 +119,14 @@ class Watch:
         while error is not None:
             if isinstance(error, (ConnectionLostError, RankFailedError)):
                 return True
-            if isinstance(error, RuntimeError) and "torch" in str(type(error)) + _origin(error):
-                if _BROKEN_CONNECTION.search(str(error)):
-                    return True
+            if isinstance(error, RuntimeError) and _BROKEN_CONNECTION.search(str(error)):
+                return True
             error = error.__cause__
         return False
 
     def _find_culprit(self, error: BaseException) -> RankFailedError:
         """Who is to blame for a connection that broke: the poster of a failure, else whoever has gone silent."""
-        deadline = time.monotonic() + 4 * INTERVAL + 1.0
+        deadline = time.monotonic() + 4 * INTERVAL + 0.5
         while time.monotonic() < deadline:
             try:
                 self._look()
@@ -138,7 +137,7 @@ class Watch:
             time.sleep(INTERVAL / 2)
         now = time.monotonic()
         # The board is on rank 0: if nobody answers there, it is rank 0 that is gone.
-        silent = [rank for rank, (_, when) in self._seen.items() if now - when > 3 * INTERVAL]
+        silent = [rank for rank, (_, when) in self._seen.items() if now - when > 4 * INTERVAL]
         try:
             self._store.check([_FAILURE])
         except RuntimeError:
@@ -189,13 +188,15 @@ class Watch:
     def _post(self) -> None:
         doing, waits_for = self._doing()
         self._posts += 1
-        entry = {"post": self._posts, "doing": doing, "waits_for": waits_for, "since": time.time()}
+        if doing != self._last[0]:
+            self._last = doing, time.time()
+        entry = {"post": self._posts, "doing": doing, "waits_for": waits_for, "since": self._last[1]}
         self._store.set(f"rank {self._grid.rank}", json.dumps(entry))
 
     def _look(self) -> None:
         if self.failure is None and self._store.check([_FAILURE]):
             found = json.loads(self._store.get(_FAILURE))
-            if found["rank"] != self._grid.rank:
+            if found["rank"] != self._grid.rank or not self._raised.is_set():  # it may be us who hangs
                 self.failure = RankFailedError(found["text"])
         for rank in range(self._grid.world_size):
             key = f"rank {rank}"
@@ -235,11 +236,3 @@ class Watch:
 
 def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-
-
-def _origin(error: BaseException) -> str:
-    """File of the innermost Python frame of an error: torch's communication raises plain RuntimeErrors."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return "" if trace is None else trace.tb_frame.f_code.co_filename

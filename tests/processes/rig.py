@@ -8,7 +8,8 @@ import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,35 +29,63 @@ def in_processes(world_size: int, target: Callable[..., Any], *args: Any, limit:
     Raises:
         RankFailed: with the traceback of the first process that failed.
     """
+    results: dict[int, Any] = {}
+    for rank, result in _outcomes(world_size, target, args, limit):
+        if isinstance(result, Ended):
+            raise RankFailed(f"rank {rank} {result.how}:\n{result.text}")
+        results[rank] = result
+    return [results[rank] for rank in range(world_size)]
+
+
+def ends_of(
+    world_size: int, target: Callable[..., Any], *args: Any, limit: float = 60.0, never: int | None = None
+) -> list[Any]:
+    """How each process ended, by rank: an `Ended` where it failed, else what `target(rank, *args)` returned.
+
+    `never` is a rank that is not expected to end.
+    """
+    ends = dict.fromkeys(range(world_size))
+    for rank, result in _outcomes(world_size, target, args, limit):
+        ends[rank] = result
+        if all(end is not None or rank == never for rank, end in ends.items()):
+            break
+    return list(ends.values())
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A process that failed: "raised" and its traceback, or "died" and nothing."""
+
+    how: str
+    text: str
+
+
+def _outcomes(world_size: int, target: Callable[..., Any], args: tuple, limit: float) -> Iterator[tuple[int, Any]]:
     with tempfile.TemporaryDirectory() as folder:
-        pipes, processes = [], []
+        pipes, processes = {}, []
         for rank in range(world_size):
             receiver, sender = context.Pipe(duplex=False)
             arguments = (rank, world_size, str(Path(folder) / "store"), sender, target, args)
             processes.append(context.Process(target=_main, args=arguments, daemon=True))
             processes[-1].start()
             sender.close()
-            pipes.append(receiver)
+            pipes[receiver] = rank
         deadline = time.monotonic() + limit
         try:
-            results: dict[int, Any] = {}
-            while len(results) < world_size:
-                waiting = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in results}
-                ready = multiprocessing.connection.wait(list(waiting), timeout=deadline - time.monotonic())
+            while pipes:
+                ready = multiprocessing.connection.wait(list(pipes), timeout=deadline - time.monotonic())
                 if not ready:
-                    raise RankFailed(f"ranks {sorted(waiting.values())} did not finish within {limit} s")
+                    raise RankFailed(f"ranks {sorted(pipes.values())} did not end within {limit} s")
                 for pipe in ready:
+                    rank = pipes.pop(pipe)
                     try:
-                        failed, value = pickle.loads(pipe.recv_bytes())
+                        yield rank, pickle.loads(pipe.recv_bytes())
                     except EOFError:
-                        raise RankFailed(f"rank {waiting[pipe]} died") from None
-                    if failed:
-                        raise RankFailed(f"rank {waiting[pipe]}:\n{value}")
-                    results[waiting[pipe]] = value
-            return [results[rank] for rank in range(world_size)]
+                        yield rank, Ended("died", "")
+            for process in processes:
+                process.join(timeout=5)
         finally:
             for process in processes:
-                process.join(timeout=5 if len(results) == world_size else 0.2)
                 process.kill()
 
 
@@ -77,9 +106,10 @@ def _main(rank: int, world_size: int, store: str, sender: Any, target: Callable,
         )
         value = target(rank, *args)
         dist.barrier()
-        sender.send_bytes(pickle.dumps((False, value)))  # plain bytes: torch would send tensors as shared memory
     except BaseException:
-        sender.send_bytes(pickle.dumps((True, traceback.format_exc())))
-    finally:
+        value = Ended("raised", traceback.format_exc())
+    try:
+        sender.send_bytes(pickle.dumps(value))  # plain bytes: torch would send tensors as shared memory
         sender.close()
+    finally:
         os._exit(0)

@@ -89,11 +89,18 @@ def test_checkpoints_cross_over(tmp_path: Path) -> None:
 
 def test_replicas(tmp_path: Path) -> None:
     """Two replicas of two devices: the numbers of one replica with twice the batch; a resumed run equals itself."""
-    common = {"num_stages": 3, "optim": "sgd", "num_train_epochs": 2, **{k: EVALUATED[k] for k in EVALUATED if "eval" in k}}
+    common = {
+        "num_stages": 3,
+        "optim": "sgd",
+        "num_train_epochs": 2,
+        **{k: EVALUATED[k] for k in EVALUATED if "eval" in k},
+    }
     common |= {"load_best_model_at_end": False, "metric_for_best_model": None, "include_num_input_tokens_seen": "all"}
     model = {"dropout": 0.0}
     here = {"options": common | split_options(3, 2) | {"per_device_train_batch_size": 4}, "model": model}
-    expected = run_here(tmp_path, {**here, "trainer": METRICS | {"train_dataset": Rows(16)}, "name": "one", "predict": 7})
+    expected = run_here(
+        tmp_path, {**here, "trainer": METRICS | {"train_dataset": Rows(16)}, "name": "one", "predict": 7}
+    )
     options = common | {"per_device_train_batch_size": 2, "data_parallel_replicas": 2}
     two = {"options": options, "model": model, "trainer": METRICS | {"train_dataset": Rows(16)}, "predict": 7}
     saving = {"save_strategy": "steps", "save_steps": 1}

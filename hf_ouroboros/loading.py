@@ -1,0 +1,75 @@
+"""AutoStagedModelForCausalLM: `from_pretrained` and `from_config` for processes that each hold some of the stages."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from .arguments import OuroborosArguments
+from .partition.initialising import initialise_owned
+from .partition.loading import load_owned
+from .partition.ownership import Owned
+from .partition.split import plan_ownership
+
+
+class AutoStagedModelForCausalLM:
+    """Makes models whose foreign parameters are on the meta device, ready for `OuroborosTrainer`.
+
+    Under a launch of several processes each gets the parameters of its own stages and never holds more; in a single
+    process these are `AutoModelForCausalLM.from_pretrained` and `from_config`. Values are the same in both cases.
+    """
+
+    def __init__(self) -> None:
+        raise TypeError(
+            f"{type(self).__name__} is not instantiated: use {type(self).__name__}.from_pretrained(name, args=args) or "
+            ".from_config(config, args=args)"
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls, model_name_or_path: str | PathLike[str], *, args: OuroborosArguments, **kwargs: Any
+    ) -> PreTrainedModel:
+        """Loads a pretrained model.
+
+        Args:
+            model_name_or_path: local folder or Hub name.
+            args: what the model will be trained with: devices, device_map, num_stages, replicas.
+            kwargs: as for `AutoModelForCausalLM.from_pretrained`.
+
+        Raises:
+            UnsupportedModelError, DeviceMapError: the model can't be split as `args` say.
+            UnsupportedOptionError: an argument that places or rewrites parameters.
+        """
+        if args.world_size == 1:
+            return AutoModelForCausalLM.from_pretrained(model_name_or_path, **kwargs)
+        config = kwargs.pop("config", None)
+        if config is None:
+            config, kwargs = AutoConfig.from_pretrained(model_name_or_path, return_unused_kwargs=True, **kwargs)
+        return load_owned(model_name_or_path, _ownership(config, args), config=config, **kwargs)
+
+    @classmethod
+    def from_config(cls, config: PretrainedConfig, *, args: OuroborosArguments, **kwargs: Any) -> PreTrainedModel:
+        """Initialises a model from scratch; all processes must have the same seed set (`transformers.set_seed`).
+
+        Args:
+            config: configuration of the model.
+            args: what the model will be trained with.
+            kwargs: as for `AutoModelForCausalLM.from_config`.
+
+        Raises:
+            UnsupportedModelError, DeviceMapError: the model can't be split as `args` say, or built in parts.
+        """
+        if args.world_size == 1:
+            return AutoModelForCausalLM.from_config(config, **kwargs)
+        return initialise_owned(config, _ownership(config, args), **kwargs)
+
+
+def _ownership(config: PretrainedConfig, args: OuroborosArguments) -> Owned:
+    """Which parameters this process will own, found on a model without memory."""
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    device_index = args.process_index % len(args.device_names)
+    return plan_ownership(skeleton, args.device_names, args.device_map, args.num_stages, args.max_memory, device_index)

@@ -1,0 +1,107 @@
+"""Loads only the owned parameters of a checkpoint: `from_pretrained` for a process that holds some of the stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import PathLike
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from ..errors import UnsupportedOptionError
+from .ownership import Owned, check_owned, names_of_parameters, release_foreign
+
+# They place, shard or rewrite the parameters themselves.
+REFUSED = (
+    "device_map",
+    "device_mesh",
+    "distributed_config",
+    "gguf_file",
+    "max_memory",
+    "output_loading_info",
+    "quantization_config",
+    "state_dict",
+    "tp_plan",
+    "tp_size",
+)
+
+
+def load_owned(
+    model_name_or_path: str | PathLike[str],
+    owned: Owned,
+    model_class: Any = AutoModelForCausalLM,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Builds a pretrained model of which only the owned parameters have values; the others are on the meta device.
+
+    Owned parameters, buffers, tying, key renaming, reports and errors are those of plain `from_pretrained`, because it
+    does the work: a device map sends what is foreign to "meta", which transformers handles lazily, tensor by tensor,
+    on memory-mapped files. Parameters that the checkpoint lacks are initialised as `from_pretrained` would do it in a
+    process with the same seed, all of them everywhere, before the foreign ones are let go.
+
+    Memory: the owned parameters. Without a conversion of dtype they are the mapped file itself, read when they are
+    first used; with one, the mapped pages of the original tensors come on top until the end of the call.
+
+    Args:
+        model_name_or_path: local folder or Hub name, as for `from_pretrained`.
+        owned: whether this process owns the parameter of that name, as in `model.named_parameters()`; a tied matrix
+            is owned if it is under any of its names.
+        model_class: what `from_pretrained` is called on: an Auto class or a model class.
+        kwargs: passed on: `dtype`, `revision`, `subfolder`, `config`, values of the configuration, ...
+
+    Returns:
+        The model, on CPU, in evaluation mode as `from_pretrained` returns it.
+
+    Raises:
+        UnsupportedOptionError: an argument that places or rewrites parameters (`device_map`, quantization, ...).
+        UnsupportedModelError: an owned parameter was left without values.
+    """
+    for key in REFUSED:
+        if kwargs.get(key) is not None:
+            raise UnsupportedOptionError(
+                f"{key}={kwargs[key]!r} can't be combined with loading only the owned parameters, which are placed by "
+                "the stages' devices; leave it out"
+            )
+    with _quietly():
+        skeleton, report = model_class.from_pretrained(
+            model_name_or_path, device_map={"": "meta"}, output_loading_info=True, **kwargs
+        )
+    lacking = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"]), *_undecided(skeleton)}
+    foreign = [
+        name
+        for _, names in names_of_parameters(skeleton)
+        if not any(owned(name) or name in lacking for name in names)
+        for name in names
+    ]
+    del skeleton
+    # Names that the map does not hold go to the CPU. Naming them would make two devices, and accelerate's hooks.
+    model = model_class.from_pretrained(model_name_or_path, device_map=dict.fromkeys(foreign, "meta") or None, **kwargs)
+    release_foreign(model, owned)
+    check_owned(model, owned)
+    return model
+
+
+def _undecided(skeleton: PreTrainedModel) -> set[str]:
+    """Names that should be tied, but are both in the checkpoint: only their values tell whether they will be."""
+    return {
+        name
+        for pair in skeleton.all_tied_weights_keys.items()
+        if skeleton.get_parameter(pair[0]) is not skeleton.get_parameter(pair[1])
+        for name in pair
+    }
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keeps the first look at a checkpoint from printing the report and the bar that the second one prints."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
