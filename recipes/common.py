@@ -13,7 +13,13 @@ from typing import Any, TypeVar
 
 import torch
 import yaml
-from transformers import HfArgumentParser, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    HfArgumentParser,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.trainer_utils import TrainOutput
 
 from hf_ouroboros import OuroborosArguments, OuroborosTrainer
@@ -128,6 +134,19 @@ def train_or_resume(trainer: OuroborosTrainer) -> TrainOutput:
     """Trains; `--resume_from_checkpoint true` continues from the newest checkpoint, a path from that one."""
     resume = trainer.args.resume_from_checkpoint
     return trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+
+
+def say(args: OuroborosArguments, *text: Any) -> None:
+    """Prints, in the main process only."""
+    if args.should_save:
+        print(*text, flush=True)
+
+
+def whole_model(trainer: OuroborosTrainer) -> PreTrainedModel:
+    """The trained model in one piece: the trainer's, or, where processes hold its parts, the saved one."""
+    if trainer.args.world_size == 1:
+        return trainer.model
+    return AutoModelForCausalLM.from_pretrained(trainer.args.output_dir)
 
 
 def final_loss(trainer: OuroborosTrainer) -> float:

@@ -24,12 +24,14 @@ from common import (
     parse_options,
     print_table,
     sample,
+    say,
     train_or_resume,
+    whole_model,
 )
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
-from hf_ouroboros import OuroborosTrainer
+from hf_ouroboros import AutoStagedModelForCausalLM, OuroborosTrainer
 from hf_ouroboros.data import CompletionCollator, CompletionDataset, Document, default_corpus, load_texts, pack_texts
 from hf_ouroboros.metrics.causal_lm import compute_metrics, preprocess_logits_for_metrics
 
@@ -141,7 +143,7 @@ def main() -> None:
             f"model_name_or_path={DEFAULT_MODEL!r} does not exist: run recipes/pretrain_lm.py first, or name a checkpoint"
         )
     tokenizer = AutoTokenizer.from_pretrained(script.tokenizer_name or script.model_name_or_path)
-    model = AutoModelForCausalLM.from_pretrained(script.model_name_or_path, dtype="float32")
+    model = AutoStagedModelForCausalLM.from_pretrained(script.model_name_or_path, args=args, dtype="float32")
     check_vocabulary(model, tokenizer)
     positions = getattr(model.config, "max_position_embeddings", None) or 1024
     if script.max_length is not None and script.max_length > positions:
@@ -158,8 +160,8 @@ def main() -> None:
         compute_metrics=compute_metrics,
         preprocess_logits_for_metrics=preprocess_logits_for_metrics,
     )
-    print(f"{description}\n{len(train):,} training and {len(validation):,} validation examples.")
-    print(f"{trainer.stage_plan}\n", flush=True)
+    say(args, f"{description}\n{len(train):,} training and {len(validation):,} validation examples.")
+    say(args, f"{trainer.stage_plan}\n")
     before = trainer.evaluate()
     train_or_resume(trainer)
     after = trainer.evaluate()
@@ -180,8 +182,10 @@ def main() -> None:
     else:
         trainer.create_model_card(**card)
 
+    if not args.should_save:
+        return
     if shown and script.sample_tokens:
-        completion = sample(trainer.model, tokenizer, shown["prompt"], script.sample_tokens, greedy=True)
+        completion = sample(whole_model(trainer), tokenizer, shown["prompt"], script.sample_tokens, greedy=True)
         text = f"{shown['prompt']}>>>{completion}"
         print(f"\nA prompt of the validation data, and after >>> what the model makes of it:\n{text}")
         Path(args.output_dir, "sample.txt").write_text(text, encoding="utf-8")

@@ -27,11 +27,12 @@ from common import (
     print_table,
     read_overrides,
     sample,
+    say,
     train_or_resume,
+    whole_model,
 )
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -39,7 +40,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_ouroboros import OuroborosTrainer
+from hf_ouroboros import AutoStagedModelForCausalLM, OuroborosArguments, OuroborosTrainer
 from hf_ouroboros.data import PackedBlocks, byte_tokenizer, default_corpus, load_texts, pack_texts
 
 CORPUS_BYTES = 720_000  # of the offline corpus; sets the length of the default run
@@ -100,12 +101,12 @@ class ScriptArguments:
     )
 
 
-def make_model(script: ScriptArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model from scratch or a checkpoint, and its tokenizer."""
+def make_model(script: ScriptArguments, args: OuroborosArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model from scratch or a checkpoint, and its tokenizer; of several processes, each makes its own stages."""
     named = script.tokenizer_name or script.model_name_or_path
     tokenizer = AutoTokenizer.from_pretrained(named) if named else byte_tokenizer(script.block_size)
     if script.model_name_or_path:
-        model = AutoModelForCausalLM.from_pretrained(script.model_name_or_path, dtype="float32")
+        model = AutoStagedModelForCausalLM.from_pretrained(script.model_name_or_path, args=args, dtype="float32")
     else:
         config = AutoConfig.for_model(
             script.model_type,
@@ -117,7 +118,7 @@ def make_model(script: ScriptArguments) -> tuple[PreTrainedModel, PreTrainedToke
         )
         for name, value in read_overrides(script.config_overrides, config).items():
             setattr(config, name, value)
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoStagedModelForCausalLM.from_config(config, args=args)
     check_vocabulary(model, tokenizer)
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions and script.block_size > positions:
@@ -166,7 +167,7 @@ def main() -> None:
     script, args = parse_options(ScriptArguments, DEFAULTS)
     choose_timeline(script.record_timeline, args)
     set_seed(args.seed)
-    model, tokenizer = make_model(script)
+    model, tokenizer = make_model(script, args)
     train_texts, validation_texts, description = read_texts(script)
     train = pack_texts(train_texts, tokenizer, script.block_size)
     validation = pack_texts(validation_texts, tokenizer, script.block_size)
@@ -180,8 +181,8 @@ def main() -> None:
         processing_class=tokenizer,
         data_collator=default_data_collator,
     )
-    print(f"{description}\n{model.num_parameters():,} parameters in {trainer.stage_plan.num_stages} stages:")
-    print(f"{trainer.stage_plan}\n", flush=True)
+    say(args, f"{description}\n{model.num_parameters():,} parameters in {trainer.stage_plan.num_stages} stages:")
+    say(args, f"{trainer.stage_plan}\n")
     result = train_or_resume(trainer)
     loss = final_loss(trainer)
     trainer.save_model()
@@ -196,7 +197,7 @@ def main() -> None:
         f"unigram_bits_per_{unit}": unigram_nats(train, validation, len(tokenizer)) * bits,
     }
     speed = measure_speed(trainer)
-    tokens_per_tick = args.per_device_train_batch_size * script.block_size
+    tokens_per_tick = args.per_device_train_batch_size * args.data_parallel_replicas * script.block_size
     tokens = trainer.state.num_input_tokens_seen
     rate = speed.ticks_per_second * tokens_per_tick if speed else tokens / result.metrics["train_runtime"]
     card = {
@@ -211,8 +212,10 @@ def main() -> None:
     else:
         trainer.create_model_card(**card)
 
+    if not args.should_save:
+        return
     if script.sample_tokens:
-        text = script.prompt + sample(trainer.model, tokenizer, script.prompt, script.sample_tokens)
+        text = script.prompt + sample(whole_model(trainer), tokenizer, script.prompt, script.sample_tokens)
         print(f"\nSample text:\n{text}")
         Path(args.output_dir, "sample.txt").write_text(text, encoding="utf-8")
     print_table(

@@ -27,6 +27,7 @@ from ..checkpoint import (
 )
 from ..engine.state import RunState
 from ..partition import Partition
+from ..partition.loading import without_progress_bars
 from ..processes import ProcessGrid
 from ..processes.files import bring_home, load_optimizer, load_weights, save_optimizer, save_weights, together
 
@@ -140,7 +141,8 @@ class CheckpointHooks(Trainer):
         directory = Path(output_dir if output_dir is not None else self.args.output_dir)
         if self.args.should_save:
             # Everything but the weights, as the library writes it.
-            super()._save(str(directory), state_dict={})
+            with without_progress_bars():
+                super()._save(str(directory), state_dict={})
             for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
                 (directory / name).unlink(missing_ok=True)
         save_weights(self.model, directory, self._grid, self._control_group)

@@ -96,12 +96,22 @@ def _undecided(skeleton: PreTrainedModel) -> set[str]:
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Keeps the first look at a checkpoint from printing the report and the bar that the second one prints."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
+    try:
+        with without_progress_bars():
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Silences the bars of transformers."""
+    shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
-        if bars:
+        if shown:
             logging.enable_progress_bar()
