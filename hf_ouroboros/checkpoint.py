@@ -110,7 +110,9 @@ def load_run_state(
 def _load_manifest(directory: Path) -> dict[str, Any]:
     """The manifest, once all files have been found as it says."""
     if not directory.is_dir():
-        raise CheckpointError(f"checkpoint {directory} does not exist, or is not a directory")
+        raise CheckpointError(
+            f"checkpoint {directory} does not exist, or is not a directory; of several hosts, each needs a copy"
+        )
     try:
         meta = json.loads((directory / STATE_META).read_text(encoding="utf-8"))
         if not isinstance(meta, dict) or not isinstance(meta.get("files", {}), dict):
@@ -155,22 +157,28 @@ def offering_earlier(checkpoint: str | Path) -> Iterator[None]:
     try:
         yield
     except CheckpointError as error:
-        path = Path(checkpoint)
-        for step, sibling in sorted(_numbered(path.parent), reverse=True):
-            if sibling != path and (not _numbered_as(path) or step < _numbered_as(path)):
-                with contextlib.suppress(CheckpointError):
-                    load_run_state(sibling)
-                    raise CheckpointError(
-                        f"{error}. The checkpoint before it is complete: resume_from_checkpoint={str(sibling)!r}"
-                    ) from error
-        raise
+        earlier = _newest_complete_before(Path(checkpoint))
+        if earlier is None:
+            raise
+        raise CheckpointError(
+            f"{error}. The checkpoint before it is complete: resume_from_checkpoint={str(earlier)!r}"
+        ) from error
+
+
+def _newest_complete_before(checkpoint: Path) -> Path | None:
+    for step, path in sorted(_numbered(checkpoint.parent), reverse=True):
+        if step < _number_of(checkpoint):
+            with contextlib.suppress(CheckpointError):
+                load_run_state(path)
+                return path
+    return None
 
 
 def _numbered(directory: Path) -> list[tuple[int, Path]]:
-    return [(_numbered_as(path), path) for path in directory.glob("checkpoint-*") if _numbered_as(path)]
+    return [(_number_of(path), path) for path in directory.glob("checkpoint-*") if _number_of(path)]
 
 
-def _numbered_as(path: Path) -> int:
+def _number_of(path: Path) -> int:
     number = path.name.removeprefix("checkpoint-")
     return int(number) if number.isdigit() else 0
 

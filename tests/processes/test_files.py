@@ -1,0 +1,107 @@
+"""Checkpoints without a shared file system, and files that don't fit."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rig import Ended, ends_of, in_processes
+from trainer_helpers import differing, split_options, tiny_model
+from trainer_runs import made, run_here
+from transformers import AutoModelForCausalLM
+
+import hf_ouroboros.processes.files
+from hf_ouroboros import CheckpointError
+from hf_ouroboros.checkpoint import load_run_state
+from hf_ouroboros.processes.files import load_optimizer, load_weights
+
+OPTIONS = {"num_stages": 3, "save_strategy": "steps", "save_steps": 2}
+
+
+def on_its_own_disk(rank: int, folder: str) -> list[str]:
+    """Every process works in a directory of its own, so that the same relative path is another place."""
+    os.chdir(Path(folder) / str(rank))
+    hf_ouroboros.processes.files.PIECE_BYTES = 10_000  # several pieces per file
+    trainer = made(".", {"options": OPTIONS})
+    trainer.train()
+    trainer.save_model()
+    return sorted(str(path) for path in Path("out").rglob("*"))
+
+
+def test_without_a_shared_file_system(tmp_path: Path) -> None:
+    """The main process ends up with everything, the others with nothing; what it has resumes exactly."""
+    for rank in (0, 1):
+        (tmp_path / str(rank)).mkdir()
+    main, other = in_processes(2, on_its_own_disk, str(tmp_path))
+    assert "out/checkpoint-2/optimizer-00002-of-00002.pt" in main and "out/model-00002-of-00002.safetensors" in main
+    assert not [name for name in other if Path(name).suffix], other
+    here = {"options": OPTIONS | split_options(3, 2)}
+    expected = run_here(tmp_path, {**here, "name": "here"})
+    saved = tmp_path / "0" / "out"
+    load_run_state(saved / "checkpoint-2")
+    found = run_here(tmp_path, {**here, "name": "on", "resume": str(saved / "checkpoint-2")})
+    assert differing(expected["weights"], found["weights"]) == []
+    assert differing(expected["optimizer"], found["optimizer"]) == []
+    whole = dict(AutoModelForCausalLM.from_pretrained(saved).named_parameters())
+    assert differing(expected["weights"], {n: whole[n].detach() for n in expected["weights"]}) == []
+
+
+def resuming(rank: int, folder: str, checkpoint: str) -> None:
+    made(folder, {"options": OPTIONS}).train(resume_from_checkpoint=checkpoint)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    "damaged", ["model-00002-of-00002.safetensors", "optimizer-00001-of-00002.pt", "ouroboros_state.json"]
+)
+def test_a_damaged_checkpoint_names_the_one_before(tmp_path: Path, damaged: str) -> None:
+    in_processes(2, on_shared_disk, str(tmp_path))
+    truncate(tmp_path / "out" / "checkpoint-4" / damaged)
+    ends = ends_of(2, resuming, str(tmp_path), str(tmp_path / "out" / "checkpoint-4"))
+    assert all(isinstance(end, Ended) for end in ends)
+    text = "\n".join(end.text for end in ends)
+    assert "CheckpointError" in text and damaged in text
+    assert f"The checkpoint before it is complete: resume_from_checkpoint='{tmp_path / 'out' / 'checkpoint-2'}'" in text
+    with pytest.raises(CheckpointError, match="The checkpoint before it is complete"):
+        resuming_here(tmp_path)
+
+
+def on_shared_disk(rank: int, folder: str) -> None:
+    made(folder, {"options": OPTIONS}).train()
+
+
+def resuming_here(folder: Path) -> None:
+    run: dict[str, Any] = {"options": OPTIONS | split_options(3, 2), "name": "here"}
+    run_here(folder, {**run, "resume": str(folder / "out" / "checkpoint-4")})
+
+
+def test_weights_of_another_model(tmp_path: Path) -> None:
+    tiny_model(layers=2).save_pretrained(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"has no 'transformer.h.2.attn.c_attn.bias'; it belongs to another model"
+    ):
+        load_weights(tiny_model(layers=5), tmp_path)
+    with pytest.raises(CheckpointError, match="can't be read"):
+        load_weights(tiny_model(), tmp_path / "absent")
+
+
+def test_optimizer_that_can_not_be_read(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"optimizer.pt can't be read"):
+        load_optimizer(tmp_path)
+    (tmp_path / "optimizer.pt").write_bytes(b"no")
+    with pytest.raises(CheckpointError, match=r"optimizer.pt can't be read"):
+        load_optimizer(tmp_path)
+
+
+def test_optimizer_parts_are_put_together(tmp_path: Path) -> None:
+    for part in (1, 2):
+        state = {"state": {part: {"step": torch.tensor(float(part))}}, "param_groups": [{"params": [0, 1, 2]}]}
+        torch.save(state, tmp_path / f"optimizer-0000{part}-of-00002.pt")
+    assert load_optimizer(tmp_path)["state"].keys() == {1, 2}
+    assert load_optimizer(tmp_path, lambda index: index == 2)["state"].keys() == {2}
