@@ -5,6 +5,7 @@
 
 Every repetition runs all contenders one after the other on the same model and the same batches, so that the ratios
 come from one run on one machine. Measured is the steady state: whole updates after the first ten micro-batches.
+A schedule runs in one process, a thread per device; with "@processes" behind its name, a process per device.
 "naive" is the stock Trainer with one device computing at a time (on CPU: one core, which is what two CPU devices that
 take turns amount to; on accelerators: the model dispatched over the devices).
 """
@@ -15,6 +16,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -37,6 +39,7 @@ from transformers import (
 from transformers.utils import logging
 
 from hf_ouroboros import OuroborosArguments, OuroborosTrainer
+from hf_ouroboros.memory import peak_memory
 
 SETTLING_TICKS = 10
 
@@ -46,8 +49,8 @@ class BenchmarkArguments:
     """What to measure."""
 
     contenders: list[str] = field(
-        default_factory=lambda: ["naive", "pipelined", "lockstep", "1f1b"],
-        metadata={"help": "naive and names of schedules, in the order in which they run."},
+        default_factory=lambda: ["naive", "pipelined@processes", "pipelined", "lockstep@processes", "lockstep", "1f1b"],
+        metadata={"help": "naive, schedules, and schedules@processes, in the order in which they run."},
     )
     devices: list[str] = field(
         default_factory=lambda: ["cpu:0", "cpu:1"], metadata={"help": "Devices of the pipeline."}
@@ -63,6 +66,9 @@ class BenchmarkArguments:
     vocab_size: int = field(default=257, metadata={"help": "Vocabulary of the GPT-2."})
     seed: int = field(default=0, metadata={"help": "Seed of weights and data."})
     output_dir: str = field(default="runs/benchmark", metadata={"help": "Where results and timelines go."})
+    part_of: str | None = field(
+        default=None, metadata={"help": "Used by the benchmark itself: this is one process of that contender."}
+    )
 
 
 class RandomBlocks(Dataset):
@@ -109,8 +115,25 @@ def build_model(options: BenchmarkArguments) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config)
 
 
+def launch(contender: str, options: BenchmarkArguments) -> dict[str, Any]:
+    """One training run with a process per device."""
+    with tempfile.TemporaryDirectory() as folder:
+        given = {**vars(options), "part_of": contender, "output_dir": folder}
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc_per_node={len(options.devices)}", __file__]
+        for name, value in given.items():
+            command += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{contender} failed:\n{done.stderr}")
+        for file in Path(folder).glob("timeline*"):
+            file.replace(Path(options.output_dir) / file.name)
+        return json.loads((Path(folder) / "result.json").read_text(encoding="utf-8"))
+
+
 def run(contender: str, options: BenchmarkArguments, threads: int) -> dict[str, Any]:
     """One training run; tokens per second in the steady state, and where the time went."""
+    schedule = contender.partition("@")[0]
     model = build_model(options)
     rows = options.updates * options.micro_batches * options.batch_size
     data = RandomBlocks(rows, options.block_size, options.vocab_size)
@@ -138,10 +161,10 @@ def run(contender: str, options: BenchmarkArguments, threads: int) -> dict[str, 
             trainer = Trainer(model=model, args=TrainingArguments(**common), train_dataset=data, callbacks=[clock])
         else:
             torch.set_num_threads(threads)
-            timeline = Path(options.output_dir) / f"timeline-{contender}" if contender != "reference" else None
+            timeline = Path(options.output_dir) / f"timeline-{contender}" if schedule != "reference" else None
             args = OuroborosArguments(
                 **common,
-                schedule=contender,
+                schedule=schedule,
                 devices=options.devices,
                 device_map=options.device_map,
                 timeline=str(timeline) if timeline else None,
@@ -149,6 +172,10 @@ def run(contender: str, options: BenchmarkArguments, threads: int) -> dict[str, 
             trainer = OuroborosTrainer(model=model, args=args, train_dataset=data, callbacks=[clock])
         start = time.perf_counter()
         trainer.train()
+    peaks: list[Any] = [peak_memory().peak_resident / 2**20]
+    if torch.distributed.is_initialized():
+        peaks *= torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(peaks, peaks[0])
     first = -(-SETTLING_TICKS // options.micro_batches)
     tokens = options.batch_size * options.block_size * options.micro_batches
     # The last update waits for the pipeline to empty, so the steady state ends one update earlier.
@@ -157,6 +184,7 @@ def run(contender: str, options: BenchmarkArguments, threads: int) -> dict[str, 
         "contender": contender,
         "tokens_per_second": tokens * (options.updates - 2 - first) / seconds,
         "cold_start_seconds": clock.times[first] - start,
+        "peak_memory_mib": peaks,
         "memory_growth_mib": (clock.memory[-2] - clock.memory[options.updates // 2]) / 2**20,
     }
     if contender not in ("naive", "reference"):
@@ -180,8 +208,9 @@ def dispatch(model: GPT2LMHeadModel, options: BenchmarkArguments) -> GPT2LMHeadM
 def summarize(results: list[list[dict[str, Any]]], options: BenchmarkArguments) -> str:
     """Markdown table: median and spread over the repetitions, ratios within each repetition."""
     lines = [
-        "| contender | tokens/s | speed-up over naive (min - max) | share of ideal | devices busy | kernels slower side by side |",
-        "|---|---|---|---|---|---|",
+        "| contender | tokens/s | speed-up over naive (min - max) | share of ideal | devices busy "
+        "| kernels slower side by side | peak MiB per process |",
+        "|---|---|---|---|---|---|---|",
     ]
     for i, contender in enumerate(options.contenders):
         runs = [repetition[i] for repetition in results]
@@ -201,6 +230,9 @@ def summarize(results: list[list[dict[str, Any]]], options: BenchmarkArguments) 
         if "busy_shares" in runs[0]:
             shares = [statistics.median(r["busy_shares"][d] for r in runs) for d in range(len(runs[0]["busy_shares"]))]
             cells[4] = ", ".join(f"{share:.1%}" for share in shares)
+        # One process runs all repetitions of the others and remembers the largest.
+        peaks = [max(r["peak_memory_mib"][d] for r in runs) for d in range(len(runs[0]["peak_memory_mib"]))]
+        cells.append(", ".join(f"{peak:,.0f}" for peak in peaks) if "@" in contender else "-")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -209,6 +241,11 @@ def main() -> None:
     """Runs everything and writes results.json and results.md."""
     (options,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses()
     logging.set_verbosity_error()
+    if options.part_of is not None:
+        result = run(options.part_of, options, threads=1)
+        if int(os.environ["RANK"]) == 0:
+            (Path(options.output_dir) / "result.json").write_text(json.dumps(result))
+        return
     least = -(-SETTLING_TICKS // options.micro_batches) + 4
     if options.updates < least:
         raise SystemExit(
@@ -221,10 +258,10 @@ def main() -> None:
     for repetition in range(options.repetitions):
         results.append([])
         for contender in options.contenders:
-            result = run(contender, options, threads)
+            result = launch(contender, options) if "@" in contender else run(contender, options, threads)
             results[-1].append(result)
             print(
-                f"repetition {repetition + 1}: {contender:<10} {result['tokens_per_second']:10,.0f} tokens/s",
+                f"repetition {repetition + 1}: {contender:<20} {result['tokens_per_second']:10,.0f} tokens/s",
                 flush=True,
             )
     machine = (
