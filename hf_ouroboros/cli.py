@@ -7,6 +7,8 @@ import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
+from .models.command import add_parser as add_convert_transfo_xl
+
 
 def environment() -> str:
     """Versions and devices, for bug reports."""
@@ -29,8 +31,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser(prog="hf-ouroboros", description="Tools around OuroborosTrainer.")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("env", help="print versions and devices, for bug reports")
-    parser.parse_args(arguments)
+    env = commands.add_parser("env", help="print versions and devices, for bug reports")
+    env.set_defaults(run=_print_environment)
+    add_convert_transfo_xl(commands)
+    parsed = parser.parse_args(arguments)
+    return parsed.run(parsed)
+
+
+def _print_environment(arguments: argparse.Namespace) -> int:
     print(environment())
     return 0
 

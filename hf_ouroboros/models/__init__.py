@@ -1,0 +1,1 @@
+"""Architectures that plain transformers lacks, as ordinary transformers models."""
