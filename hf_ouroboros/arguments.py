@@ -216,6 +216,16 @@ class OuroborosArguments(TrainingArguments):
             raise UnsupportedOptionError(
                 "schedule='reference' is one device by definition; start it as one process (python script.py)"
             )
+        if self.world_size > 1 and self.save_on_each_node:
+            raise UnsupportedOptionError(
+                "save_on_each_node=True would have several processes write what the main one puts together; leave it off: "
+                "without a shared file system the parts travel to the main process"
+            )
+        if self.world_size > 1 and getattr(self, "train_sampling_strategy", None) == "batch_rebalance":
+            raise UnsupportedOptionError(
+                "train_sampling_strategy='batch_rebalance' gives every process its own rows, but the processes of a replica "
+                "need the same ones; use 'random', 'sequential' or 'group_by_length'"
+            )
         if self.num_stages is not None and self.num_stages < 1:
             raise UnsupportedOptionError(f"num_stages={self.num_stages} must be at least 1")
         if self.delay_warmup_steps < 0:

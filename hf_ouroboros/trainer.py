@@ -317,7 +317,7 @@ class OuroborosTrainer(BatchHooks, EvaluationHooks, CheckpointHooks, Trainer):
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        self.synchronize()
+        self.engine.settle()  # so that nothing stays on its way between devices
         self._tr_loss += self._collect_losses()
         return super()._finalize_training(*args, **kwargs)
 

@@ -42,6 +42,13 @@ from hf_ouroboros import OuroborosArguments, OuroborosTrainer
 from hf_ouroboros.memory import peak_memory
 
 SETTLING_TICKS = 10
+# glibc gives freed memory back to the system and has it zeroed again when it is needed next: for all contenders alike, off.
+MALLOC = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_TRIM_THRESHOLD_": "4000000000",
+    "MALLOC_MMAP_THRESHOLD_": "1000000000",
+    "MALLOC_TOP_PAD_": "200000000",
+}
 
 
 @dataclass
@@ -239,6 +246,8 @@ def summarize(results: list[list[dict[str, Any]]], options: BenchmarkArguments) 
 
 def main() -> None:
     """Runs everything and writes results.json and results.md."""
+    if not MALLOC.keys() & os.environ.keys():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)  # read once, when a process starts
     (options,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses()
     logging.set_verbosity_error()
     if options.part_of is not None:

@@ -15,6 +15,8 @@ from ..errors import ConnectionLostError
 from .grid import ProcessGrid
 from .wires import DIRECTIONS, HiddenSpec, Wires
 
+_ABANDONED: list[tuple[int, Any]] = []
+
 
 class ProcessTransport:
     """Hands tensors from stage to stage, over the wires or, between stages of one device, by hand.
@@ -111,7 +113,12 @@ class ProcessTransport:
         self.aborted.set()
 
     def close(self) -> None:
-        """Lets go of the process groups."""
+        """Lets go of the process groups.
+
+        Receives that nobody will ever serve, after a failure, stay as they are until the process ends: gloo would
+        abort it if a pending receive were destroyed.
+        """
+        _ABANDONED.extend(item for items in self._arriving.values() for item in items)
         self._wires.close()
         self._arriving.clear()
 

@@ -26,7 +26,6 @@ INTERVAL = 0.2
 """Seconds between two looks at the board."""
 GRACE = 10.0
 """Seconds that a process gets to end by itself, with a traceback, before it is ended."""
-_FAILURE = "failure"
 # torch's communication raises plain RuntimeErrors; these words tell them from others.
 _BROKEN_CONNECTION = re.compile(r"gloo/|NCCL|Connection (closed|reset)|Broken pipe|Socket|TCPStore|Timed out waiting")
 
@@ -48,6 +47,7 @@ class Watch:
         self._armed = threading.Event()
         self._raised = threading.Event()
         self._seen: dict[int, tuple[str, float]] = {}  # rank -> (what was posted, when it last changed)
+        self._guarded = 0  # how often; an error that a script has dealt with does not count in the next one
         self._posts = 0
         self._last: tuple[str, float] = "", 0.0  # what this process is doing, since when
         self.failure: RankFailedError | None = None
@@ -77,6 +77,8 @@ class Watch:
         if self._armed.is_set():  # inside of another one
             yield
             return
+        self._guarded += 1
+        self.failure = None
         self._seen.clear()
         self._raised.clear()
         self._armed.set()
@@ -139,7 +141,7 @@ class Watch:
         # The board is on rank 0: if nobody answers there, it is rank 0 that is gone.
         silent = [rank for rank, (_, when) in self._seen.items() if now - when > 4 * INTERVAL]
         try:
-            self._store.check([_FAILURE])
+            self._store.check([self._failure_key])
         except RuntimeError:
             silent = [0]
         culprit = silent[0] if silent else self._blocking_rank()
@@ -168,6 +170,10 @@ class Watch:
 
     # ---- the board ----
 
+    @property
+    def _failure_key(self) -> str:
+        return f"failure {self._guarded}"
+
     def _run(self) -> None:
         while self._armed.is_set():
             try:
@@ -194,16 +200,16 @@ class Watch:
         self._store.set(f"rank {self._grid.rank}", json.dumps(entry))
 
     def _look(self) -> None:
-        if self.failure is None and self._store.check([_FAILURE]):
-            found = json.loads(self._store.get(_FAILURE))
+        if self.failure is None and self._store.check([self._failure_key]):
+            found = json.loads(self._store.get(self._failure_key))
             if found["rank"] != self._grid.rank or not self._raised.is_set():  # it may be us who hangs
                 self.failure = RankFailedError(found["text"])
-        for rank in range(self._grid.world_size):
-            key = f"rank {rank}"
-            if rank != self._grid.rank and self._store.check([key]):
-                post = self._store.get(key).decode()
-                if self._seen.get(rank, ("", 0.0))[0] != post:
-                    self._seen[rank] = post, time.monotonic()
+        others = [rank for rank in range(self._grid.world_size) if rank != self._grid.rank]
+        keys = [f"rank {rank}" for rank in others]
+        if self._store.check(keys):  # all have posted once
+            for rank, post in zip(others, self._store.multi_get(keys), strict=True):
+                if self._seen.get(rank, ("", 0.0))[0] != post.decode():
+                    self._seen[rank] = post.decode(), time.monotonic()
 
     def _look_for_silence(self) -> None:
         limit = self._grid.timeout.total_seconds()
@@ -216,7 +222,7 @@ class Watch:
     def _post_failure(self, failure: dict[str, Any]) -> None:
         """Writes a failure down, unless another one is there: then that one counts."""
         try:
-            kept = json.loads(self._store.compare_set(_FAILURE, "", json.dumps(failure)))
+            kept = json.loads(self._store.compare_set(self._failure_key, "", json.dumps(failure)))
         except (RuntimeError, ValueError):
             return
         if kept["rank"] != self._grid.rank:

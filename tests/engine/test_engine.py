@@ -252,7 +252,10 @@ def feed(engine: Engine, updates: int, ticks: int = 1) -> None:
         for _ in range(ticks):
             tick = engine._clock.tick
             assert (
-                engine.submit(make_batch(tick % 7), tick if engine._runners[max(engine._runners)]._loss_fn is not causal_loss else None)
+                engine.submit(
+                    make_batch(tick % 7),
+                    tick if engine._runners[max(engine._runners)]._loss_fn is not causal_loss else None,
+                )
                 == tick
             )
         engine.step()
@@ -299,7 +302,10 @@ def test_nothing_grows(schedule: str) -> None:
         engine.collect()
         gc.collect()
         storages = {
-            leaf.data_ptr() for r in engine._runners.values() for item in r.in_flight.values() for leaf in item.leaves.values()
+            leaf.data_ptr()
+            for r in engine._runners.values()
+            for item in r.in_flight.values()
+            for leaf in item.leaves.values()
         }
         books = [engine._work, engine._norms, engine._site.transport._shared]
         books += [entry for w in engine._workers for table in (w._work, w._hyperparameters) for entry in table.values()]

@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+from loopback_hub import running_hub
 from transformers import AutoModelForCausalLM
 
 from hf_ouroboros import ProcessLaunchError
@@ -24,10 +26,10 @@ SMALL = (
 ).split()
 
 
-def launch(*command: str, **environment: str) -> subprocess.CompletedProcess:
+def launch(*command: str, within: Mapping[str, str] = os.environ) -> subprocess.CompletedProcess:
     """A console script of this environment, where nothing of an outer launch is left."""
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    environment = clean | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | environment
+    clean = {k: v for k, v in within.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    environment = clean | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     program = str(Path(sys.executable).parent / command[0])
     return subprocess.run([program, *command[1:]], env=environment, capture_output=True, text=True, timeout=150)
 
@@ -56,6 +58,22 @@ def test_launchers_give_the_same_run(tmp_path: Path) -> None:
     expected = losses(tmp_path / "threads")
     assert len(expected) == 2
     assert losses(tmp_path / "torchrun") == losses(tmp_path / "accelerate") == expected
+
+
+@pytest.mark.slow
+def test_pushes(tmp_path: Path) -> None:
+    """The parts of all processes arrive as one model, and load by its name."""
+    options = ["--push_to_hub", "true", "--hub_model_id", "tester/parts", "--hub_strategy", "every_save"]
+    options += ["--save_strategy", "steps", "--save_steps", "3", "--output_dir", str(tmp_path / "out")]
+    with running_hub() as hub:
+        environment = hub.env(tmp_path / "home")
+        done = launch("torchrun", "--standalone", "--nproc_per_node", "2", RECIPE, *SMALL, *options, within=environment)
+        assert done.returncode == 0, done.stderr
+        files = hub.files("tester/parts")
+        assert {"README.md", "model-00001-of-00002.safetensors", "model.safetensors.index.json"} <= files.keys()
+        load = "from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained('tester/parts')"
+        done = launch(Path(sys.executable).name, "-c", load, within=environment)
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

@@ -11,8 +11,21 @@ import pytest
 import torch
 from rig import in_processes
 from trainer_helpers import Rows, differing, split_options
-from trainer_runs import accuracy, most_likely, run_all, run_here, train_part, whole
-from transformers import AutoModelForCausalLM
+from trainer_runs import (
+    Stream,
+    accuracy,
+    fresh_model,
+    made,
+    most_likely,
+    run_all,
+    run_here,
+    sum_of_losses,
+    train_part,
+    whole,
+)
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback
+
+from hf_ouroboros import OuroborosError
 
 EVALUATED = {
     "eval_strategy": "steps",
@@ -72,6 +85,28 @@ def test_evaluation_and_best_model(tmp_path: Path, tied: bool) -> None:
     assert not list((tmp_path / "processes").rglob(".*"))
 
 
+def test_what_else_a_script_may_use(tmp_path: Path) -> None:
+    """Model and optimizer of the script's own, label smoothing, own losses, early stopping, data without a length."""
+    early = {**EVALUATED, "num_train_epochs": 8, "learning_rate": 0.3, "eval_steps": 1, "save_steps": 1}
+    runs: dict[str, dict[str, Any]] = {
+        "model_init": {"trainer": {"model_init": fresh_model}},
+        "optimizer": {"sgd": True},
+        "smoothed": {"options": {"label_smoothing_factor": 0.1}},
+        "own loss": {"trainer": {"compute_loss_func": sum_of_losses}},
+        "early": {"options": early, "trainer": {**METRICS, "callbacks": [EarlyStoppingCallback(1)]}},
+        "stream": {"trainer": {"train_dataset": Stream(18)}, "options": {"max_steps": 4}},
+        "bf16": {"options": {"bf16": True}},
+        "schedule": {"options": {"lr_scheduler_type": "cosine", "max_grad_norm": 0.1, "delay_warmup_steps": 2}},
+    }
+    over = [{**run, "options": {"num_stages": 3} | run.get("options", {}), "name": f"p {n}"} for n, run in runs.items()]
+    found = dict(zip(runs, run_all(tmp_path, 2, over), strict=True))
+    for name, run in runs.items():
+        here = {**run, "options": split_options(3, 2) | run.get("options", {}), "name": f"t {name}"}
+        expected = run_here(tmp_path, here)
+        assert_equal(expected, found[name], "weights", "optimizer", "scheduler", "step", "flos")
+    assert found["early"]["step"] < 24
+
+
 def test_checkpoints_cross_over(tmp_path: Path) -> None:
     """A run over processes goes on in threads, and the other way round; in the middle of an epoch, with dropout."""
     saving = {"save_strategy": "steps", "save_steps": 2, "num_stages": 3}
@@ -128,3 +163,21 @@ def test_replicas(tmp_path: Path) -> None:
     one = {**two, "options": common | saving | split_options(3, 2) | {"optim": "adamw_torch"}, "model": {}}
     on = run_here(tmp_path, {**one, "name": "half", "resume": str(tmp_path / "saved" / "checkpoint-2")})
     assert on["step"] == 4
+
+
+def refusals(rank: int, folder: str, cases: list[tuple[dict[str, Any], str]]) -> None:
+    for options, words in cases:
+        with pytest.raises(OuroborosError, match=words):
+            made(folder, {"options": options})
+
+
+def test_refused_over_processes(tmp_path: Path) -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"schedule": "reference"}, "schedule='reference' is one device by definition"),
+        ({"data_parallel_replicas": 2}, "data_parallel_replicas=2 does not divide the 3 process"),
+        ({"save_on_each_node": True}, "save_on_each_node=True"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "batch_rebalance"),
+        ({"device_map": {"": 0}}, "the device map uses 1 of 3 devices"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True"),
+    ]
+    in_processes(3, refusals, str(tmp_path), cases)

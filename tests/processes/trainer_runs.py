@@ -71,8 +71,12 @@ def accuracy(prediction: Any) -> dict[str, float]:
 
 
 def made(folder: str, run: dict[str, Any]) -> OuroborosTrainer:
-    """The trainer of a run."""
+    """The trainer of a run; `sgd` stands for an optimizer that the script makes from the model."""
     given = {"model": tiny_model(**run.get("model", {}))} | run.get("trainer", {})
+    if run.get("sgd"):
+        given["optimizers"] = torch.optim.SGD(given["model"].parameters(), lr=0.05, momentum=0.9), None
+    if "model_init" in given:
+        del given["model"]
     return ouroboros(Path(folder) / run.get("name", "out"), given, **run.get("options", {}))
 
 
@@ -101,3 +105,25 @@ def run_here(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
     trainer = made(str(folder), run)
     trainer.train(resume_from_checkpoint=run.get("resume"))
     return held(trainer) | after(trainer, run)
+
+
+def fresh_model() -> Any:
+    """What a script gives as model_init."""
+    return tiny_model()
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Rows one after the other, of unknown number."""
+
+    def __init__(self, count: int):
+        self.rows = Rows(count)
+
+    def __iter__(self) -> Any:
+        return (self.rows[i] for i in range(len(self.rows)))
+
+
+def sum_of_losses(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    """A loss function of the user's."""
+    logits = outputs.logits[:, :-1].flatten(0, 1)
+    loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
+    return loss / (num_items_in_batch if num_items_in_batch is not None else labels.numel())
