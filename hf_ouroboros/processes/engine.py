@@ -99,6 +99,7 @@ class ProcessEngine(Engine):
     def settle(self) -> None:
         """Like `synchronize`, and runs the pending backwards."""
         super().settle()
+        self._transport.flush()
         self._report_all()
 
     def close(self, timeout: float = 2.0) -> None:

@@ -13,9 +13,7 @@ import torch.distributed as dist
 from ..engine.transport import Aborted
 from ..errors import ConnectionLostError
 from .grid import ProcessGrid
-from .wires import DIRECTIONS, HiddenSpec, Wires
-
-_ABANDONED: list[tuple[int, Any]] = []
+from .wires import DIRECTIONS, HiddenSpec, Posted, Wires
 
 
 class ProcessTransport:
@@ -112,13 +110,17 @@ class ProcessTransport:
         """Stops this process's worker at its next instruction; the other processes find out by themselves."""
         self.aborted.set()
 
-    def close(self) -> None:
-        """Lets go of the process groups.
+    def flush(self) -> None:
+        """Waits until everything that was sent has been received."""
+        with self._talking("others to receive", None):
+            self._wires.flush()
 
-        Receives that nobody will ever serve, after a failure, stay as they are until the process ends: gloo would
-        abort it if a pending receive were destroyed.
-        """
-        _ABANDONED.extend(item for items in self._arriving.values() for item in items)
+    def close(self) -> None:
+        """Lets go of the process groups and of whatever is still on its way."""
+        for items in self._arriving.values():
+            for _, item in items:
+                if isinstance(item, Posted):
+                    item.abandon()
         self._wires.close()
         self._arriving.clear()
 

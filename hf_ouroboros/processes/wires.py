@@ -18,6 +18,7 @@ import torch.distributed as dist
 from .grid import ProcessGrid
 
 DIRECTIONS = ("hidden", "gradient")
+_ABANDONED: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,10 @@ class Posted:
     def __init__(self, work: dist.Work, tensor: torch.Tensor):
         self._work = work
         self._tensor = tensor
+
+    def abandon(self) -> None:
+        """To be called instead of `wait()` when nobody will send any more."""
+        _ABANDONED.append(self)
 
     def wait(self) -> torch.Tensor:
         """The tensor, once it is there (on an accelerator: once the current stream may use it)."""
@@ -111,8 +116,17 @@ class Wires:
         tensor = torch.empty(tuple(shape), dtype=dtype, device=self._grid.device)
         return Posted(dist.irecv(tensor, self.peer(direction, stage), group=group, tag=tag), tensor)
 
+    def flush(self) -> None:
+        """Waits until everything that was sent has been received."""
+        while self._sending:
+            self._sending.popleft()[0].wait()
+
     def close(self) -> None:
-        """Lets go of the groups; messages on their way are lost."""
-        self._sending.clear()
+        """Lets go of the groups.
+
+        Messages that are still on their way, after a failure, stay so until the process ends: gloo would abort it if
+        they were destroyed.
+        """
+        _ABANDONED.extend(self._sending)
         self._groups.clear()
         self._created.clear()
