@@ -30,6 +30,7 @@ from .partition import Home, Partition, StagePlan, split_model, torch_device
 from .processes import ProcessGrid
 from .processes.engine import ProcessEngine
 from .processes.files import together
+from .processes.grid import leave_at_exit
 from .processes.probe import hidden_specs
 from .processes.relay import Relay
 from .processes.watch import Watch
@@ -90,6 +91,7 @@ class OuroborosTrainer(BatchHooks, EvaluationHooks, CheckpointHooks, Trainer):
         if self._grid is not None:
             self._control_group, self._row_group = self._grid.world_group(), self._grid.row_group()
             self._watch = Watch(self._grid, self._control_group, self._doing)
+            leave_at_exit()
         if model is not None:
             self._split(model, args)
         if optimizers[0] is not None:

@@ -9,6 +9,7 @@ Four processes, two replicas of two devices:
 
 from __future__ import annotations
 
+import atexit
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -102,3 +103,14 @@ class ProcessGrid:
             if self.rank in ranks:
                 own = group
         return own
+
+
+def leave_at_exit() -> None:
+    """Has the process groups end while Python still runs: gloo's threads would abort a process that ends before them."""
+    atexit.unregister(_leave)
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()
