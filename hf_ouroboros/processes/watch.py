@@ -24,6 +24,8 @@ from .grid import ProcessGrid
 
 INTERVAL = 0.2
 """Seconds between two looks at the board."""
+LINGER = 3.0
+"""Seconds that the main process stays for others to read why it ends."""
 GRACE = 10.0
 """Seconds that a process gets to end by itself, with a traceback, before it is ended."""
 # torch's communication raises plain RuntimeErrors; these words tell them from others.
@@ -204,6 +206,7 @@ class Watch:
             found = json.loads(self._store.get(self._failure_key))
             if found["rank"] != self._grid.rank or not self._raised.is_set():  # it may be us who hangs
                 self.failure = RankFailedError(found["text"])
+            self._store.set(f"read {self._guarded} {self._grid.rank}", "")
         others = [rank for rank in range(self._grid.world_size) if rank != self._grid.rank]
         keys = [f"rank {rank}" for rank in others]
         if self._store.check(keys):  # all have posted once
@@ -229,9 +232,13 @@ class Watch:
             self.failure = RankFailedError(kept["text"])
 
     def _linger(self) -> None:
-        """The board stays until the others have read it."""
-        if self._grid.rank == 0:
-            time.sleep(3 * INTERVAL)
+        """The board, on rank 0, stays until the others have read it; not for long, as one of them may be dead."""
+        if self._grid.rank:
+            return
+        keys = [f"read {self._guarded} {rank}" for rank in range(1, self._grid.world_size)]
+        deadline = time.monotonic() + LINGER
+        while time.monotonic() < deadline and not self._store.check(keys):
+            time.sleep(INTERVAL / 2)
 
     def _end_if_stuck(self) -> None:
         """Ends a process whose main thread waits, in a library, for something that will never come."""

@@ -146,7 +146,7 @@ def test_main_thread_raises(tmp_path: Path) -> None:
 @pytest.mark.parametrize("action", ["hangs", "stopped"])
 def test_hangs(tmp_path: Path, action: str) -> None:
     """Found out within ddp_timeout, and named, though the hanging process says nothing."""
-    run = {**RUN, "options": {"ddp_timeout": 4, "num_stages": 4}}
+    run = {**RUN, "options": {"ddp_timeout": 8, "num_stages": 4}}
     never = 1 if action == "stopped" else None
     ends = ends_of(3, doomed, str(tmp_path), run, 1, "backward", 4, action, never=never)
     for rank in {0, 1, 2} - {never}:
