@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import sys
 import tempfile
 import time
 import traceback
@@ -54,7 +55,7 @@ def ends_of(
 
 @dataclass(frozen=True)
 class Ended:
-    """A process that failed: "raised" and its traceback, or "died" and nothing."""
+    """A process that failed: "raised" and its traceback, or "died" and what it had printed to stderr."""
 
     how: str
     text: str
@@ -81,12 +82,16 @@ def _outcomes(world_size: int, target: Callable[..., Any], args: tuple, limit: f
                     try:
                         yield rank, pickle.loads(pipe.recv_bytes())
                     except EOFError:
-                        yield rank, Ended("died", "")
+                        yield rank, Ended("died", _errors_of(folder, rank).read_text())
             for process in processes:
                 process.join(timeout=5)
         finally:
             for process in processes:
                 process.kill()
+
+
+def _errors_of(folder: str, rank: int) -> Path:
+    return Path(folder) / f"stderr-{rank}"
 
 
 def _main(rank: int, world_size: int, store: str, sender: Any, target: Callable, args: tuple) -> None:
@@ -95,6 +100,7 @@ def _main(rank: int, world_size: int, store: str, sender: Any, target: Callable,
     import torch
     import torch.distributed as dist
 
+    sys.stderr = _errors_of(str(Path(store).parent), rank).open("w", buffering=1)
     faulthandler.enable()
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))

@@ -112,7 +112,8 @@ def test_killed(tmp_path: Path, undisturbed: dict[str, Any], victim: int, place:
         assert ends[victim].how == "died"
         survivor = ends[1 - victim]
         assert isinstance(survivor, Ended), "the other process went on alone"
-        assert f"RankFailedError: rank {victim} (replica 0, device {victim}) is gone" in survivor.text, survivor.text
+        # In its traceback, or, if its main thread was stuck in a library, as its last words.
+        assert f": rank {victim} (replica 0, device {victim}) is gone" in survivor.text, survivor.text
     else:  # the place is reached less often in this process
         assert all(differing(undisturbed["weights"][n], w) == [] for e in ends for n, w in e["weights"].items())
     assert_resumes(tmp_path, undisturbed)
@@ -150,7 +151,7 @@ def test_hangs(tmp_path: Path, action: str) -> None:
     never = 1 if action == "stopped" else None
     ends = ends_of(3, doomed, str(tmp_path), run, 1, "backward", 4, action, never=never)
     for rank in {0, 1, 2} - {never}:
-        assert "RankFailedError: rank 1 (replica 0, device 1)" in ends[rank].text, ends[rank].text
+        assert ": rank 1 (replica 0, device 1)" in ends[rank].text, ends[rank].text
         assert action == "stopped" or "Backward(stage=1, tick=" in ends[rank].text
 
 
