@@ -88,6 +88,7 @@ class OuroborosTrainer(BatchHooks, EvaluationHooks, CheckpointHooks, Trainer):
         self._grid = _grid_of(args)
         self._watch: Watch | None = None
         self._phase: str | None = None
+        self._counts_all_replicas = False
         if self._grid is not None:
             self._control_group, self._row_group = self._grid.world_group(), self._grid.row_group()
             self._watch = Watch(self._grid, self._control_group, self._doing)
@@ -114,6 +115,12 @@ class OuroborosTrainer(BatchHooks, EvaluationHooks, CheckpointHooks, Trainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         args.enable_jit_checkpoint = save_on_sigterm
+        # Releases of Trainer differ in how they scale a loss for that; here the stage's loss does it.
+        self._counts_all_replicas = (
+            self._grid is not None and self._grid.replicas > 1 and args.average_tokens_across_devices
+        )
+        if self._grid is not None:
+            args.average_tokens_across_devices = False
         if save_on_sigterm:
             self.add_callback(SaveOnSigterm(self))
         if model is None:
@@ -286,6 +293,8 @@ class OuroborosTrainer(BatchHooks, EvaluationHooks, CheckpointHooks, Trainer):
         scaled = getattr(self, "loss_is_scaled_for_ga", None)
         if scaled is None:
             scaled = context.num_items is not None or self.compute_loss_func is not None
+        if self._counts_all_replicas and context.num_items is not None:
+            loss = loss * self._grid.replicas  # gradients and losses are averaged over the replicas
         return loss if scaled else loss / context.accumulation_steps
 
     def _collect_losses(self) -> torch.Tensor:

@@ -36,12 +36,9 @@ class BatchHooks(Trainer):
             batch["shift_labels"] if "shift_labels" in batch else batch["labels"][..., 1:] for batch in batch_samples
         ]
         count = sum(target.ne(-100).sum() for target in targets).to(device)
-        if self._grid is None or self._grid.replicas == 1 or not self.args.average_tokens_across_devices:
-            return count
-        if self._eval_sums is not None:
-            # Trainer multiplies what it divided by this by R; a batch of an evaluation stands for itself.
-            return count * self._grid.replicas
-        return self.accelerator.gather(count).sum()
+        if self._counts_all_replicas and self._eval_sums is None:  # a batch of an evaluation stands for itself
+            return self.accelerator.gather(count).sum()
+        return count
 
     def floating_point_ops(self, inputs: dict[str, torch.Tensor | Any]) -> int:
         """This process's share of the operations of a batch; Trainer sums over processes."""
