@@ -199,8 +199,10 @@ def _what_would_fit(
         f"device {fullest} ({devices[fullest].name}), where {devices[fullest].memory / GIB:.1f} GiB may be used."
     ]
     ways = []
-    if not options.recompute and _fits(facts, devices, replace(options, recompute=True), num_stages):
-        need = _fullest(facts, devices, replace(options, recompute=True), num_stages)[1]
+    recomputed = replace(options, recompute=True)
+    recompute_helps = not options.recompute and _fits(facts, devices, recomputed, num_stages)
+    if recompute_helps:
+        need = _fullest(facts, devices, recomputed, num_stages)[1]
         ways.append(f"recompute ({need / GIB:.1f} GiB)")
     for batch in _halves(facts.batch):
         smaller = facts.for_batch(batch)
@@ -208,14 +210,13 @@ def _what_would_fit(
             need = _fullest(smaller, devices, options, num_stages)[1]
             ways.append(f"micro-batches of {batch} row{'s' if batch > 1 else ''} ({need / GIB:.1f} GiB)")
             break
-    for recompute in (options.recompute, True):
-        more = replace(options, recompute=recompute)
+    for more in (options,) if recompute_helps or options.recompute else (options, recomputed):
         found = next((n for n in range(len(devices) + 1, 65) if _fits(facts, _more(devices, n), more, None)), None)
         if found is not None:
-            ways.append(f"{found} devices{' with recompute' if recompute and not options.recompute else ''}")
+            ways.append(f"{found} devices{'' if more is options else ' with recompute'}")
             break
     smallest = facts.for_batch(1)
-    if not ways and _fits(smallest, devices, replace(options, recompute=True), num_stages):
+    if not ways and _fits(smallest, devices, recomputed, num_stages):
         ways.append("recompute together with micro-batches of 1 row")
     text.append(f"It would fit with {', or '.join(ways)}." if ways else "Nothing makes room on up to 64 such devices.")
     return " ".join(text)

@@ -16,6 +16,7 @@ COLOURS = {
     "naive": "#9a9aa2",
 }
 INK = "#1c1c22"
+PLOT, LABELS = 5.6, 2.3  # inches: width of a diagram and of the labels at its right
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,16 @@ def draw_speedups(panels: Sequence[Panel], path: str | Path, *, title: str) -> P
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1.0 + 6.2 * len(panels), 5.0), dpi=110, facecolor="white")
+    width = 0.9 + (PLOT + LABELS) * len(panels)
+    figure = Figure(figsize=(width, 5.2), dpi=110, facecolor="white")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=12, color=INK, weight="bold", x=0.02, ha="left")
-    axes_row = figure.subplots(1, len(panels), squeeze=False)[0]
+    figure.text(0.25 / width, 0.965, title, fontsize=12, color=INK, va="top", weight="bold", parse_math=False)
     top = max(max(panel.devices) for panel in panels)
-    for axes, panel in zip(axes_row, panels, strict=True):
+    for i, panel in enumerate(panels):
+        axes = figure.add_axes(((0.75 + (PLOT + LABELS) * i) / width, 0.105, PLOT / width, 0.74))
         axes.plot(panel.devices, panel.devices, color="#b5b5bc", linestyle=(0, (2, 2)), linewidth=1)
         axes.plot(panel.devices, panel.ideal, color=INK, linestyle=(0, (5, 2)), linewidth=1)
-        ends = {"one per device": float(panel.devices[-1]), "whole layers, nobody waits": panel.ideal[-1]}
+        ends = {"number of devices": float(panel.devices[-1]), "whole layers, nobody waits": panel.ideal[-1]}
         inks = dict.fromkeys(ends, "#77777f")
         for schedule, values in panel.speedups.items():
             points = [(d, v) for d, v in zip(panel.devices, values, strict=True) if v is not None]
@@ -80,7 +82,6 @@ def draw_speedups(panels: Sequence[Panel], path: str | Path, *, title: str) -> P
         axes.set_axisbelow(True)
         axes.tick_params(labelsize=8.5)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout(rect=(0, 0, 1 - 1.3 / figure.get_figwidth(), 0.97), w_pad=9.0)
     path = Path(path)
     figure.savefig(path, format="png", metadata={"Software": None})
     return path
