@@ -29,10 +29,6 @@ class Load:
     layers: Sequence[Sequence[float]]
     fixed: Sequence[float]
 
-    def of(self, stage: int, start: int, stop: int) -> float:
-        """Load of a stage with layers `start` to `stop - 1`."""
-        return float(self._matrix(stage)[start, stop])
-
     def _matrix(self, stage: int) -> np.ndarray:
         """[start, stop] -> load."""
         prefix = np.concatenate(([0.0], np.cumsum(np.asarray(self.layers[stage], dtype=float))))

@@ -217,8 +217,3 @@ def homes(programs: Sequence[Sequence[Any]], num_stages: int) -> list[int]:
             if (stage := getattr(instruction, "stage", -1)) >= 0:
                 home[stage] = device
     return home
-
-
-def makespan(executed: Sequence[Executed]) -> float:
-    """When the last instruction ended."""
-    return max((item.end for item in executed), default=0.0)

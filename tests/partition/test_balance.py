@@ -117,9 +117,3 @@ def test_unlike_devices_with_limits(layers: int, stages: int, tied: bool, data: 
 def test_a_slow_device_gets_less() -> None:
     time = Load([[1.0] * 12, [2.0] * 12, [1.0] * 12, [1.0] * 12], [0.0] * 4)
     assert best_counts([0, 1, 2, 3], time) == [2, 2, 4, 4]  # 4 at most; device 1 takes 2 for each
-
-
-def test_load_of_a_stage() -> None:
-    load = Load([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]], [0.5, 5.0])
-    assert load.of(0, 0, 2) == 3.5
-    assert load.of(1, 1, 3) == 55.0

@@ -84,4 +84,4 @@ def test_the_sum_over_layers_is_the_whole(
     for k, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
         first, last = 0 if k == 0 else start + 1, len(facts.units) if k == stages - 1 else stop + 1
         whole = stage_memory(facts, facts.units[first:last], k, stages, options).total
-        assert load.of(k, start, stop) == pytest.approx(whole)
+        assert sum(load.layers[k][start:stop]) + load.fixed[k] == pytest.approx(whole)
