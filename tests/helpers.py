@@ -118,10 +118,9 @@ class Case:
         """The model before it is split."""
         return tiny_gpt2(self.tied, self.layers, self.dropout)
 
-    @property
-    def loss(self) -> LossFunction:
-        """What the last stage computes."""
-        return causal_loss
+    def loss(self, replicas: int = 1) -> LossFunction:
+        """What the last stage computes; among replicas, whose mean it becomes, so much more."""
+        return lambda logits, batch, targets: causal_loss(logits, batch, targets) * replicas
 
     def targets(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> int:
         """Tokens of an update that count in the loss."""
@@ -184,7 +183,7 @@ class Run:
     def make_engine(self, partition: Partition, settings: EngineSettings) -> Engine | Reference:
         """The engine that the schedule asks for."""
         kind = Reference if settings.schedule == "reference" else Engine
-        return kind(partition, self.optimizer, self.case.loss, settings)
+        return kind(partition, self.optimizer, self.case.loss(), settings)
 
     def update(self, u: int, look: str | None = None) -> None:
         """One update; `look` says what happens after its first tick or, for "norm" and "state", after it."""

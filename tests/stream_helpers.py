@@ -56,13 +56,20 @@ def stream_batch(group: int, rows: int, segment: int, seed: int = 0, time: int =
 
 
 class StreamLoss(HeadLoss):
-    """Sum of the losses of a micro-batch over the targets of its update."""
+    """Sum of the losses of a micro-batch over the targets of its update.
+
+    Args:
+        replicas: whose mean it becomes.
+    """
+
+    def __init__(self, replicas: int = 1):
+        self.replicas = replicas
 
     def targets(self, batch: Mapping[str, Any], context: Any) -> dict[str, Any]:
         return {"shift_labels": batch["shift_labels"], "num_items_in_batch": context}
 
     def finish(self, loss: torch.Tensor, context: Any) -> torch.Tensor:
-        return loss
+        return loss * self.replicas
 
     def __call__(self, logits: torch.Tensor, batch: Mapping[str, Any], context: Any) -> torch.Tensor:
         raise AssertionError("the head computes the loss")
@@ -86,9 +93,8 @@ class StreamCase(Case):
     def model(self) -> TransfoXLLMHeadModel:
         return tiny_xl(self.dropout, self.layers, **{"tie_word_embeddings": self.tied, **self.config})
 
-    @property
-    def loss(self) -> StreamLoss:
-        return StreamLoss()
+    def loss(self, replicas: int = 1) -> StreamLoss:
+        return StreamLoss(replicas)
 
     def targets(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> int:
         return sum(batch["shift_labels"].numel() for batch in batches)
