@@ -122,14 +122,19 @@ def load_run_state(
 def _newest_memories(parts: Sequence[Mapping[str, Any]]) -> tuple[dict[str, list[int]], dict[str, int]]:
     """Position of every column group, and the replica whose memory of it counts.
 
-    After a change of R, a replica goes on holding what it was given of columns that now are another one's.
+    After a change of R, a replica goes on holding what it was given of columns that now are another one's: of groups that
+    overlap, the one that is furthest counts.
     """
     streams: dict[str, list[int]] = {}
     holders: dict[str, int] = {}
-    for part in parts:
-        for group, (width, segment) in part["streams"].items():
-            if group not in streams or segment > streams[group][1]:
-                streams[group], holders[group] = [width, segment], part["replica"]
+    found = [
+        (-segment, int(group), width, part["replica"])
+        for part in parts
+        for group, (width, segment) in part["streams"].items()
+    ]
+    for segment, group, width, replica in sorted(found):
+        if all(group >= int(g) + w or int(g) >= group + width for g, (w, _) in streams.items()):
+            streams[str(group)], holders[str(group)] = [width, -segment], replica
     return streams, holders
 
 

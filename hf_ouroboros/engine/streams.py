@@ -9,8 +9,9 @@ split four columns, and M = 2 consecutive segments of one group:
     segment   0    0    1    1    2              segment   0    1    2    3    4
 
 What a stage remembers of a tick (the detached inputs of its layers, at the weights of that tick's forward) is what it
-attends to at the next tick of the same group. Forwards of a stage are in tick order under every schedule, so this needs
-no other stage and no waiting.
+attends to at the next tick of the same columns. Forwards of a stage are in tick order under every schedule, so this needs
+no other stage and no waiting. If columns come in other groups than before, because a resumed run has another batch size or
+another number of replicas, their memories are put together anew.
 """
 
 from __future__ import annotations
@@ -39,12 +40,15 @@ class Segment:
 
     Args:
         group: its first column, which names the group.
-        continues: whether it goes on where the group's memory ends; otherwise it starts without memory.
+        sources: where the memory is that it goes on from: (group, first row, row after the last), usually all of the
+            same group's; empty if it starts without memory.
+        rest: what then remains of those groups, as groups of their own: (new group, group, first row, row after).
         starts_epoch: whether everything that was remembered is out of date.
     """
 
     group: int
-    continues: bool = False
+    sources: tuple[tuple[int, int, int], ...] = ()
+    rest: tuple[tuple[int, int, int, int], ...] = ()
     starts_epoch: bool = False
 
 
@@ -84,18 +88,27 @@ class Streams:
                 f"the rows of a batch are segments {_few(segments)} of columns {_few(columns)}, but must be one segment of "
                 f"consecutive columns; {_ADVICE}"
             )
-        known = {g: p for g, p in self.positions.items() if g < group + width and group < g + p[0]}
-        starts_epoch = number == 0 and bool(known)
-        if number > 0 and known and known != {group: (width, number)}:
-            expected = ", ".join(f"segment {n} of columns {g} to {g + w - 1}" for g, (w, n) in sorted(known.items()))
-            raise StreamError(
-                f"a batch holds segment {number} of columns {group} to {group + width - 1}, but next come {expected}; "
-                f"{_ADVICE}"
-            )
-        if starts_epoch:
+        known = sorted((g, w, n) for g, (w, n) in self.positions.items() if g < group + width and group < g + w)
+        if number == 0 or not known:
+            segment = Segment(group, starts_epoch=bool(known))
+        else:
+            sources = tuple((g, max(group - g, 0), min(group + width - g, w)) for g, w, _ in known)
+            if sum(b - a for _, a, b in sources) < width or any(n != number for *_, n in known):
+                expected = ", ".join(f"segment {n} of columns {g} to {g + w - 1}" for g, w, n in known)
+                raise StreamError(
+                    f"a batch holds segment {number} of columns {group} to {group + width - 1}, but next come {expected}; "
+                    f"{_ADVICE}"
+                )
+            before = [(g, g, 0, group - g) for g, _, _ in known if g < group]
+            after = [(group + width, g, group + width - g, w) for g, w, _ in known if g + w > group + width]
+            segment = Segment(group, sources, (*before, *after))
+        if segment.starts_epoch:
             self.positions.clear()
+        for g, *_ in segment.sources:
+            del self.positions[g]
+        self.positions |= {g: (b - a, number) for g, _, a, b in segment.rest}
         self.positions[group] = width, number + 1
-        return Segment(group, continues=number > 0 and bool(known), starts_epoch=starts_epoch)
+        return segment
 
 
 class Memories:
@@ -114,7 +127,12 @@ class Memories:
             return None
         if segment.starts_epoch:
             self.groups.clear()
-        return dict(self.groups[segment.group]) if segment.continues else {}
+        taken = {group: self.groups.pop(group) for group, *_ in segment.sources}
+        self.groups |= {new: _rows(taken[group], first, stop) for new, group, first, stop in segment.rest}
+        parts = [_rows(taken[group], first, stop) for group, first, stop in segment.sources]
+        if len(parts) < 2:
+            return parts[0] if parts else {}
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def keep(self, segment: Segment | None, memory: Memory | None) -> None:
         """Takes what the forward left."""
@@ -137,6 +155,10 @@ class Reading:
 def memories_on(device: torch.device, groups: Mapping[int, Memory]) -> dict[int, Memory]:
     """Memories of all groups, copied to a device."""
     return {group: {n: t.to(device, copy=True) for n, t in memory.items()} for group, memory in groups.items()}
+
+
+def _rows(memory: Memory, first: int, stop: int) -> Memory:
+    return {name: tensor[first:stop] for name, tensor in memory.items()}
 
 
 def _few(numbers: list[int]) -> str:

@@ -67,6 +67,7 @@ class Relay:
         segment = None if self.reading is None else self.reading.streams.enter(batch)
         self._begun.append((segment, self._stage(0, batch, None, segment) if 0 in self._ahead else None))
 
+    @torch.no_grad()
     def _stage(
         self,
         stage: int,

@@ -17,25 +17,25 @@ def test_two_groups_over_two_epochs() -> None:
     assert found == [
         Segment(0),
         Segment(2),
-        Segment(0, continues=True),
-        Segment(2, continues=True),
+        Segment(0, sources=((0, 0, 2),)),
+        Segment(2, sources=((2, 0, 2),)),
         Segment(0, starts_epoch=True),
         Segment(2),
-        Segment(0, continues=True),
+        Segment(0, sources=((0, 0, 2),)),
     ]
     assert streams.positions == {0: (2, 2), 2: (2, 1)}
 
 
 def test_consecutive_segments_of_one_group() -> None:
     streams = Streams()
-    assert [streams.enter(stream_batch(4, 3, s)).continues for s in range(4)] == [False, True, True, True]
+    assert [bool(streams.enter(stream_batch(4, 3, s)).sources) for s in range(4)] == [False, True, True, True]
 
 
 def test_a_group_never_seen_starts_without_memory() -> None:
     streams = Streams()
     streams.enter(stream_batch(0, 2, 7))
     assert streams.enter(stream_batch(2, 2, 7)) == Segment(2)
-    assert streams.enter(stream_batch(0, 2, 8)) == Segment(0, continues=True)
+    assert streams.enter(stream_batch(0, 2, 8)) == Segment(0, sources=((0, 0, 2),))
 
 
 def test_batches_of_another_width_start_with_an_epoch() -> None:
@@ -44,6 +44,27 @@ def test_batches_of_another_width_start_with_an_epoch() -> None:
         streams.enter(stream_batch(group, 2, 0))
     assert streams.enter(stream_batch(0, 4, 0)) == Segment(0, starts_epoch=True)
     assert streams.positions == {0: (4, 1)}
+
+
+def test_columns_in_other_groups_than_before() -> None:
+    """Two groups become one, and one becomes three; the memories of the columns go along."""
+    streams, memories = Streams(), Memories()
+
+    def read(group: int, width: int, segment: int) -> list[int]:
+        """What the batch is given; what it leaves are the numbers of its columns, plus 10 per segment."""
+        place = streams.enter(stream_batch(group, width, segment))
+        given = memories.recall(place).get("layer", torch.zeros(0))
+        memories.keep(place, {"layer": torch.arange(group, group + width) + 10 * segment})
+        return given.tolist()
+
+    assert [read(0, 2, 0), read(2, 2, 0)] == [[], []]
+    assert read(0, 4, 1) == [0, 1, 2, 3]
+    assert streams.positions == {0: (4, 2)}
+    assert read(1, 2, 2) == [11, 12]
+    assert streams.positions == {0: (1, 2), 1: (2, 3), 3: (1, 2)}
+    assert [read(0, 1, 2), read(3, 1, 2)] == [[10], [13]]
+    assert read(0, 4, 3) == [20, 21, 22, 23]
+    assert memories.groups.keys() == streams.positions.keys() == {0}
 
 
 def test_batches_that_are_no_part_of_a_stream() -> None:
@@ -70,16 +91,8 @@ def test_half_of_the_place(missing: str) -> None:
         ([0, 1], [0, 3], "segments 0, 3"),
         (list(range(8, 0, -1)), [0] * 8, r"columns 8, 7, 6, 5, 4, 3, \.\.\."),
         ([0, 1], [2, 2], "segment 2 of columns 0 to 1, but next come segment 1 of columns 0 to 1;"),
-        (
-            [0, 1, 2],
-            [1, 1, 1],
-            "next come segment 1 of columns 0 to 1, segment 0 of columns 2 to 3;|next come segment 1",
-        ),
-        (
-            [1, 2],
-            [1, 1],
-            "segment 1 of columns 1 to 2, but next come segment 1 of columns 0 to 1, segment 1 of columns 2",
-        ),
+        ([1, 2, 3], [2] * 3, "columns 1 to 3, but next come segment 1 of columns 0 to 1, segment 1 of columns 2 to 3;"),
+        ([2, 3, 4], [1, 1, 1], "segment 1 of columns 2 to 4, but next come segment 1 of columns 2 to 3;"),
     ],
 )
 def test_rows_in_another_order(columns: list[int], segments: list[int], message: str) -> None:
@@ -109,10 +122,9 @@ def test_memories() -> None:
         assert memory == {}
         memory["layer"] = torch.full((1,), group)
         memories.keep(Segment(group), memory)
-    recalled = memories.recall(Segment(2, continues=True))
+    recalled = memories.recall(Segment(2, sources=((2, 0, 1),)))
     assert recalled["layer"].item() == 2
-    recalled["layer"] = torch.full((1,), 7)
-    assert memories.groups[2]["layer"].item() == 2  # what is handed out is a mapping of its own
+    memories.keep(Segment(2), recalled)
     memories.keep(None, None)
     assert sorted(memories.groups) == [0, 2]
     assert memories.recall(Segment(0, starts_epoch=True)) == {}
