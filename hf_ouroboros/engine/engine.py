@@ -14,11 +14,12 @@ import torch
 from ..errors import EngineError, WorkerError
 from ..partition import Partition, torch_device
 from ..simulate.timeline import Timeline
+from .averaging import ReplicaMean
 from .interleave import device_programs
 from .optimizers import StageOptimizer, snapshot_hyperparameters
 from .schedule import Clock, Pause, Slot, stages_by_device
 from .settings import EngineSettings, FinishedLoss, LossFunction
-from .stage_runner import ReplicaMean, StageRunner
+from .stage_runner import StageRunner
 from .state import RunState
 from .transport import InProcessTransport, Transport
 from .weights import TiedLink

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import torch
 from torch.func import functional_call
 from torch.nn.utils import get_total_norm
 
 from ..partition import Partition, select
+from .averaging import BucketedMean, ReplicaMean
 from .optimizers import StageOptimizer
 from .randomness import has_dropout, seeded_dropout
 from .settings import EngineSettings, Hyperparameters, LossFunction
@@ -31,13 +33,6 @@ class InFlight:
     full_batch: Mapping[str, Any] | None = None
     context: Any = None
     output: torch.Tensor | None = field(default=None, repr=False)
-
-
-class ReplicaMean(Protocol):
-    """Averages gradients over data-parallel replicas."""
-
-    def start(self, gradients: Sequence[torch.Tensor]) -> Callable[[], None]:
-        """Begins to average tensors, in place; the function returned waits until that is done."""
 
 
 class StageRunner:
@@ -72,11 +67,10 @@ class StageRunner:
         self.settled: dict[int, Gradients] = {}
         self.window: Gradients = {}
         self.optimizer: StageOptimizer | None = None
-        self.replica_mean = replica_mean
-        self._mean_is_done: Callable[[], None] | None = None
         self._loss_fn = loss_fn
         self._link = link if self.stage.is_first or self.stage.is_last else None
         self._versions = WeightVersions(partition.owned(stage))
+        self._mean = None if replica_mean is None else BucketedMean(replica_mean, self._versions.parameters)
         leaf_names = {id(p): name for name, p in self._versions.parameters.items()}
         if link is not None:
             leaf_names[id(partition.tied)] = link.name
@@ -141,15 +135,20 @@ class StageRunner:
 
     # ---- backward ----
 
-    def backward(self, tick: int, gradient: torch.Tensor | None) -> tuple[Gradients, torch.Tensor | None]:
+    def backward(
+        self, tick: int, gradient: torch.Tensor | None, closing: bool = False
+    ) -> tuple[Gradients, torch.Tensor | None]:
         """Backward of a micro-batch with the weights and masks of its forward.
 
         Args:
             tick: the micro-batch's number.
             gradient: of the loss with respect to this stage's output; None on the last stage.
+            closing: whether the open update ends with this micro-batch. Its gradients then go straight to the window,
+                and where there are replicas their mean begins layer by layer while the backward is still running.
 
         Returns:
-            The stage's parameter gradients, and the gradient for the stage before (None on the first stage).
+            The stage's parameter gradients as far as they are not in the window yet, and the gradient for the stage
+            before (None on the first stage).
         """
         item = self.in_flight.pop(tick)
         if item.output is None:
@@ -157,7 +156,8 @@ class StageRunner:
         if gradient is not None:
             gradient = gradient.to(self.device, non_blocking=True)
         if item.output.requires_grad and (gradient is not None or self.stage.is_last):
-            torch.autograd.backward(item.output, gradient)
+            with self._averaging_meanwhile(item.leaves) if closing else contextlib.nullcontext():
+                torch.autograd.backward(item.output, gradient)
         gradients: Gradients = {}
         for name, leaf in item.leaves.items():
             if leaf.grad is not None:
@@ -167,6 +167,27 @@ class StageRunner:
         elif self._lends and tick in self._link.gradients:
             gradients[self._link.name].add_(self._link.gradients.pop(tick))
         return gradients, None if item.hidden is None else item.hidden.grad
+
+    @contextlib.contextmanager
+    def _averaging_meanwhile(self, leaves: Gradients) -> Iterator[None]:
+        """Takes every gradient into the window, and hands it to the mean over replicas, as soon as it is complete."""
+
+        def take(name: str, leaf: torch.Tensor) -> None:
+            gradient, leaf.grad = leaf.grad, None
+            self.accumulate({name: gradient})
+            self._mean.ready(name, self.window)
+
+        hooks = []
+        if self._mean is not None:
+            for name, leaf in leaves.items():
+                # A tied matrix is complete only with the other side's gradient.
+                if leaf.requires_grad and (self._link is None or name != self._link.name):
+                    hooks.append(leaf.register_post_accumulate_grad_hook(partial(take, name)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def accumulate(self, gradients: Gradients) -> None:
         """Adds gradients, in tick order, to those of the update that is open."""
@@ -178,16 +199,20 @@ class StageRunner:
 
     # ---- step ----
 
+    @property
+    def has_replicas(self) -> bool:
+        """Whether other processes compute the same stage on other rows."""
+        return self._mean is not None
+
     def start_mean(self) -> None:
-        """Begins to average the open update's gradients over the replicas, where there are several."""
-        if self.replica_mean is not None and self.window:
-            self._mean_is_done = self.replica_mean.start(self._ordered_window())
+        """Begins to average what is not being averaged yet of the open update's gradients, where there are replicas."""
+        if self._mean is not None:
+            self._mean.rest(self.window)
 
     def finish_mean(self) -> None:
         """Waits until the open update's gradients are averaged."""
-        if self._mean_is_done is not None:
-            self._mean_is_done()
-            self._mean_is_done = None
+        if self._mean is not None:
+            self._mean.wait()
 
     def clip(self, bound: float) -> torch.Tensor | None:
         """Norm of the open update's gradients, which are then scaled to at most `bound`; None without any."""
