@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-LossFunction = Callable[[torch.Tensor, Mapping[str, Any], Any], torch.Tensor]
-"""(logits [batch, time, vocabulary], micro-batch, whatever was submitted with it) -> scalar loss."""
 
 Hyperparameters = list[dict[str, Any]]
 """Per parameter group of the optimizer, everything but the parameters: learning rate, betas, ..."""

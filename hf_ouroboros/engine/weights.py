@@ -8,6 +8,8 @@ Parameter object stays the same for everybody else. (Writing through `.data` in 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -48,13 +50,16 @@ class WeightVersions:
 
 
 class TiedLink:
-    """What first and last stage tell each other about the matrix that they share; they share a device, too.
+    """What first and last stage tell each other about the matrices that they share; they share a device, too.
 
-    `weights[t]` is the version that stage 0 used at tick t, for the last stage's forward of tick t.
-    `gradients[t]` is the output side's gradient of tick t, for stage 0's backward of tick t.
+    `weights[t]` are the versions that stage 0 used at tick t, for the last stage's forward of tick t.
+    `gradients[t]` are the output side's gradients of tick t, for stage 0's backward of tick t.
+
+    Args:
+        names: names of the matrices, as stage 0 owns them.
     """
 
-    def __init__(self, name: str):
-        self.name = name
-        self.weights: dict[int, torch.Tensor] = {}
-        self.gradients: dict[int, torch.Tensor] = {}
+    def __init__(self, names: Sequence[str]):
+        self.names = tuple(names)
+        self.weights: dict[int, dict[str, torch.Tensor]] = {}
+        self.gradients: dict[int, dict[str, torch.Tensor]] = {}

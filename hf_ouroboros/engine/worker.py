@@ -28,6 +28,7 @@ from .schedule import (
 )
 from .settings import EngineSettings, FinishedLoss, Hyperparameters
 from .stage_runner import StageRunner
+from .streams import Segment
 from .transport import Aborted, Transport
 
 
@@ -35,13 +36,14 @@ from .transport import Aborted, Transport
 class Work:
     """A slot with what it carries: the micro-batch that enters, the hyper-parameters of the update that closes.
 
-    `delayed` tells whether the micro-batch belongs to an update with delays.
+    `delayed` tells whether the micro-batch belongs to an update with delays; `segment` is its place in a stream.
     """
 
     slot: Slot
     delayed: bool
     batch: Mapping[str, Any] | None = None
     context: Any = None
+    segment: Segment | None = None
     hyperparameters: Hyperparameters | None = None
 
 
@@ -184,7 +186,7 @@ class Worker(threading.Thread):
         work = self._work[runner.index].pop(tick)
         hidden = None if runner.index == 0 else self._transport.receive("hidden", runner.index, tick)
         start = time.perf_counter()
-        output = runner.forward(tick, work.batch, work.context, hidden)
+        output = runner.forward(tick, work.batch, work.context, hidden, work.segment)
         self._record("forward", runner, tick, start)
         if runner.index == self._num_stages - 1:
             self._events.put(FinishedLoss(tick, output))

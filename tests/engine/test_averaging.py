@@ -85,7 +85,7 @@ def test_begins_within_the_backward_that_closes_an_update(tied: bool) -> None:
     windows, started = {}, {}
     for with_replicas in (False, True):
         means = [Doubling(bucket_bytes=500) if with_replicas else None for _ in stages]
-        link = TiedLink(partition.tied_name) if tied else None
+        link = TiedLink(partition.tied_names) if tied else None
         runners = [
             StageRunner(partition, k, torch.device("cpu"), causal_loss, EngineSettings(), link, means[k])
             for k in stages
@@ -99,7 +99,7 @@ def test_begins_within_the_backward_that_closes_an_update(tied: bool) -> None:
                 if with_replicas:
                     started[runner.index, tick] = len(means[runner.index].log)
                     # Only the tied matrix is complete after the backward, not within it.
-                    assert tick == 0 or own.keys() <= {partition.tied_name}
+                    assert tick == 0 or own.keys() <= set(partition.tied_names)
                 runner.accumulate(own)
         for runner in runners:
             runner.start_mean()

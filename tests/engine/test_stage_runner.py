@@ -29,7 +29,7 @@ def make(
     model = tiny_gpt2(tied, dropout=dropout).train()
     partition = split_model(model, cpu_devices(len(counts)), list(counts), check=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.5)
-    link = TiedLink(partition.tied_name) if tied else None
+    link = TiedLink(partition.tied_names) if tied else None
     stages = range(len(counts))
     runners = [StageRunner(partition, k, CPU, causal_loss, EngineSettings(**settings), link) for k in stages]
     for k, runner in enumerate(runners):
@@ -239,7 +239,7 @@ def test_frozen_parts(frozen: str, tied: bool, recompute: bool) -> None:
     if tied and frozen == "transformer":
         model.transformer.ln_f.requires_grad_(True)
     partition = split_model(model, cpu_devices(3), [2, 1, 2], check=False)
-    link = TiedLink(partition.tied_name) if tied else None
+    link = TiedLink(partition.tied_names) if tied else None
     settings = EngineSettings(recompute=recompute)
     runners = [StageRunner(partition, k, CPU, causal_loss, settings, link) for k in range(3)]
     loss, gradients = exact(model, 0)
