@@ -28,8 +28,8 @@ from .hub.facts import TAG, collect_facts
 from .ledger import LossLedger
 from .partition import Home, Partition, StagePlan, split_model, torch_device
 from .processes import ProcessGrid
+from .processes.clocks import record_of_all
 from .processes.engine import ProcessEngine
-from .processes.files import together
 from .processes.grid import leave_at_exit
 from .processes.probe import hidden_specs
 from .processes.relay import Relay
@@ -216,7 +216,7 @@ class OuroborosTrainer(BatchHooks, EvaluationHooks, CheckpointHooks, Trainer):
         if self.timeline is None:
             return
         if self._grid is not None:
-            events = together(self._grid, self._control_group, self.timeline.events)
+            events = record_of_all(self._grid, self._control_group, self.timeline.events)
             self.timeline = Timeline(self.timeline.num_devices, self.timeline.device_names)
             for event in (e for rank in self._grid.row(0) for e in events[rank]):
                 self.timeline.record(event)
