@@ -98,6 +98,17 @@ class OuroborosArguments(TrainingArguments):
     delay_compensation: str = field(
         default="none", metadata={"help": "Compensation of the delay in the optimizer.", "choices": ["none"]}
     )
+    eval_mem_len: int | None = field(
+        default=None,
+        metadata={"help": "Rows of memory per layer during evaluation (Transformer-XL). Default: as in training."},
+    )
+    eval_clamp_len: int | None = field(
+        default=None,
+        metadata={
+            "help": "Distances beyond it count as this distance during evaluation, 0 for no clamping (Transformer-XL). "
+            "Default: as in training.",
+        },
+    )
     recompute: bool = field(
         default=False,
         metadata={
@@ -165,6 +176,12 @@ class OuroborosArguments(TrainingArguments):
             return ["cpu:0", "cpu:1"]
         return [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())]
 
+    @property
+    def evaluation_options(self) -> dict[str, int]:
+        """What evaluation changes in the model's configuration."""
+        options = {"mem_len": self.eval_mem_len, "clamp_len": self.eval_clamp_len}
+        return {name: value for name, value in options.items() if value is not None}
+
     def engine_settings(self, num_workers: int) -> EngineSettings:
         """The engine's settings for a split that is meant for so many devices."""
         on_cpu = self.device_names[0].startswith("cpu")
@@ -230,6 +247,8 @@ class OuroborosArguments(TrainingArguments):
             raise UnsupportedOptionError(f"num_stages={self.num_stages} must be at least 1")
         if self.delay_warmup_steps < 0:
             raise UnsupportedOptionError(f"delay_warmup_steps={self.delay_warmup_steps} must not be negative")
+        if self.eval_mem_len is not None and self.eval_mem_len < 0:
+            raise UnsupportedOptionError(f"eval_mem_len={self.eval_mem_len} must be 0 (no memory) or more")
         if self.max_grad_norm is not None and (self.max_grad_norm < 0 or math.isnan(self.max_grad_norm)):
             raise UnsupportedOptionError(f"max_grad_norm={self.max_grad_norm} must be positive, or 0 for no clipping")
         if self.tied_gradient == "paper" and self.schedule not in ("lockstep", "reference"):

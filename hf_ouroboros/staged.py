@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutput
 
+from .engine.streams import Reading
 from .errors import EngineError
-from .partition import Partition, compose
+from .partition import Partition, Targets, compose
 from .processes.relay import Relay
 
 
@@ -46,11 +47,16 @@ class StagedModel(nn.Module):
         partition: the split model.
         autocast_dtype: dtype of mixed precision; None for none.
         relay: passes batches through the stages of other processes; None where all stages are here.
+
+    Attributes:
+        loss_only: whether nobody looks at the logits, so that a head that computes the loss need not build them.
     """
 
     def __init__(self, partition: Partition, autocast_dtype: torch.dtype | None, relay: Relay | None = None):
         super().__init__()
         self.relay = relay
+        self.loss_only = False
+        self._reading: Reading | None = None
         self.stages = nn.ModuleList(partition.stages)
         self.config = partition.model.config
         self._partition = (partition,)  # in a tuple: the complete model must not be registered as a submodule
@@ -69,9 +75,46 @@ class StagedModel(nn.Module):
 
     def forward(self, **inputs: Any) -> CausalLMOutput:
         """Runs all stages in turn; the pipeline has to be synchronized."""
+        targets = head_targets(inputs, inputs.get("num_items_in_batch")) if self.loss_only else None
         with self.forward_scope():
-            logits = compose(self.stages, inputs) if self.relay is None else self.relay.run(inputs)
-        return causal_lm_output(logits.float(), inputs)
+            run = self._run if self.relay is None else self.relay.run
+            output = run(inputs, targets)
+        return CausalLMOutput(loss=output) if targets is not None else causal_lm_output(output.float(), inputs)
+
+    def _run(self, inputs: dict[str, Any], targets: Targets | None) -> torch.Tensor:
+        if self._reading is None:
+            return compose(self.stages, inputs, targets=targets)
+        segment = self._reading.streams.enter(inputs)
+        memories = [memory.recall(segment) for memory in self._reading.memories]
+        output = compose(self.stages, inputs, memories, targets)
+        for kept, memory in zip(self._reading.memories, memories, strict=True):
+            kept.keep(segment, memory)
+        return output
+
+    @contextmanager
+    def reading(self, **options: int) -> Iterator[None]:
+        """Stages remember, within this context, what they read in it, and nothing else.
+
+        Args:
+            options: what evaluation changes in the configuration: `mem_len`, `clamp_len`.
+        """
+        partition = self._partition[0]
+        config = partition.evaluation_config(**options)
+        remembers = partition.stages[0].family.remembers(config)
+        before = [(stage, stage.config) for stage in partition.stages]
+        self._reading = Reading(len(before)) if remembers else None
+        if self.relay is not None:
+            self.relay.reading = self._reading
+        for stage, _ in before:
+            stage.config = config
+        try:
+            yield
+        finally:
+            for stage, training_config in before:
+                stage.config = training_config
+            self._reading = None
+            if self.relay is not None:
+                self.relay.reading = None
 
     @contextmanager
     def forward_scope(self) -> Iterator[None]:
@@ -79,6 +122,13 @@ class StagedModel(nn.Module):
         kind = next(p for stage in self.stages for p in stage.parameters() if not p.is_meta).device.type
         with torch.autocast(kind, dtype=self._autocast_dtype, enabled=self._autocast_dtype is not None):
             yield
+
+
+def head_targets(inputs: Mapping[str, Any], num_items: torch.Tensor | int | None) -> Targets | None:
+    """What a head computes the loss of a batch from; None without labels."""
+    if inputs.get("labels") is None and inputs.get("shift_labels") is None:
+        return None
+    return {key: inputs.get(key) for key in ("labels", "shift_labels")} | {"num_items_in_batch": num_items}
 
 
 def causal_lm_output(logits: torch.Tensor, inputs: Mapping[str, Any]) -> CausalLMOutput:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import dispatch_model
@@ -23,6 +23,7 @@ from .engine.optimizers import check_optimizer
 from .hooks.batches import BatchHooks
 from .hooks.checkpoints import CheckpointHooks
 from .hooks.evaluation import EvaluationHooks
+from .hooks.loss import LossContext, TrainerLoss
 from .hooks.preemption import SaveOnSigterm
 from .hub.facts import TAG, collect_facts
 from .ledger import LossLedger
@@ -36,14 +37,7 @@ from .processes.relay import Relay
 from .processes.watch import Watch
 from .reference import Reference
 from .simulate.timeline import Timeline
-from .staged import LogitsModel, StagedModel, StagedOptimizer, refuse_forward
-
-
-class LossContext(NamedTuple):
-    """What the loss of a micro-batch needs from its update."""
-
-    num_items: torch.Tensor | int | None
-    accumulation_steps: int
+from .staged import StagedModel, StagedOptimizer, refuse_forward
 
 
 class OuroborosTrainer(BatchHooks, EvaluationHooks, CheckpointHooks, Trainer):
@@ -144,6 +138,7 @@ class OuroborosTrainer(BatchHooks, EvaluationHooks, CheckpointHooks, Trainer):
             colocate=args.schedule == "reference",
             home=None if self._grid is None else Home(self._grid.device_index, self._grid.device),
         )
+        self._partition.evaluation_config(**args.evaluation_options)  # refuses what this model does not have
         dtype = args.engine_settings(self.stage_plan.num_workers).autocast_dtype
         relay = None
         if self._grid is not None:
@@ -261,7 +256,7 @@ class OuroborosTrainer(BatchHooks, EvaluationHooks, CheckpointHooks, Trainer):
         plan = self.stage_plan
         self.timeline = Timeline(len(plan.devices), list(plan.devices)) if self.args.timeline else None
         settings = self.args.engine_settings(plan.num_workers)
-        common = self._partition, staged.optimizer, self._stage_loss, settings, self.timeline
+        common = self._partition, staged.optimizer, TrainerLoss(self), settings, self.timeline
         if self._grid is not None:
             self.engine = ProcessEngine(*common, self._grid, self._specs, self._watch.check)
         else:
@@ -281,21 +276,6 @@ class OuroborosTrainer(BatchHooks, EvaluationHooks, CheckpointHooks, Trainer):
         if self.accelerator.gradient_state.sync_gradients:
             self._ledger.close_update()
         return self._collect_losses()
-
-    def _stage_loss(self, logits: torch.Tensor, batch: dict[str, Any], context: LossContext) -> torch.Tensor:
-        """Loss of a micro-batch on the last stage, by Trainer's own rules (labels, smoothing, custom losses)."""
-        inputs = {
-            key: value.to(logits.device, non_blocking=True) if torch.is_tensor(value) else value
-            for key, value in batch.items()
-        }
-        head = LogitsModel(self._partition.model, logits)
-        loss = self.compute_loss(head, inputs, num_items_in_batch=context.num_items)
-        scaled = getattr(self, "loss_is_scaled_for_ga", None)
-        if scaled is None:
-            scaled = context.num_items is not None or self.compute_loss_func is not None
-        if self._counts_all_replicas and context.num_items is not None:
-            loss = loss * self._grid.replicas  # gradients and losses are averaged over the replicas
-        return loss if scaled else loss / context.accumulation_steps
 
     def _collect_losses(self) -> torch.Tensor:
         total = torch.zeros((), device=self.args.device)

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load, save
-from transformers import Adafactor, GPT2Config, GPT2LMHeadModel
+from transformers import Adafactor, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from hf_ouroboros.engine.engine import Engine
+from hf_ouroboros.engine.losses import LossFunction
 from hf_ouroboros.engine.settings import EngineSettings
 from hf_ouroboros.engine.state import RunState
 from hf_ouroboros.partition import Partition, split_model
@@ -113,7 +114,19 @@ class Case:
     layers: int = 5
     counts: tuple[int, ...] | None = None
 
-    def partition(self, model: GPT2LMHeadModel, colocate: bool = False) -> Partition:
+    def model(self) -> PreTrainedModel:
+        """The model before it is split."""
+        return tiny_gpt2(self.tied, self.layers, self.dropout)
+
+    def loss(self, replicas: int = 1) -> LossFunction:
+        """What the last stage computes; among replicas, whose mean it becomes, so much more."""
+        return lambda logits, batch, targets: causal_loss(logits, batch, targets) * replicas
+
+    def targets(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> int:
+        """Tokens of an update that count in the loss."""
+        return count_targets(batches)
+
+    def partition(self, model: PreTrainedModel, colocate: bool = False) -> Partition:
         """The model split as the case says."""
         count = self.devices or max(1, self.stages - self.tied)
         counts = self.counts or (None if self.stages <= self.layers else (*[1] * self.layers, 0))
@@ -145,7 +158,7 @@ class Run:
         warmup = 10**6 if schedule == "reference 1f1b" else case.warmup
         schedule = schedule.split()[0]
         self.case = case
-        self.model = tiny_gpt2(case.tied, case.layers, case.dropout)
+        self.model = case.model()
         if prepare is not None:
             prepare(self.model)
         partition = case.partition(self.model, colocate=schedule == "reference")
@@ -170,12 +183,12 @@ class Run:
     def make_engine(self, partition: Partition, settings: EngineSettings) -> Engine | Reference:
         """The engine that the schedule asks for."""
         kind = Reference if settings.schedule == "reference" else Engine
-        return kind(partition, self.optimizer, causal_loss, settings)
+        return kind(partition, self.optimizer, self.case.loss(), settings)
 
     def update(self, u: int, look: str | None = None) -> None:
         """One update; `look` says what happens after its first tick or, for "norm" and "state", after it."""
         batches = self.case.batches(u)
-        targets = count_targets(batches)
+        targets = self.case.targets(batches)
         for i, batch in enumerate(batches):
             self.engine.submit(self.batch(batch), targets)
             if i == 0 and look in ("synchronize", "settle"):

@@ -40,6 +40,8 @@ def test_defaults(tmp_path: Path) -> None:
         "clip_scope": "stage",
         "delay_warmup_steps": 0,
         "delay_compensation": "none",
+        "eval_mem_len": None,
+        "eval_clamp_len": None,
         "recompute": False,
         "timeline": None,
     }

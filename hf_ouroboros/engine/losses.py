@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..partition import Targets
+from ..partition import Targets, to_device
 
 LossFunction = Callable[[torch.Tensor, Mapping[str, Any], Any], torch.Tensor]
 """(logits [batch, time, vocabulary], micro-batch, whatever was submitted with it) -> scalar loss."""
@@ -30,14 +30,10 @@ class HeadLoss(ABC):
         """The loss where the logits were wanted."""
 
 
-def targets_for(
-    loss_fn: LossFunction, batch: Mapping[str, Any], context: Any, device: torch.device
-) -> Targets | None:
+def targets_for(loss_fn: LossFunction, batch: Mapping[str, Any], context: Any, device: torch.device) -> Targets | None:
     """What the last stage is given to compute the loss from; None if it has to give the logits."""
     targets = loss_fn.targets(batch, context) if isinstance(loss_fn, HeadLoss) else None
-    if targets is None:
-        return None
-    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in targets.items()}
+    return None if targets is None else to_device(targets, device)
 
 
 def loss_of(

@@ -125,11 +125,11 @@ class StageRunner:
         if self.stage.is_last:
             item.full_batch, item.context = batch, context
         self.in_flight[tick] = item
-        replayed = self.settings.recompute and not self.stage.is_last
-        with torch.no_grad() if replayed else contextlib.nullcontext():
-            output, memory = self._compute(item)
+        output, memory = self._compute(item)
         self.memories.keep(segment, memory)
-        if not replayed:
+        # What will be replayed has a graph, too, which is dropped here: without one, torch may choose kernels (of attention
+        # with an additive mask, for instance) that round in another way than the replay.
+        if self.stage.is_last or not self.settings.recompute:
             item.output = output
         return output.detach()
 

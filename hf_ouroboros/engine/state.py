@@ -81,11 +81,11 @@ class RunState:
                 int(stage): {int(tick): {} for tick in ticks} for stage, ticks in meta["pending_ticks"].items()
             }
             streams = {int(group): (int(width), int(segment)) for group, (width, segment) in meta["streams"].items()}
-            memories: dict[int, dict[int, Memory]] = {}
+            memories: dict[int, dict[int, Memory]] = {stage: {group: {} for group in streams} for stage in pending}
             for key, tensor in tensors.items():
                 kind, stage, number, name = key.split(".", 3)
                 if kind == "memory":
-                    memories.setdefault(int(stage), {}).setdefault(int(number), {})[name] = tensor
+                    memories[int(stage)][int(number)][name] = tensor
                 elif kind == "pending":
                     pending[int(stage)][int(number)][name] = tensor
                 else:

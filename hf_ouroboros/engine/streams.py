@@ -74,7 +74,9 @@ class Streams:
             return None
         if COLUMNS not in batch or SEGMENTS not in batch:
             missing = SEGMENTS if COLUMNS in batch else COLUMNS
-            raise StreamError(f"a batch has no {missing}, but {COLUMNS if missing == SEGMENTS else SEGMENTS}; give both")
+            raise StreamError(
+                f"a batch has no {missing}, but {COLUMNS if missing == SEGMENTS else SEGMENTS}; give both"
+            )
         columns, segments = batch[COLUMNS].tolist(), batch[SEGMENTS].tolist()
         group, width, number = columns[0], len(columns), segments[0]
         if columns != list(range(group, group + width)) or set(segments) != {number}:
@@ -118,6 +120,18 @@ class Memories:
         """Takes what the forward left."""
         if segment is not None:
             self.groups[segment.group] = memory
+
+
+class Reading:
+    """One pass over a stream outside of training, from its beginning: an evaluation.
+
+    Args:
+        num_stages: K.
+    """
+
+    def __init__(self, num_stages: int):
+        self.streams = Streams()
+        self.memories = [Memories() for _ in range(num_stages)]
 
 
 def memories_on(device: torch.device, groups: Mapping[int, Memory]) -> dict[int, Memory]:

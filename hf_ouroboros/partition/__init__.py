@@ -2,7 +2,7 @@
 
 from .families import Memory, Targets
 from .plan import StagePlan, StageRow, torch_device
-from .split import Home, Partition, compose, select, split_model
+from .split import Home, Partition, compose, select, split_model, to_device
 from .stages import Stage
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "compose",
     "select",
     "split_model",
+    "to_device",
     "torch_device",
 ]

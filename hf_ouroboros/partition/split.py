@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import DeviceMapError
 from .device_map import parse_device_map, plan_stages
-from .families import Family, find_family
+from .families import Family, Memory, Targets, find_family
 from .mapping import check_module_names
 from .ownership import Owned, release_foreign
 from .plan import StagePlan, StageRow, torch_device
@@ -61,6 +61,15 @@ class Partition:
     def remembers(self) -> bool:
         """Whether layers remember a segment while they read the next one."""
         return self.stages[0].family.remembers(self.model.config)
+
+    def evaluation_config(self, **options: int) -> PretrainedConfig:
+        """The configuration with which stages evaluate.
+
+        Raises:
+            UnsupportedOptionError: the architecture has no such option.
+        """
+        config = self.model.config
+        return self.stages[0].family.evaluation_config(config, **options) if options else config
 
     def owned(self, stage: int) -> dict[str, nn.Parameter]:
         """The parameters that belong to a stage, by their name in the model, in the model's order."""
@@ -250,21 +259,35 @@ def _check_loaded(stage: Stage, model: PreTrainedModel) -> None:
             )
 
 
-def compose(stages: Sequence[Stage], batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def compose(
+    stages: Sequence[Stage],
+    batch: dict[str, torch.Tensor],
+    memories: Sequence[Memory | None] | None = None,
+    targets: Targets | None = None,
+) -> torch.Tensor:
     """Runs all stages in turn, as the unsplit model would, moving the batch and hidden state along.
 
     Args:
         stages: all of them, with weights.
         batch: what the family takes, e.g. `input_ids` [batch, time].
+        memories: of each stage, as in `Stage.forward`; None for no memory.
+        targets: as in `Stage.forward`, on any device.
 
     Returns:
-        Logits [batch, time, vocabulary] on the last stage's device.
+        Logits [batch, time, vocabulary] on the last stage's device; with targets the loss.
     """
     hidden = None
-    for stage in stages:
+    for stage, memory in zip(stages, memories or [None] * len(stages), strict=True):
         device = next(stage.parameters()).device
-        hidden = stage(select(stage.family, batch, device), hidden if hidden is None else hidden.to(device))
+        given = hidden if hidden is None else hidden.to(device)
+        last = to_device(targets, device) if stage.is_last and targets is not None else None
+        hidden = stage(select(stage.family, batch, device), given, memory, last)
     return hidden
+
+
+def to_device(values: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Tensors among the values moved to a device, everything else as it is."""
+    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in values.items()}
 
 
 def select(family: Family, batch: Mapping[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
