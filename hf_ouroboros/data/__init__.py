@@ -19,6 +19,7 @@ from hf_ouroboros.data.stream import (
     StreamRow,
     StreamSegments,
     check_stream_arguments,
+    ends_lines,
     text_stream,
     tokenized_stream,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "byte_tokenizer",
     "check_stream_arguments",
     "default_corpus",
+    "ends_lines",
     "load_texts",
     "pack_blocks",
     "pack_texts",

@@ -240,6 +240,11 @@ def text_stream(texts: Texts, tokenizer: PreTrainedTokenizerBase, text_column: s
     eos_id = tokenizer.eos_token_id
     if eos_id is None:
         raise ValueError(f"{type(tokenizer).__name__} has no eos_token to separate texts: set it first.")
-    if tokenizer("")["input_ids"] == [eos_id]:
+    if ends_lines(tokenizer):
         return join_tokens(tokenize_lines(texts, tokenizer, text_column), None)
     return join_tokens(tokenize_texts(texts, tokenizer, text_column), eos_id)
+
+
+def ends_lines(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer puts its end-of-text token behind whatever it is given, as a mark for the end of a line."""
+    return tokenizer("")["input_ids"] == [tokenizer.eos_token_id]
