@@ -31,7 +31,7 @@ from hf_ouroboros.data import text_stream
 from hf_ouroboros.data.prepared import PreparedSplit, PreparedStreams, count_units
 from hf_ouroboros.metrics.stream_loss import stream_loss
 
-DEFAULT_SEGMENT = 128  # tokens, of a model without a fixed number of positions
+DEFAULT_SEGMENT = 128  # tokens, of a model that has neither memory nor a fixed number of positions
 
 
 @dataclass
@@ -50,7 +50,7 @@ class ScriptArguments:
     )
     segment_len: int | None = field(
         default=None,
-        metadata={"help": f"Tokens predicted at a time. Default: what fits; with memory {DEFAULT_SEGMENT}."},
+        metadata={"help": "Tokens predicted at a time. Default: mem_len, or as many as fit."},
     )
     mem_len: int | None = field(
         default=None,
@@ -115,10 +115,11 @@ def main() -> None:
     has_memory = hasattr(model.config, "mem_len")
     overlap = 0 if has_memory else script.mem_len or 0
     positions = getattr(model.config, "max_position_embeddings", None)
-    segment = script.segment_len or (DEFAULT_SEGMENT if has_memory or not positions else positions - overlap)
+    fitting = model.config.mem_len if has_memory else (positions or 0) - overlap
+    segment = script.segment_len or fitting or DEFAULT_SEGMENT
     if not has_memory and positions and (segment < 1 or segment + overlap > positions):
         raise OptionError(
-            f"mem_len={overlap} and segment_len={segment} must fit into the model's {positions} positions together"
+            f"mem_len={overlap} and segment_len={max(segment, 1)} must fit into the model's {positions} positions together"
         )
     found = stream_loss(model, split.tokens, segment, overlap, script.columns)
     metrics = found.metrics(split.units)
@@ -145,7 +146,7 @@ def main() -> None:
             ("perplexity per token", f"{metrics['perplexity']:,.3f}"),
             ("bits per byte", f"{metrics['bits_per_byte']:.4f}"),
             ("bits per character", f"{metrics['bits_per_character']:.4f}"),
-            ("perplexity per word", f"{metrics['word_perplexity']:,.2f}"),
+            ("perplexity per word", f"{metrics['word_perplexity']:.5g}"),
             ("read", ", ".join(f"{name} {value}" for name, value in reading.items())),
         ],
     )
