@@ -144,6 +144,7 @@ def make_examples(
     replicas = args.data_parallel_replicas
     columns = script.columns or args.train_batch_size * replicas * args.gradient_accumulation_steps
     train = StreamSegments(tokens, columns, script.block_size)
-    validation = StreamSegments(validation_tokens, args.eval_batch_size * replicas, script.block_size, keep_tail=True)
+    eval_length, eval_columns = script.eval_segment_len or script.block_size, args.eval_batch_size * replicas
+    validation = StreamSegments(validation_tokens, eval_columns, eval_length, keep_tail=True)
     check_stream_arguments(args, train, validation)
     return Examples(train, validation, StreamCollator(positions=has_memory), tokens_per_unit, unit)

@@ -110,6 +110,9 @@ class ScriptArguments:
         metadata={"help": f"Training text in bytes. Default: all; of the standard library, {CORPUS_BYTES}."},
     )
     block_size: int = field(default=64, metadata={"help": "Tokens per sequence, or per segment of a stream."})
+    eval_segment_len: int | None = field(
+        default=None, metadata={"help": "Tokens per segment of the validation stream. Default: block_size."}
+    )
     columns: int | None = field(
         default=None,
         metadata={
@@ -180,8 +183,9 @@ def make_model(
         model = AutoStagedModelForCausalLM.from_config(make_config(script, tokenizer), args=args)
     check_vocabulary(model, tokenizer)
     positions = getattr(model.config, "max_position_embeddings", None)
-    if positions and script.block_size > positions:
-        raise OptionError(f"block_size={script.block_size} is more than the model's {positions} positions; lower it")
+    for name, length in (("block_size", script.block_size), ("eval_segment_len", script.eval_segment_len or 0)):
+        if positions and length > positions:
+            raise OptionError(f"{name}={length} is more than the model's {positions} positions; lower it")
     return model
 
 
