@@ -15,7 +15,7 @@ from ..errors import EngineError, WorkerError
 from ..partition import Partition, torch_device
 from ..simulate.timeline import Timeline
 from .averaging import ReplicaMean
-from .interleave import device_programs
+from .interleave import device_programs, engine_costs
 from .losses import LossFunction
 from .optimizers import StageOptimizer, snapshot_hyperparameters
 from .schedule import Clock, Pause, Slot, stages_by_device
@@ -96,14 +96,10 @@ class Engine:
             for k, d in enumerate(placement)
             if d in site.devices
         }
-        mean = sum(row.cost for row in plan.rows) / num_stages or 1.0
-        costs = [max(row.cost / mean, 1e-3) for row in plan.rows]
-        replay_cost = [0.0 if k == num_stages - 1 or not settings.recompute else c for k, c in enumerate(costs)]
         programs = device_programs(
             settings.schedule,
             placement,
-            costs,
-            [2 * c + r for c, r in zip(costs, replay_cost, strict=True)],
+            *engine_costs([row.cost for row in plan.rows], settings.recompute),
             settings.micro_batches,
             exchange=settings.clip_scope == "global",
         )
