@@ -6,11 +6,13 @@ the runs before it.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from multiprocessing.connection import wait
@@ -26,6 +28,8 @@ from .job import Job
 
 GRACE = 5.0
 """Seconds that the others have to end, and to say why, after one process failed."""
+STACK = 1.0
+"""Seconds to write down what a process that is late is doing."""
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["hf_ouroboros.trainer", "torch.distributed.pipelining"])
@@ -64,8 +68,13 @@ def _await(processes: list[BaseProcess], job: Job) -> None:
     while running:
         ended = wait(list(running), timeout=max(0.0, deadline - time.monotonic()))
         if not ended:
+            late = sorted(running.values())
+            for rank in late:
+                os.kill(processes[rank].pid, signal.SIGUSR1)  # its stack, into its log
+            wait(list(running), timeout=STACK)
             raise RunFailed(
-                f"rank {', '.join(map(str, sorted(running.values())))} did not end within {job.options.time_limit:g} s"
+                f"rank {', '.join(map(str, late))} did not end within {job.options.time_limit:g} s; for what they were "
+                f"doing see {_log(job, late[0])}"
             )
         failed = [rank for rank in (running.pop(sentinel) for sentinel in ended) if _exit_code(processes[rank])]
         if failed:
@@ -94,11 +103,18 @@ def _error(job: Job, rank: int) -> Path:
     return job.folder / f"rank{rank}.error"
 
 
+def _end_with_parent() -> None:
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
 def _main(rank: int, count: int, job: Job) -> None:
     """One process of a run."""
     log = _log(job, rank).open("w")
     for stream in (1, 2):
         os.dup2(log.fileno(), stream)
+    faulthandler.register(signal.SIGUSR1, file=log)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         logging.set_verbosity_error()
         on_cpu = job.options.on_cpu
@@ -111,8 +127,8 @@ def _main(rank: int, count: int, job: Job) -> None:
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
             if not on_cpu:
                 torch.cuda.set_device(rank)
-            store = (job.folder / "store").as_uri()
-            dist.init_process_group("gloo" if on_cpu else "nccl", store, rank=rank, world_size=count)
+            store = dist.FileStore(str(job.folder / "store"), count)
+            dist.init_process_group("gloo" if on_cpu else "nccl", store=store, rank=rank, world_size=count)
         from . import peers, trainers
 
         runner = peers.run if job.contender.kind in peers.SCHEDULES else trainers.run

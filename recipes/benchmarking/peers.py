@@ -113,7 +113,12 @@ class Peer:
         self.arguments = arguments_of(TrainingArguments, common_arguments(job), job.contender.settings)
         self.parameters = [p for part in self.parts.values() for p in part.parameters()]
         optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(self.arguments)
-        self.optimizer = optimizer_class(self.parameters, **options)
+        # As Trainer does: biases and norms don't decay.
+        groups = [
+            {"params": [p for p in self.parameters if p.dim() >= 2], "weight_decay": self.arguments.weight_decay},
+            {"params": [p for p in self.parameters if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        self.optimizer = optimizer_class(groups, **options)
         self.lr_scheduler = get_scheduler(
             self.arguments.lr_scheduler_type, self.optimizer, self.arguments.warmup_steps, job.updates
         )
@@ -159,7 +164,7 @@ class Peer:
     @torch.no_grad()
     def evaluate(self, rows: torch.Tensor) -> float:
         """Mean loss over rows [rows, time], the same in all processes: forward from stage to stage."""
-        losses = []
+        losses, hidden = [], None
         for ids in rows.split(self.job.rows_per_micro_batch):
             ids = ids.to(self.device).long()
             for s in range(self.num_stages):

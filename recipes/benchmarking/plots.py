@@ -20,6 +20,7 @@ def draw_speedups(contenders: list[Contender], results: list[list[Run]], num_dev
     """Bars of the median speed-up over naive, with lines from the least to the greatest repetition."""
     figure = Figure(figsize=(8, 1.2 + 0.36 * len(contenders)), layout="constrained")
     axes = figure.subplots()
+    farthest = float(num_devices)
     for row, contender in enumerate(contenders):
         spread = Spread.of(ratios(contender, results, lambda run: run["tokens_per_second"]))
         if failure(contender, results) or spread is None:
@@ -27,12 +28,13 @@ def draw_speedups(contenders: list[Contender], results: list[list[Run]], num_dev
             continue
         error = [[spread.median - spread.least], [spread.greatest - spread.median]]
         axes.barh(row, spread.median, color=_color(contender), xerr=error, error_kw={"ecolor": "0.25", "capsize": 3})
+        farthest = max(farthest, spread.greatest)
         axes.text(spread.greatest + 0.03, row, f"{spread.median:.2f}", va="center", fontsize=9)
     axes.axvline(num_devices, color="0.3", linestyle="--", linewidth=1)
-    axes.text(num_devices, -0.75, f"ideal: {num_devices}", ha="center", va="bottom", fontsize=9, color="0.3")
+    axes.text(num_devices - 0.02, -0.7, f"ideal: {num_devices}", ha="right", va="center", fontsize=9, color="0.3")
     axes.set_yticks(range(len(contenders)), [contender.label for contender in contenders])
     axes.set_ylim(len(contenders) - 0.4, -1.2)
-    axes.set_xlim(0, num_devices * 1.12)
+    axes.set_xlim(0, farthest * 1.12)
     axes.set_xlabel("speed-up over naive model parallelism (median, least - greatest)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)

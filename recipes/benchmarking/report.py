@@ -9,9 +9,9 @@ from typing import Any
 
 from .contenders import Contender
 
-TOLERANCE = 1e-3
-"""Relative difference of losses. Another order of summation moves them by 1e-6 to 1e-4 over a run of AdamW, which divides
-small gradients by small numbers; a matrix left out, or a gradient scaled wrongly, by more."""
+TOLERANCE = 1e-4
+"""Relative difference of losses that counts as equal. Another order of summation moves them by 1e-7 in a run of a few
+updates, and by more in longer ones; a gradient that is wrong moves them by 1e-3 and more."""
 
 Run = dict[str, Any]
 
