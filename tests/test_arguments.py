@@ -40,6 +40,7 @@ def test_defaults(tmp_path: Path) -> None:
         "clip_scope": "stage",
         "delay_warmup_steps": 0,
         "delay_compensation": "none",
+        "delay_compensation_args": None,
         "recompute": False,
         "timeline": None,
     }
@@ -217,7 +218,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"schedule": "zigzag"}, "schedule='zigzag'.*pipelined"),
     ({"tied_gradient": "none"}, "tied_gradient='none'.*joint"),
     ({"clip_scope": "layer"}, "clip_scope='layer'.*stage"),
-    ({"delay_compensation": "magic"}, "delay_compensation='magic'.*none"),
+    ({"delay_compensation": "magic"}, "delay_compensation='magic'.*'magic' is unknown; use none, auto.*nesterov"),
+    ({"delay_compensation": ["nesterov", "muon"]}, "nesterov and muon don't go together"),
+    ({"delay_compensation": "muon", "optim": "sgd"}, "'muon' brings its own optimizer.*optim='sgd'"),
+    ({"delay_compensation": "muon", "delay_compensation_args": "anneal=3"}, "'anneal=3' is no option of.*momentum="),
+    (
+        {"delay_compensation": "auto", "delay_compensation_args": "anneal=3"},
+        "delay_compensation_args='anneal=3' needs to know",
+    ),
     ({"data_parallel_replicas": 2}, "data_parallel_replicas=2"),
     ({"num_stages": 0}, "num_stages=0"),
     ({"delay_warmup_steps": -1}, "delay_warmup_steps=-1"),

@@ -17,7 +17,7 @@ from ..simulate.timeline import Timeline
 from .interleave import device_programs
 from .optimizers import StageOptimizer, snapshot_hyperparameters
 from .schedule import Clock, Pause, Slot, stages_by_device
-from .settings import EngineSettings, FinishedLoss, LossFunction
+from .settings import EngineSettings, FinishedLoss, Hyperparameters, LossFunction
 from .stage_runner import ReplicaMean, StageRunner
 from .state import RunState
 from .transport import InProcessTransport, Transport
@@ -81,7 +81,8 @@ class Engine:
         self._norms: dict[int, dict[int, torch.Tensor | None]] = {}
         self._last_norms: list[torch.Tensor] | None = None
         self._started = -1
-        self._work: dict[int, tuple[Mapping[str, Any], Any, bool]] = {}
+        self._work: dict[int, tuple[bool, tuple[int, Hyperparameters] | None, Mapping[str, Any], Any]] = {}
+        self._opened: tuple[int, Hyperparameters] | None = None
         self._paused: set[int] = set()
         self._failure: WorkerError | None = None
         self._closed = False
@@ -137,8 +138,10 @@ class Engine:
             WorkerError: a worker failed (now or earlier).
         """
         self._check()
+        if self.settings.predicts and not self.update_open:
+            self._opened = self._clock.update, snapshot_hyperparameters(self.optimizer)
         tick, slots = self._clock.next_tick()
-        self._work[tick] = batch, context, not self.settings.is_synchronous(self._clock.update)
+        self._work[tick] = not self.settings.is_synchronous(self._clock.update), self._opened, batch, context
         self._release(slots)
         return tick
 
@@ -241,7 +244,8 @@ class Engine:
         """Cuts the stages' optimizers out of `optimizer`; again whenever its state was replaced."""
         self.optimizer = optimizer
         for runner in self._runners.values():
-            runner.optimizer = StageOptimizer(optimizer, self.partition.owned(runner.index).values())
+            owned = self.partition.owned(runner.index).values()
+            runner.optimizer = StageOptimizer(optimizer, owned, self.settings.compensations)
 
     def close(self, timeout: float = 10.0) -> None:
         """Stops the workers, whatever they are doing; safe to call twice."""
@@ -261,8 +265,8 @@ class Engine:
 
     def _release(self, slots: list[Slot], hyperparameters: Any = None) -> None:
         for slot in slots:
-            batch, context, delayed = self._work.pop(slot.tick, (None, None, False))
-            work = Work(slot, delayed, batch, context, hyperparameters if slot.update is not None else None)
+            carried = self._work.pop(slot.tick, (False, None, None, None))
+            work = Work(slot, *carried, hyperparameters if slot.update is not None else None)
             for worker in self._workers:
                 worker.inbox.put(work)
             if slot.tick is not None:

@@ -35,11 +35,13 @@ from .transport import Aborted, Transport
 class Work:
     """A slot with what it carries: the micro-batch that enters, the hyper-parameters of the update that closes.
 
-    `delayed` tells whether the micro-batch belongs to an update with delays.
+    `delayed` tells whether the micro-batch belongs to an update with delays; `opened` is that update with its
+    hyper-parameters when it opened, where forwards use predicted weights.
     """
 
     slot: Slot
     delayed: bool
+    opened: tuple[int, Hyperparameters] | None = None
     batch: Mapping[str, Any] | None = None
     context: Any = None
     hyperparameters: Hyperparameters | None = None
@@ -182,6 +184,8 @@ class Worker(threading.Thread):
         work = self._work[runner.index].pop(tick)
         hidden = None if runner.index == 0 else self._transport.receive("hidden", runner.index, tick)
         start = time.perf_counter()
+        if work.opened is not None:
+            runner.predict(*work.opened)
         output = runner.forward(tick, work.batch, work.context, hidden)
         self._record("forward", runner, tick, start)
         if runner.index == self._num_stages - 1:
@@ -254,7 +258,7 @@ class Worker(threading.Thread):
                 runner.scale(self._shared_norm, self._settings.max_grad_norm)
         else:
             norm = runner.clip(self._settings.stage_norm_bound(self._num_stages))
-        runner.step(self._hyperparameters[runner.index].pop(update))
+        runner.step(self._hyperparameters[runner.index].pop(update), update)
         self._record("step", runner, update, start)
         self._events.put(StepDone(runner.index, update, norm))
 
