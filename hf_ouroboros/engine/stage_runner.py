@@ -71,6 +71,8 @@ class StageRunner:
         self.window: Gradients = {}
         self.optimizer: StageOptimizer | None = None
         self.memories = Memories()
+        self._num_stages = partition.plan.num_stages
+        self._predicted_for: int | None = None
         self._loss_fn = loss_fn
         self._link = link if self.stage.is_first or self.stage.is_last else None
         self._versions = WeightVersions(partition.owned(stage))
@@ -91,6 +93,21 @@ class StageRunner:
         return self._link is not None and not self.stage.is_last
 
     # ---- forward ----
+
+    def predict(self, update: int, hyperparameters: Hyperparameters) -> None:
+        """Lets the forwards of an update use predicted weights; the first of them asks for it.
+
+        Args:
+            update: the update that the forwards belong to.
+            hyperparameters: as they were when it opened.
+        """
+        if update == self._predicted_for:
+            return
+        self._predicted_for = update
+        at = self.settings.stage_update(self.index, self._num_stages, update)
+        found = self.optimizer.predictions(hyperparameters, at)
+        parameters = self._versions.parameters
+        self._versions.predict({name: found[id(p)] for name, p in parameters.items() if id(p) in found})
 
     def forward(
         self,
@@ -258,15 +275,16 @@ class StageRunner:
         """Takes the tied matrices' output-side gradients of a tick at once, as the paper does."""
         self.accumulate(self._link.gradients.pop(tick, {}))
 
-    def step(self, hyperparameters: Hyperparameters) -> None:
-        """Closes the update: applies its gradients, or does nothing at all if there are none."""
+    def step(self, hyperparameters: Hyperparameters, update: int) -> None:
+        """Closes an update: applies its gradients, or does nothing at all if there are none."""
         if not self.window:
             return
         self._versions.advance(in_use=bool(self.in_flight) or (self._lends and bool(self._link.weights)))
         parameters = self._versions.parameters
         ordered = [(parameters[name], self.window[name]) for name in parameters if name in self.window]
         self.window = {}
-        self.optimizer.step(ordered, hyperparameters)
+        at = self.settings.stage_update(self.index, self._num_stages, update)
+        self.optimizer.step(ordered, hyperparameters, at)
 
     def release(self) -> None:
         """Lets go of activations, gradients and old weights when the run is over."""

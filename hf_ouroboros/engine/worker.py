@@ -36,11 +36,13 @@ from .transport import Aborted, Transport
 class Work:
     """A slot with what it carries: the micro-batch that enters, the hyper-parameters of the update that closes.
 
-    `delayed` tells whether the micro-batch belongs to an update with delays; `segment` is its place in a stream.
+    `delayed` tells whether the micro-batch belongs to an update with delays; `opened` is that update with its
+    hyper-parameters when it opened, where forwards use predicted weights; `segment` is its place in a stream.
     """
 
     slot: Slot
-    delayed: bool
+    delayed: bool = False
+    opened: tuple[int, Hyperparameters] | None = None
     batch: Mapping[str, Any] | None = None
     context: Any = None
     segment: Segment | None = None
@@ -186,6 +188,8 @@ class Worker(threading.Thread):
         work = self._work[runner.index].pop(tick)
         hidden = None if runner.index == 0 else self._transport.receive("hidden", runner.index, tick)
         start = time.perf_counter()
+        if work.opened is not None:
+            runner.predict(*work.opened)
         output = runner.forward(tick, work.batch, work.context, hidden, work.segment)
         self._record("forward", runner, tick, start)
         if runner.index == self._num_stages - 1:
@@ -262,7 +266,7 @@ class Worker(threading.Thread):
                 runner.scale(self._shared_norm, self._settings.max_grad_norm)
         else:
             norm = runner.clip(self._settings.stage_norm_bound(self._num_stages))
-        runner.step(self._hyperparameters[runner.index].pop(update))
+        runner.step(self._hyperparameters[runner.index].pop(update), update)
         self._record("step", runner, update, start)
         self._events.put(StepDone(runner.index, update, norm))
 
