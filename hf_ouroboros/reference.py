@@ -12,6 +12,12 @@ first W updates (delay warm-up) all delays are 0; afterwards only ticks from the
 Recurrent memories (Transformer-XL) are inputs: what a stage keeps of a tick, detached, its forward of the next tick of
 the same stream reads.
 
+Delay compensation (`optim/`) may change two things. A step: stage k's clipped gradient and learning rate, by what the
+optimizer's state says. And the weights of a tick: with weight prediction, stage k computes all ticks of an update with
+p_k(w_k, optimizer state, hyper-parameters when the update opened; d_k/M updates ahead) in the place of its real weights
+w_k, the last stage using stage 0's predicted matrix where embeddings are tied. A gradient is then the exact gradient of
+one loss at one consistent set of predicted weights, and is applied to the real ones.
+
 Because every gradient belongs to one consistent set of weights, it can be computed at once and merely applied late:
 one ordinary backward per tick and a queue of gradients per stage are the whole algorithm. The schedules of the
 engine only change when things happen.
@@ -20,7 +26,7 @@ engine only change when things happen.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -28,11 +34,13 @@ import torch
 from torch.func import functional_call
 
 from .engine.losses import LossFunction, loss_of, targets_for
+from .engine.optimizers import snapshot_hyperparameters
 from .engine.randomness import seeded_dropout
 from .engine.settings import EngineSettings, FinishedLoss
 from .engine.state import RunState
 from .engine.streams import Memories, Segment, Streams, memories_on
 from .errors import EngineError
+from .optim import compensated_step, predictions
 from .partition import Partition, select, torch_device
 
 Gradients = dict[str, torch.Tensor]
@@ -71,15 +79,18 @@ class Reference:
         self._output_side: dict[int, Gradients] = {}  # tied_gradient="paper": tick -> gradients of the head's side
         self._streams, self._memories = Streams(), [Memories() for _ in self._owned]
         self._finished: list[FinishedLoss] = []
+        self._predicted: dict[int, torch.Tensor] = {}  # id of a parameter -> what the open update's ticks use instead
 
     def submit(self, batch: Mapping[str, Any], context: Any = None) -> int:
         """Forward and backward of a micro-batch with the weights of now; its gradients are queued."""
         segment = self._streams.enter(batch) if self.partition.remembers else None
+        if self.settings.predicts and not self.update_open:
+            self._predict()
         tick, self._tick = self._tick, self._tick + 1
         delayed = not self.settings.is_synchronous(self._update)
         if delayed and self._delay_start is None:
             self._delay_start = tick
-        with _threads(self.settings.threads, self._device):
+        with _threads(self.settings.threads, self._device), self._predicted_weights():
             loss, output_side = self._forward(tick, batch, context, segment, split_tied=delayed)
             loss.backward()
         self._output_side[tick] = {name: head.grad for name, head in output_side.items() if head.grad is not None}
@@ -89,6 +100,26 @@ class Reference:
                 parameter.grad = None
         self._finished.append(FinishedLoss(tick, loss.detach()))
         return tick
+
+    def _predict(self) -> None:
+        """What the ticks of the update that opens now use instead of the real weights."""
+        hyperparameters, self._predicted = snapshot_hyperparameters(self.optimizer), {}
+        with _threads(self.settings.threads, self._device):
+            for k, owned in enumerate(self._owned):
+                at = self.settings.stage_update(k, len(self._owned), self._update)
+                ids = {id(p) for p in owned.values()}
+                self._predicted |= predictions(self.optimizer, hyperparameters, ids, self.settings.compensations, at)
+
+    @contextmanager
+    def _predicted_weights(self) -> Iterator[None]:
+        real = {p: p.data for owned in self._owned for p in owned.values() if id(p) in self._predicted}
+        try:
+            for parameter in real:
+                parameter.data = self._predicted[id(parameter)]
+            yield
+        finally:
+            for parameter, weights in real.items():
+                parameter.data = weights
 
     def _forward(
         self, tick: int, batch: Mapping[str, Any], context: Any, segment: Segment | None, split_tied: bool
@@ -124,7 +155,10 @@ class Reference:
             for k in range(len(self._owned)):
                 self._sum_window(k)
             self._clip()
-            self.optimizer.step()
+            if self.settings.compensations:
+                self._compensated_step()
+            else:
+                self.optimizer.step()
         for owned in self._owned:
             for parameter in owned.values():
                 parameter.grad = None
@@ -155,6 +189,17 @@ class Reference:
             else:
                 bound = self.settings.stage_norm_bound(len(self._owned))
                 torch.nn.utils.clip_grads_with_norm_(parameters, bound, norm)
+
+    def _compensated_step(self) -> None:
+        """Steps stage by stage: the optimizer leaves parameters without gradient alone, so the order is of no matter."""
+        stages = [[(p, p.grad) for p in owned.values() if p.grad is not None] for owned in self._owned]
+        for owned in self._owned:
+            for parameter in owned.values():
+                parameter.grad = None
+        for k, gradients in enumerate(stages):
+            if gradients:
+                at = self.settings.stage_update(k, len(stages), self._update)
+                compensated_step(self.optimizer, gradients, self.settings.compensations, at)
 
     # ---- the rest of the engine's interface: with everything done at once, there is nothing to wait for ----
 

@@ -13,7 +13,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutput
 
 from .engine.streams import Reading
-from .errors import EngineError
+from .errors import CheckpointError, EngineError
 from .partition import Partition, Targets, compose
 from .processes.relay import Relay
 
@@ -167,11 +167,16 @@ class StagedOptimizer(torch.optim.Optimizer):
 
     Args:
         optimizer: the complete optimizer.
+        compensation: the run's delay compensation, noted in the groups so that a resumed run can tell.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer):
+    def __init__(self, optimizer: torch.optim.Optimizer, compensation: str = "none"):
         self.optimizer = optimizer
         self.engine: Any = None
+        self._compensation = compensation
+        if compensation != "none":
+            for group in optimizer.param_groups:
+                group["delay_compensation"] = compensation
 
     def __getattr__(self, name: str) -> Any:
         if name == "optimizer":
@@ -221,7 +226,17 @@ class StagedOptimizer(torch.optim.Optimizer):
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Replaces the complete optimizer's state."""
+        """Replaces the complete optimizer's state.
+
+        Raises:
+            CheckpointError: the state is that of a run with another delay compensation.
+        """
+        found = {group.get("delay_compensation", "none") for group in state_dict["param_groups"]}
+        if found != {self._compensation}:
+            raise CheckpointError(
+                f"the checkpoint was written with delay_compensation={min(found)!r}, this run has {self._compensation!r}; "
+                "resume with the same, or start anew from its weights (model_name_or_path)"
+            )
         self.optimizer.load_state_dict(state_dict)
         self._attach()
 

@@ -16,6 +16,8 @@ from hf_ouroboros.engine.engine import Engine
 from hf_ouroboros.engine.losses import LossFunction
 from hf_ouroboros.engine.settings import EngineSettings
 from hf_ouroboros.engine.state import RunState
+from hf_ouroboros.optim import choose
+from hf_ouroboros.optim.muon import MuonAdamW
 from hf_ouroboros.partition import Partition, split_model
 from hf_ouroboros.reference import Reference
 
@@ -83,6 +85,11 @@ def make_optimizer(name: str, model: torch.nn.Module) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95))
     if name == "nadam":
         return torch.optim.NAdam(groups, lr=1e-2, decoupled_weight_decay=True)
+    if name == "nesterov":
+        return torch.optim.NAdam(groups, lr=1e-2, betas=(0.99, 0.999), decoupled_weight_decay=True)
+    if name == "muon":
+        matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and ".h." in n]
+        return MuonAdamW(groups, matrices, lr=1e-2)
     if name == "adafactor":
         return Adafactor(groups, lr=1e-2, relative_step=False, scale_parameter=True)
     raise ValueError(name)
@@ -97,6 +104,7 @@ class Case:
         updates: ticks of each update.
         devices: how many workers share the stages; None for K-1 if tied, else K.
         counts: layers of each stage; None for a balanced split.
+        compensation: what is done about the delay besides the choice of the optimizer.
     """
 
     stages: int = 3
@@ -113,6 +121,7 @@ class Case:
     devices: int | None = None
     layers: int = 5
     counts: tuple[int, ...] | None = None
+    compensation: str = "none"
 
     def model(self) -> PreTrainedModel:
         """The model before it is split."""
@@ -174,6 +183,7 @@ class Run:
             recompute=case.recompute,
             threads=1,
             micro_batches=max(case.updates),
+            compensations=choose(case.compensation).compensations,
         )
         self.engine = self.make_engine(partition, settings)
         self.ticks: list[int] = []

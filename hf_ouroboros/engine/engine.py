@@ -14,14 +14,15 @@ import torch
 from ..errors import EngineError, WorkerError
 from ..partition import Partition, torch_device
 from ..simulate.timeline import Timeline
-from .interleave import device_programs
+from .averaging import ReplicaMean
+from .interleave import device_programs, engine_costs
 from .losses import LossFunction
 from .optimizers import StageOptimizer, snapshot_hyperparameters
 from .schedule import Clock, Pause, Slot, stages_by_device
-from .settings import EngineSettings, FinishedLoss
-from .stage_runner import ReplicaMean, StageRunner
+from .settings import EngineSettings, FinishedLoss, Hyperparameters
+from .stage_runner import StageRunner
 from .state import RunState
-from .streams import Segment, Streams, memories_on
+from .streams import Streams, memories_on
 from .transport import InProcessTransport, Transport
 from .weights import TiedLink
 from .worker import ForwardStarted, Paused, StepDone, Work, Worker
@@ -84,7 +85,8 @@ class Engine:
         self._last_norms: list[torch.Tensor] | None = None
         self._started = -1
         self._streams = Streams()
-        self._work: dict[int, tuple[Mapping[str, Any], Any, Segment | None, bool]] = {}
+        self._opened: tuple[int, Hyperparameters] | None = None
+        self._work: dict[int, dict[str, Any]] = {}
         self._paused: set[int] = set()
         self._failure: WorkerError | None = None
         self._closed = False
@@ -95,14 +97,10 @@ class Engine:
             for k, d in enumerate(placement)
             if d in site.devices
         }
-        mean = sum(row.cost for row in plan.rows) / num_stages or 1.0
-        costs = [max(row.cost / mean, 1e-3) for row in plan.rows]
-        replay_cost = [0.0 if k == num_stages - 1 or not settings.recompute else c for k, c in enumerate(costs)]
         programs = device_programs(
             settings.schedule,
             placement,
-            costs,
-            [2 * c + r for c, r in zip(costs, replay_cost, strict=True)],
+            *engine_costs([row.cost for row in plan.rows], settings.recompute),
             settings.micro_batches,
             exchange=settings.clip_scope == "global",
         )
@@ -143,8 +141,16 @@ class Engine:
         """
         self._check()
         segment = self._streams.enter(batch) if self.partition.remembers else None
+        if self.settings.predicts and not self.update_open:
+            self._opened = self._clock.update, snapshot_hyperparameters(self.optimizer)
         tick, slots = self._clock.next_tick()
-        self._work[tick] = batch, context, segment, not self.settings.is_synchronous(self._clock.update)
+        self._work[tick] = {
+            "delayed": not self.settings.is_synchronous(self._clock.update),
+            "opened": self._opened,
+            "batch": batch,
+            "context": context,
+            "segment": segment,
+        }
         self._release(slots)
         return tick
 
@@ -251,7 +257,8 @@ class Engine:
         """Cuts the stages' optimizers out of `optimizer`; again whenever its state was replaced."""
         self.optimizer = optimizer
         for runner in self._runners.values():
-            runner.optimizer = StageOptimizer(optimizer, self.partition.owned(runner.index).values())
+            owned = self.partition.owned(runner.index).values()
+            runner.optimizer = StageOptimizer(optimizer, owned, self.settings.compensations)
 
     def close(self, timeout: float = 10.0) -> None:
         """Stops the workers, whatever they are doing; safe to call twice."""
@@ -271,8 +278,11 @@ class Engine:
 
     def _release(self, slots: list[Slot], hyperparameters: Any = None) -> None:
         for slot in slots:
-            batch, context, segment, delayed = self._work.pop(slot.tick, (None, None, None, False))
-            work = Work(slot, delayed, batch, context, segment, hyperparameters if slot.update is not None else None)
+            work = Work(
+                slot,
+                **self._work.pop(slot.tick, {}),
+                hyperparameters=hyperparameters if slot.update is not None else None,
+            )
             for worker in self._workers:
                 worker.inbox.put(work)
             if slot.tick is not None:

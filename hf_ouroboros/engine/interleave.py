@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ..simulate.replay import Deadlock, makespan, replay
+from ..simulate.replay import Deadlock, Task, prepare, run
 from .schedule import (
     Backward,
     Clock,
@@ -43,11 +43,20 @@ def device_programs(
         return [lockstep_program(stages, num_stages, exchange) for stages in held]
     duration = _durations(forward_costs, backward_costs)
     slots = sample_slots(num_stages, micro_batches, synchronous=schedule == "1f1b")
+    prepared: dict[tuple[int, ...], tuple[Program, list[Task]]] = {}  # most devices do the same under all lags
+
+    def program_and_tasks(device: int, lags: list[int]) -> tuple[Program, list[Task]]:
+        if (key := (device, *lags)) not in prepared:
+            program = dataflow_program(held[device], lags, num_stages, exchange)
+            prepared[key] = program, prepare(program(slots), device, placement, duration)
+        return prepared[key]
+
     best: tuple[float, list[Program]] | None = None
     for lags in candidate_lags(num_stages, most=max(len(stages) for stages in held)):
-        programs = [dataflow_program(stages, _relative(lags, stages), num_stages, exchange) for stages in held]
+        chosen = [program_and_tasks(device, _relative(lags, stages)) for device, stages in enumerate(held)]
+        programs = [program for program, _ in chosen]
         try:
-            span = makespan(replay([program(slots) for program in programs], duration, num_stages))
+            span = max(ends[-1] for ends in run([tasks for _, tasks in chosen]))
         except Deadlock:
             continue
         if best is None or span < best[0] * (1 - 1e-9):
@@ -55,6 +64,19 @@ def device_programs(
     if best is None:
         raise Deadlock(f"no interleaving of the stages {held} runs without a deadlock")
     return best[1]
+
+
+def engine_costs(stage_costs: Sequence[float], recompute: bool) -> tuple[list[float], list[float]]:
+    """Relative forward and backward times by which the engine chooses the interleaving, from its plan's costs.
+
+    Args:
+        stage_costs: compute cost of each stage, in any unit.
+        recompute: whether backwards replay the forward; the last stage never does.
+    """
+    mean = sum(stage_costs) / len(stage_costs) or 1.0
+    forward = [max(cost / mean, 1e-3) for cost in stage_costs]
+    replayed = [*(forward[:-1] if recompute else [0.0] * (len(forward) - 1)), 0.0]
+    return forward, [2 * cost + again for cost, again in zip(forward, replayed, strict=True)]
 
 
 def _relative(lags: Sequence[int], stages: Sequence[int]) -> list[int]:

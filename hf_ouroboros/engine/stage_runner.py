@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import torch
 from torch.func import functional_call
 from torch.nn.utils import get_total_norm
 
 from ..partition import Memory, Partition, Targets, select
+from .averaging import BucketedMean, ReplicaMean
 from .losses import LossFunction, loss_of, targets_for
 from .optimizers import StageOptimizer
 from .randomness import has_dropout, seeded_dropout
@@ -34,13 +36,6 @@ class InFlight:
     full_batch: Mapping[str, Any] | None = None
     context: Any = None
     output: torch.Tensor | None = field(default=None, repr=False)
-
-
-class ReplicaMean(Protocol):
-    """Averages gradients over data-parallel replicas."""
-
-    def start(self, gradients: Sequence[torch.Tensor]) -> Callable[[], None]:
-        """Begins to average tensors, in place; the function returned waits until that is done."""
 
 
 class StageRunner:
@@ -75,12 +70,13 @@ class StageRunner:
         self.settled: dict[int, Gradients] = {}
         self.window: Gradients = {}
         self.optimizer: StageOptimizer | None = None
-        self.replica_mean = replica_mean
-        self._mean_is_done: Callable[[], None] | None = None
         self.memories = Memories()
+        self._num_stages = partition.plan.num_stages
+        self._predicted_for: int | None = None
         self._loss_fn = loss_fn
         self._link = link if self.stage.is_first or self.stage.is_last else None
         self._versions = WeightVersions(partition.owned(stage))
+        self._mean = None if replica_mean is None else BucketedMean(replica_mean, self._versions.parameters)
         leaf_names = {id(p): name for name, p in self._versions.parameters.items()}
         if link is not None:
             leaf_names |= {id(parameter): name for name, parameter in partition.tied.items()}
@@ -97,6 +93,21 @@ class StageRunner:
         return self._link is not None and not self.stage.is_last
 
     # ---- forward ----
+
+    def predict(self, update: int, hyperparameters: Hyperparameters) -> None:
+        """Lets the forwards of an update use predicted weights; the first of them asks for it.
+
+        Args:
+            update: the update that the forwards belong to.
+            hyperparameters: as they were when it opened.
+        """
+        if update == self._predicted_for:
+            return
+        self._predicted_for = update
+        at = self.settings.stage_update(self.index, self._num_stages, update)
+        found = self.optimizer.predictions(hyperparameters, at)
+        parameters = self._versions.parameters
+        self._versions.predict({name: found[id(p)] for name, p in parameters.items() if id(p) in found})
 
     def forward(
         self,
@@ -162,15 +173,20 @@ class StageRunner:
 
     # ---- backward ----
 
-    def backward(self, tick: int, gradient: torch.Tensor | None) -> tuple[Gradients, torch.Tensor | None]:
+    def backward(
+        self, tick: int, gradient: torch.Tensor | None, closing: bool = False
+    ) -> tuple[Gradients, torch.Tensor | None]:
         """Backward of a micro-batch with the weights and masks of its forward.
 
         Args:
             tick: the micro-batch's number.
             gradient: of the loss with respect to this stage's output; None on the last stage.
+            closing: whether the open update ends with this micro-batch. Its gradients then go straight to the window,
+                and where there are replicas their mean begins layer by layer while the backward is still running.
 
         Returns:
-            The stage's parameter gradients, and the gradient for the stage before (None on the first stage).
+            The stage's parameter gradients as far as they are not in the window yet, and the gradient for the stage
+            before (None on the first stage).
         """
         item = self.in_flight.pop(tick)
         if item.output is None:
@@ -178,7 +194,8 @@ class StageRunner:
         if gradient is not None:
             gradient = gradient.to(self.device, non_blocking=True)
         if item.output.requires_grad and (gradient is not None or self.stage.is_last):
-            torch.autograd.backward(item.output, gradient)
+            with self._averaging_meanwhile(item.leaves) if closing else contextlib.nullcontext():
+                torch.autograd.backward(item.output, gradient)
         gradients: Gradients = {}
         for name, leaf in item.leaves.items():
             if leaf.grad is not None:
@@ -190,6 +207,27 @@ class StageRunner:
                 gradients[name].add_(output_side)
         return gradients, None if item.hidden is None else item.hidden.grad
 
+    @contextlib.contextmanager
+    def _averaging_meanwhile(self, leaves: Gradients) -> Iterator[None]:
+        """Takes every gradient into the window, and hands it to the mean over replicas, as soon as it is complete."""
+
+        def take(name: str, leaf: torch.Tensor) -> None:
+            gradient, leaf.grad = leaf.grad, None
+            self.accumulate({name: gradient})
+            self._mean.ready(name, self.window)
+
+        hooks = []
+        if self._mean is not None:
+            for name, leaf in leaves.items():
+                # A tied matrix is complete only with the other side's gradient.
+                if leaf.requires_grad and (self._link is None or name not in self._link.names):
+                    hooks.append(leaf.register_post_accumulate_grad_hook(partial(take, name)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def accumulate(self, gradients: Gradients) -> None:
         """Adds gradients, in tick order, to those of the update that is open."""
         for name, gradient in gradients.items():
@@ -200,16 +238,20 @@ class StageRunner:
 
     # ---- step ----
 
+    @property
+    def has_replicas(self) -> bool:
+        """Whether other processes compute the same stage on other rows."""
+        return self._mean is not None
+
     def start_mean(self) -> None:
-        """Begins to average the open update's gradients over the replicas, where there are several."""
-        if self.replica_mean is not None and self.window:
-            self._mean_is_done = self.replica_mean.start(self._ordered_window())
+        """Begins to average what is not being averaged yet of the open update's gradients, where there are replicas."""
+        if self._mean is not None:
+            self._mean.rest(self.window)
 
     def finish_mean(self) -> None:
         """Waits until the open update's gradients are averaged."""
-        if self._mean_is_done is not None:
-            self._mean_is_done()
-            self._mean_is_done = None
+        if self._mean is not None:
+            self._mean.wait()
 
     def clip(self, bound: float) -> torch.Tensor | None:
         """Norm of the open update's gradients, which are then scaled to at most `bound`; None without any."""
@@ -233,15 +275,16 @@ class StageRunner:
         """Takes the tied matrices' output-side gradients of a tick at once, as the paper does."""
         self.accumulate(self._link.gradients.pop(tick, {}))
 
-    def step(self, hyperparameters: Hyperparameters) -> None:
-        """Closes the update: applies its gradients, or does nothing at all if there are none."""
+    def step(self, hyperparameters: Hyperparameters, update: int) -> None:
+        """Closes an update: applies its gradients, or does nothing at all if there are none."""
         if not self.window:
             return
         self._versions.advance(in_use=bool(self.in_flight) or (self._lends and bool(self._link.weights)))
         parameters = self._versions.parameters
         ordered = [(parameters[name], self.window[name]) for name in parameters if name in self.window]
         self.window = {}
-        self.optimizer.step(ordered, hyperparameters)
+        at = self.settings.stage_update(self.index, self._num_stages, update)
+        self.optimizer.step(ordered, hyperparameters, at)
 
     def release(self) -> None:
         """Lets go of activations, gradients and old weights when the run is over."""

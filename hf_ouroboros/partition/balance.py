@@ -1,9 +1,46 @@
-"""Layer counts per stage that keep the busiest device as little busy as possible."""
+"""Layer counts per stage that keep the busiest device as little busy as possible: exact, by dynamic programming.
+
+Stages 0 .. K-1 take contiguous runs of the layers. With c(k, i, j) the load of stage k with layers i .. j-1, the
+best bottleneck of stages a .. k that cover layers i .. j-1 is
+
+    best(k, j) = min over i of max(best(k-1, i), c(k, i, j))
+
+Where first and last stage share a device, their loads add up: every size of the first stage is tried with every
+size of the last, and the recursion runs over the stages between them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Load:
+    """Something that a stage brings to its device (time, bytes), a sum over its layers and a part of its own.
+
+    Args:
+        layers: [stage][layer]: what this layer costs in this stage.
+        fixed: [stage]: what the stage costs besides (embedding, head).
+    """
+
+    layers: Sequence[Sequence[float]]
+    fixed: Sequence[float]
+
+    def of(self, stage: int, start: int, stop: int) -> float:
+        """Load of a stage with layers `start` to `stop - 1`."""
+        return float(self._matrix(stage)[start, stop])
+
+    def _matrix(self, stage: int) -> np.ndarray:
+        """[start, stop] -> load."""
+        prefix = np.concatenate(([0.0], np.cumsum(np.asarray(self.layers[stage], dtype=float))))
+        return prefix[None, :] - prefix[:, None] + self.fixed[stage]
+
+
+class NoSplitError(ValueError):
+    """No contiguous split keeps within the limits."""
 
 
 def balanced_counts(
@@ -12,58 +49,89 @@ def balanced_counts(
     head_cost: float = 0.0,
     embedding_cost: float = 0.0,
 ) -> list[int]:
-    """Splits the layers into contiguous stages so that the busiest device's cost is minimal.
-
-    Exact when every device holds one stage, or device 0 holds the first and the last one; where devices hold more
-    stages than that, stages instead of devices are balanced.
+    """`best_counts` for devices that are all alike and have room enough.
 
     Args:
         layer_costs: relative cost of each layer.
         placement: device of each stage; its length is the number of stages.
         head_cost: cost of what follows the layers (in the last stage).
         embedding_cost: cost of what precedes them (in the first stage).
+    """
+    fixed = [0.0] * len(placement)
+    fixed[0] += embedding_cost
+    fixed[-1] += head_cost
+    return best_counts(placement, Load([layer_costs] * len(placement), fixed))
+
+
+def best_counts(
+    placement: Sequence[int],
+    time: Load,
+    memory: Load | None = None,
+    limits: Sequence[float] | None = None,
+) -> list[int]:
+    """Splits the layers into contiguous stages so that the busiest device's time is minimal.
+
+    Exact when every device holds one stage, or one device holds the first and the last one; where devices hold more
+    stages than that, stages instead of devices are balanced (and kept within the limits).
+
+    Args:
+        placement: device of each stage; its length is the number of stages K.
+        time: of the stages on their devices, not negative.
+        memory: of the stages, not negative; None where there is room enough.
+        limits: what fits into each device, in the unit of `memory`.
 
     Returns:
-        Layers per stage. Every stage but the last has at least one, the last may be the head alone.
+        Layers per stage. Every stage but the last has at least one, the last may be the head alone. Of equally good
+        splits, the one with the most layers in the last and then the fewest in the first stage.
+
+    Raises:
+        ValueError: more stages than layers + 1.
+        NoSplitError: nothing fits.
     """
-    stages, layers = len(placement), len(layer_costs)
-    if stages == 1:
-        return [layers]
+    stages, layers = len(placement), len(time.layers[0])
     if stages > layers + 1:
         raise ValueError(f"{stages} stages need at least {stages - 1} layers, not {layers}")
-    prefix = [0.0, *accumulate(layer_costs)]
+    room = [np.inf if memory is None or limits is None else limits[d] for d in placement]
+
+    def matrix(stage: int, load: Load | None) -> np.ndarray:
+        """[start, stop] -> load; infinite for what is no stage."""
+        loads = np.zeros((layers + 1, layers + 1)) if load is None else load._matrix(stage)
+        least = 0 if stage == stages - 1 else 1
+        return np.where(np.subtract.outer(np.arange(layers + 1), np.arange(layers + 1)) <= -least, loads, np.inf)
+
+    def alone(stage: int) -> np.ndarray:
+        """[start, stop] -> time; infinite where the stage does not fit into its device."""
+        return np.where(matrix(stage, memory) <= room[stage], matrix(stage, time), np.inf)
+
+    if stages == 1:
+        if not np.isfinite(alone(0)[0, layers]):
+            raise NoSplitError("the model does not fit into one device")
+        return [layers]
     shared = placement[0] == placement[-1]
-    best: tuple[float, list[int]] | None = None
-    for last in reversed(range(layers - stages + 2)):  # of equal splits, the one with the least delayed layers
-        most = layers - last - (stages - 2)
-        for first in range(most if stages == 2 else 1, most + 1):
-            ends = prefix[first] + embedding_cost, prefix[layers] - prefix[layers - last] + head_cost
-            bound = sum(ends) if shared else max(ends)
-            bound = max(bound, (prefix[layers - last] - prefix[first]) / max(stages - 2, 1))
-            if best is not None and bound >= best[0]:
-                continue
-            middle = _partition(prefix, first, layers - last, stages - 2)
-            bound = max(bound, *(prefix[b] - prefix[a] for a, b in middle)) if middle else bound
-            if best is None or bound < best[0]:
-                best = bound, [first, *(b - a for a, b in middle), last]
-    if best is None:
-        raise ValueError("no split found")
-    return best[1]
-
-
-def _partition(prefix: Sequence[float], start: int, stop: int, parts: int) -> list[tuple[int, int]]:
-    """Cuts [start, stop) into `parts` non-empty runs with the smallest largest sum (dynamic programming)."""
-    if parts == 0:
-        return []
-    # table[n] = (bottleneck, cut points) of the best split of [start, start + n) into the parts so far
-    table = {n: (prefix[start + n] - prefix[start], (start + n,)) for n in range(1, stop - start + 1)}
-    for part in range(2, parts + 1):
-        table = {
-            n: min(
-                (max(table[m][0], prefix[start + n] - prefix[start + m]), (*table[m][1], start + n))
-                for m in range(part - 1, n)
-            )
-            for n in range(part, stop - start + 1)
-        }
-    cuts = (start, *table[stop - start][1])
-    return list(zip(cuts, cuts[1:], strict=False))
+    # chains[k][a, j]: best bottleneck of stages 1 .. k that cover layers a .. j-1.
+    start = np.full((layers + 1, layers + 1), np.inf)
+    np.fill_diagonal(start, 0.0)
+    chains = [start]
+    for stage in range(1, stages - 1):
+        single = alone(stage)
+        chains.append(np.stack([np.maximum(before[:, None], single).min(axis=0) for before in chains[-1]]))
+    # ends[a, b]: load of first and last stage when the middle covers layers a .. b-1.
+    first, last = matrix(0, time)[0, :, None], matrix(stages - 1, time)[None, :, layers]
+    ends = first + last if shared else np.maximum(first, last)
+    kept_first, kept_last = matrix(0, memory)[0, :, None], matrix(stages - 1, memory)[None, :, layers]
+    if shared:
+        fits = kept_first + kept_last <= room[0]
+    else:
+        fits = (kept_first <= room[0]) & (kept_last <= room[-1])
+    bottleneck = np.where(fits, np.maximum(ends, chains[-1]), np.inf)
+    least = bottleneck.min()
+    if not np.isfinite(least):
+        raise NoSplitError("no contiguous split fits into the devices")
+    candidates = np.argwhere(bottleneck == least)
+    front, back = min(candidates.tolist(), key=lambda cut: (cut[1], cut[0]))
+    cuts = [back]
+    for stage in range(stages - 2, 0, -1):
+        options = np.maximum(chains[stage - 1][front], alone(stage)[:, cuts[-1]])
+        cuts.append(int(options.argmin()))
+    bounds = [0, *reversed(cuts), layers]
+    return [b - a for a, b in zip(bounds, bounds[1:], strict=False)]

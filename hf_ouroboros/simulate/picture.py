@@ -24,6 +24,7 @@ DPI = 110
 COLOURS = {
     "forward": "#3b78b8",
     "backward": "#d9772b",
+    "weights": "#e3b23c",
     "recompute": "#4fa3a5",
     "step": "#2f2f36",
     "settle": "#8a5bb0",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from ..engine.schedule import Backward, Exchange, Forward, Instruction, Rendezvous
 
@@ -17,15 +18,170 @@ class Executed:
     """An instruction with its simulated times, in the unit of the durations."""
 
     device: int
-    instruction: Instruction
+    instruction: Any
     start: float
     end: float
 
 
+class Message(NamedTuple):
+    """What it takes to send a result to another device, in the unit of the durations.
+
+    Args:
+        occupied: how long the link is taken; the next message from this device to that one waits so long.
+        latency: how much later the message is there.
+    """
+
+    occupied: float
+    latency: float
+
+
+class Task(NamedTuple):
+    """An instruction, prepared for the replay.
+
+    Args:
+        need: number of the result that it waits for; `NOTHING`, or `EVERYBODY` where all devices meet.
+        give: number of the result that it produces, or `NOTHING`.
+        duration: time that it takes.
+        stage: whose it is; -1 where no stage is concerned.
+        link: (from, to) device of the message with its result; None where the consumer is on the same device.
+        message: what sending it takes.
+        after: time between its end and the next instruction of its stage; the device may work for other stages.
+        instruction: itself.
+    """
+
+    need: int
+    give: int
+    duration: float
+    stage: int
+    link: tuple[int, int] | None
+    message: Message | None
+    after: float
+    instruction: Any
+
+
+NOTHING, EVERYBODY = -1, -2
+Duration = Callable[[Any], float]
+Transfer = Callable[[Any, int, int], Message]
+
+
+def prepare(
+    program: Iterable[Any],
+    device: int,
+    home: Sequence[int],
+    duration: Duration,
+    transfer: Transfer | None = None,
+    after: Duration | None = None,
+) -> list[Task]:
+    """Prepares one device's instructions for `run`.
+
+    Args:
+        program: finite sequence of `Instruction`s; unknown kinds with a `stage` need nothing and give nothing.
+        device: who executes it.
+        home: device of every stage.
+        duration: time that an instruction takes.
+        transfer: (instruction, from, to) -> what sending its result takes; None for no time at all.
+        after: see `Task`; None for no time at all.
+    """
+    stages = len(home)
+    tasks = []
+    for instruction in program:
+        need, give, target = NOTHING, NOTHING, None
+        if isinstance(instruction, Forward):
+            stage, tick = instruction.stage, instruction.tick
+            give = 2 * (tick * stages + stage)
+            if stage > 0:
+                need = give - 2
+            target = home[stage + 1] if stage < stages - 1 else None
+        elif isinstance(instruction, Backward):
+            stage, tick = instruction.stage, instruction.tick
+            give = 2 * (tick * stages + stage) + 1
+            if stage < stages - 1:
+                need = give + 2
+            target = home[stage - 1] if stage > 0 else None
+        elif isinstance(instruction, (Rendezvous, Exchange)):
+            stage, need = -1, EVERYBODY
+        else:
+            stage = getattr(instruction, "stage", -1)
+        crosses = transfer is not None and target is not None and target != device
+        tasks.append(
+            Task(
+                need,
+                give,
+                duration(instruction),
+                stage,
+                (device, target) if crosses else None,
+                transfer(instruction, device, target) if crosses else None,
+                after(instruction) if after is not None else 0.0,
+                instruction,
+            )
+        )
+    return tasks
+
+
+def run(tasks: Sequence[Sequence[Task]]) -> list[list[float]]:
+    """Runs every device's tasks in order, each as soon as its inputs are there; returns when each one ended.
+
+    Raises:
+        Deadlock: some device can never go on.
+    """
+    devices = range(len(tasks))
+    there: dict[int, float] = {}  # result -> when it is where it is needed
+    waiting: dict[int, int] = {}  # result -> device that waits for it
+    link_free: dict[tuple[int, int], float] = {}
+    stage_free: dict[int, float] = {}
+    free = [0.0 for _ in devices]
+    ends: list[list[float]] = [[] for _ in devices]
+    todo = list(reversed(devices))
+    while True:
+        while todo:
+            device = todo.pop()
+            own, done, now = tasks[device], ends[device], free[device]
+            for position in range(len(done), len(own)):
+                need, give, duration, stage, link, message, after, _ = own[position]
+                if need >= 0:
+                    ready = there.get(need)
+                    if ready is None:
+                        waiting[need] = device
+                        break
+                    if ready > now:
+                        now = ready
+                elif need == EVERYBODY:
+                    break
+                if stage in stage_free:
+                    now = max(now, stage_free.pop(stage))
+                now += duration
+                done.append(now)
+                if after:
+                    stage_free[stage] = now + after
+                if give >= 0:
+                    if link is None:
+                        there[give] = now
+                    else:
+                        sent = max(link_free.get(link, 0.0), now) + message.occupied
+                        link_free[link] = sent
+                        there[give] = sent + message.latency
+                    if give in waiting:
+                        todo.append(waiting.pop(give))
+            free[device] = now
+        heads = [tasks[d][len(ends[d])] if len(ends[d]) < len(tasks[d]) else None for d in devices]
+        if all(head is None for head in heads):
+            return ends
+        if not all(head is not None and head.need == EVERYBODY for head in heads):
+            standing = ", ".join(f"device {d} at {head and head.instruction}" for d, head in enumerate(heads))
+            raise Deadlock(f"the programs wait for each other: {standing}")
+        together = max(free)
+        for device, head in enumerate(heads):
+            free[device] = together + head.duration
+            ends[device].append(free[device])
+        todo = list(reversed(devices))
+
+
 def replay(
     programs: Sequence[Iterable[Instruction]],
-    duration: Callable[[Instruction], float],
+    duration: Duration,
     num_stages: int,
+    transfer: Transfer | None = None,
+    after: Duration | None = None,
 ) -> list[Executed]:
     """Runs each device's instructions in order, every instruction as soon as its inputs are there.
 
@@ -33,6 +189,8 @@ def replay(
         programs: one finite instruction sequence per device.
         duration: time that an instruction takes.
         num_stages: K; Forward(k) needs Forward(k-1), Backward(k) needs Backward(k+1), of the same tick.
+        transfer: see `prepare`.
+        after: see `prepare`.
 
     Returns:
         All executed instructions, device by device in program order.
@@ -40,48 +198,25 @@ def replay(
     Raises:
         Deadlock: some device can never go on.
     """
-    todo = [list(program) for program in programs]
-    position = [0] * len(todo)
-    free = [0.0] * len(todo)
-    finished: dict[Instruction, float] = {}
-    executed: list[Executed] = []
+    programs = [list(program) for program in programs]
+    home = homes(programs, num_stages)
+    tasks = [prepare(program, d, home, duration, transfer, after) for d, program in enumerate(programs)]
+    return [
+        # Never before the end of the one before, which the subtraction might miss by the last bit.
+        Executed(device, task.instruction, max(end - task.duration, before), end)
+        for device, (own, ends) in enumerate(zip(tasks, run(tasks), strict=True))
+        for task, before, end in zip(own, [0.0, *ends], ends, strict=False)
+    ]
 
-    def run(device: int, ready: float) -> None:
-        instruction = todo[device][position[device]]
-        start = max(free[device], ready)
-        free[device] = finished[instruction] = start + duration(instruction)
-        executed.append(Executed(device, instruction, start, free[device]))
-        position[device] += 1
 
-    def ready_time(instruction: Instruction) -> float | None:
-        if isinstance(instruction, Forward) and instruction.stage > 0:
-            return finished.get(Forward(instruction.stage - 1, instruction.tick))
-        if isinstance(instruction, Backward) and instruction.stage < num_stages - 1:
-            return finished.get(Backward(instruction.stage + 1, instruction.tick))
-        return 0.0
-
-    while any(position[d] < len(todo[d]) for d in range(len(todo))):
-        progress = False
-        for device in range(len(todo)):
-            while position[device] < len(todo[device]):
-                head = todo[device][position[device]]
-                if isinstance(head, (Rendezvous, Exchange)):
-                    break
-                ready = ready_time(head)
-                if ready is None:
-                    break
-                run(device, ready)
-                progress = True
-        heads = [todo[d][position[d]] if position[d] < len(todo[d]) else None for d in range(len(todo))]
-        if all(isinstance(head, (Rendezvous, Exchange)) for head in heads):
-            together = max(free)
-            for device in range(len(todo)):
-                run(device, together)
-            progress = True
-        if not progress:
-            standing = ", ".join(f"device {d} at {head}" for d, head in enumerate(heads))
-            raise Deadlock(f"the programs wait for each other: {standing}")
-    return executed
+def homes(programs: Sequence[Sequence[Any]], num_stages: int) -> list[int]:
+    """Device of every stage, from the programs; -1 for stages that none of them runs."""
+    home = [-1] * num_stages
+    for device, program in enumerate(programs):
+        for instruction in program:
+            if (stage := getattr(instruction, "stage", -1)) >= 0:
+                home[stage] = device
+    return home
 
 
 def makespan(executed: Sequence[Executed]) -> float:

@@ -13,8 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
-KINDS = ("forward", "backward", "recompute", "step", "settle", "wait")
-_NAMES = {"forward": "F", "backward": "B", "recompute": "R", "step": "S", "settle": "settle", "wait": "wait"}
+KINDS = ("forward", "backward", "weights", "recompute", "step", "settle", "wait")
+_NAMES = {
+    "forward": "F",
+    "backward": "B",
+    "weights": "W",  # gradients of the weights, in schedules that take them on their own
+    "recompute": "R",
+    "step": "S",
+    "settle": "settle",
+    "wait": "wait",
+}
 
 
 @dataclass(frozen=True)
@@ -112,26 +120,23 @@ class Timeline:
 
     def busy_intervals(self, device: int) -> list[tuple[float, float]]:
         """Disjoint (start, end) of the device's work, in order; nested and touching events are merged."""
-        merged: list[tuple[float, float]] = []
-        for start, end in sorted((e.start, e.end) for e in self._events.copy() if e.device == device and e.is_work):
-            if merged and start <= merged[-1][1]:
-                merged[-1] = (merged[-1][0], max(merged[-1][1], end))
-            else:
-                merged.append((start, end))
-        return merged
+        return _merged((e.start, e.end) for e in self._events.copy() if e.device == device and e.is_work)
 
     def busy_share(self, device: int, start: float | None = None, end: float | None = None) -> float:
         """Share of [start, end] (default: the whole run) in which the device worked; 0 if that is empty."""
-        first, last = self.interval
-        start, end = first if start is None else start, last if end is None else end
-        if end <= start:
-            return 0.0
-        pieces = (min(b, end) - max(a, start) for a, b in self.busy_intervals(device))
-        return min(1.0, math.fsum(piece for piece in pieces if piece > 0) / (end - start))
+        return self.busy_shares(start, end)[device]
 
     def busy_shares(self, start: float | None = None, end: float | None = None) -> list[float]:
         """`busy_share` of every device, in order."""
-        return [self.busy_share(device, start, end) for device in range(self.num_devices)]
+        first, last = self.interval
+        start, end = first if start is None else start, last if end is None else end
+        if end <= start:
+            return [0.0] * self.num_devices
+        work: list[list[tuple[float, float]]] = [[] for _ in range(self.num_devices)]
+        for e in self._events.copy():
+            if e.is_work and e.end > start and e.start < end:
+                work[e.device].append((max(e.start, start), min(e.end, end)))
+        return [min(1.0, math.fsum(b - a for a, b in _merged(own)) / (end - start)) for own in work]
 
     def forward_ends(self) -> dict[int, float]:
         """Tick -> when its forward had passed every stage, in seconds; ticks in ascending order."""
@@ -232,6 +237,17 @@ class Timeline:
         trace.write_text(json.dumps(self.to_chrome_trace(), separators=(",", ":")) + "\n", encoding="utf-8")
         draw(self, picture, title=title)
         return trace, picture
+
+
+def _merged(intervals: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Disjoint intervals in order, nested and touching ones merged."""
+    merged: list[tuple[float, float]] = []
+    for start, end in sorted(intervals):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
+        else:
+            merged.append((start, end))
+    return merged
 
 
 def timeline_files(path: str | Path) -> tuple[Path, Path]:

@@ -58,7 +58,7 @@ def backward(runners: list[StageRunner], tick: int) -> dict[str, torch.Tensor]:
 
 def step(runners: list[StageRunner], optimizer: torch.optim.Optimizer) -> None:
     for runner in runners:
-        runner.step(snapshot_hyperparameters(optimizer))
+        runner.step(snapshot_hyperparameters(optimizer), 0)
 
 
 def exact(model: torch.nn.Module, tick: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -209,7 +209,7 @@ def test_tied_matrix_stays_at_the_version_of_stage_0() -> None:
     expected, gradients = exact(partition.model, 0)
     hidden = runners[0].forward(0, make_batch(0), None, None)
     runners[0].accumulate({n: torch.ones_like(p) for n, p in partition.owned(0).items()})
-    runners[0].step(snapshot_hyperparameters(optimizer))
+    runners[0].step(snapshot_hyperparameters(optimizer), 0)
     hidden = runners[1].forward(0, make_batch(0), None, hidden)
     assert torch.equal(runners[2].forward(0, make_batch(0), None, hidden), expected)
     assert_equal(gradients, backward(runners, 0))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_ouroboros.partition.balance import balanced_counts
+from hf_ouroboros.partition.balance import Load, NoSplitError, balanced_counts, best_counts
 from hf_ouroboros.partition.device_map import default_placement
 
 
@@ -67,3 +67,51 @@ def test_examples(layers: int, placement: list[int], head: float, counts: list[i
 def test_more_stages_than_layers() -> None:
     with pytest.raises(ValueError, match="5 stages need at least 4 layers, not 3"):
         balanced_counts([1.0] * 3, [0, 1, 2, 3, 0])
+
+
+def total(load: Load, counts: list[int], placement: list[int]) -> dict[int, float]:
+    """Load of every device, added up by hand."""
+    loads, start = dict.fromkeys(placement, 0.0), 0
+    for stage, (count, device) in enumerate(zip(counts, placement, strict=True)):
+        loads[device] += sum(load.layers[stage][start : start + count]) + load.fixed[stage]
+        start += count
+    return loads
+
+
+@settings(max_examples=250, deadline=None)
+@given(st.integers(1, 7), st.integers(1, 6), st.booleans(), st.data())
+def test_unlike_devices_with_limits(layers: int, stages: int, tied: bool, data: st.DataObject) -> None:
+    """Other times on every device, other bytes in every stage: as good as the best of all splits that fit."""
+    stages = min(stages, layers + 1)
+    placement = default_placement(stages, max(1, stages - tied), tied)
+
+    def load(most: int) -> Load:
+        row = st.lists(st.integers(0, most), min_size=layers, max_size=layers)
+        fixed = data.draw(st.lists(st.integers(0, most), min_size=stages, max_size=stages))
+        return Load([data.draw(row) for _ in range(stages)], fixed)
+
+    time, memory = load(9), load(4)
+    limits = data.draw(st.lists(st.integers(0, 20), min_size=max(placement) + 1, max_size=max(placement) + 1))
+    fitting = [
+        max(total(time, counts, placement).values())
+        for counts in all_splits(layers, stages)
+        if all(size <= limits[d] for d, size in total(memory, counts, placement).items())
+    ]
+    if not fitting:
+        with pytest.raises(NoSplitError):
+            best_counts(placement, time, memory, limits)
+        return
+    counts = best_counts(placement, time, memory, limits)
+    assert all(size <= limits[d] for d, size in total(memory, counts, placement).items())
+    assert max(total(time, counts, placement).values()) == min(fitting)
+
+
+def test_a_slow_device_gets_less() -> None:
+    time = Load([[1.0] * 12, [2.0] * 12, [1.0] * 12, [1.0] * 12], [0.0] * 4)
+    assert best_counts([0, 1, 2, 3], time) == [2, 2, 4, 4]  # 4 at most; device 1 takes 2 for each
+
+
+def test_load_of_a_stage() -> None:
+    load = Load([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]], [0.5, 5.0])
+    assert load.of(0, 0, 2) == 3.5
+    assert load.of(1, 1, 3) == 55.0

@@ -202,6 +202,6 @@ def test_wrong_input_is_named() -> None:
 
 
 def test_torch_and_matplotlib_are_not_imported() -> None:
-    code = "import sys, hf_ouroboros.simulate; print(sorted({'torch', 'matplotlib'} & set(sys.modules)))"
+    code = "import sys, hf_ouroboros.simulate.simulator; print(sorted({'torch', 'matplotlib'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "[]"

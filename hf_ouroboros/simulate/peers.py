@@ -1,0 +1,122 @@
+"""Schedules that others run, as programs for the replay: naive, GPipe, interleaved 1F1B and zero-bubble.
+
+All are synchronous: an update's gradients are those of its own weights, and every update ends with a drained
+pipeline. They are here to be compared with; the engine does not run them. D devices, M micro-batches per update,
+F, B and W the time of a device's forward, input gradient and weight gradient of one micro-batch:
+
+    naive        devices take turns                                          update: M D (F + B + W)
+    gpipe        all forwards, then all backwards                            (M + D - 1) (F + B + W)
+    interleaved  1F1B, every device holds V chunks of the model              (M + (D - 1) / V) (F + B + W)
+    zero-bubble  weight gradients fill the waiting, memory as 1F1B (ZB-H1)   M (F + B + W) + (D - 1) (F + B - W)
+
+Sources: GPipe, arXiv 1811.06965; interleaved, arXiv 2104.04473; zero-bubble, arXiv 2401.10241.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..engine.schedule import Backward, Forward, Step
+
+PEERS = ("naive", "gpipe", "interleaved", "zero-bubble")
+CHUNKS = 2  # of the model per device, under "interleaved"
+
+
+@dataclass(frozen=True)
+class WeightGradient:
+    """The part of a backward that no other stage waits for, where it is done on its own."""
+
+    stage: int
+    tick: int
+
+
+def peer_placement(name: str, num_devices: int) -> list[int]:
+    """Device of every stage: one stage per device, or `CHUNKS` in turn under "interleaved"."""
+    return [k % num_devices for k in range(num_devices * (CHUNKS if name == "interleaved" else 1))]
+
+
+def peer_programs(
+    name: str,
+    num_devices: int,
+    micro_batches: int,
+    updates: int,
+) -> list[list[Any]]:
+    """Instructions of every device for a run of `updates` updates.
+
+    Args:
+        name: one of `PEERS`.
+        num_devices: D.
+        micro_batches: M.
+        updates: how many updates.
+
+    Raises:
+        ValueError: unknown name, or an M that "interleaved" cannot divide into rounds.
+    """
+    if name not in PEERS:
+        raise ValueError(f"schedule {name!r} is unknown; use one of {', '.join(PEERS)}")
+    make = {"naive": _naive, "gpipe": _gpipe, "interleaved": _interleaved, "zero-bubble": _zero_bubble}[name]
+    return [
+        [
+            instruction
+            for update in range(updates)
+            for instruction in (
+                *make(device, num_devices, micro_batches, update * micro_batches),
+                *(Step(k, update) for k in reversed(_own(name, device, num_devices))),
+            )
+        ]
+        for device in range(num_devices)
+    ]
+
+
+def _own(name: str, device: int, num_devices: int) -> list[int]:
+    return [k for k, d in enumerate(peer_placement(name, num_devices)) if d == device]
+
+
+def _naive(device: int, num_devices: int, micro_batches: int, first: int) -> list[Any]:
+    return [i for t in range(first, first + micro_batches) for i in (Forward(device, t), Backward(device, t))]
+
+
+def _gpipe(device: int, num_devices: int, micro_batches: int, first: int) -> list[Any]:
+    ticks = range(first, first + micro_batches)
+    return [*(Forward(device, t) for t in ticks), *(Backward(device, t) for t in ticks)]
+
+
+def _interleaved(device: int, num_devices: int, micro_batches: int, first: int) -> list[Any]:
+    """Rounds of about D micro-batches pass through chunk 0, then through chunk 1; backwards from chunk 1 to 0."""
+    rounds = max(1, micro_batches // num_devices)
+    if micro_batches % rounds:
+        raise ValueError(
+            f"interleaved: {micro_batches} micro-batches can't be divided into {rounds} equal rounds for {num_devices} "
+            f"devices; use a multiple of {num_devices}"
+        )
+    size, total = micro_batches // rounds, micro_batches * CHUNKS
+
+    def item(number: int, backward: bool) -> Any:
+        chunk = number // size % CHUNKS
+        tick = first + number // (size * CHUNKS) * size + number % size
+        if backward:
+            return Backward((CHUNKS - 1 - chunk) * num_devices + device, tick)
+        return Forward(chunk * num_devices + device, tick)
+
+    ahead = min(total, (CHUNKS - 1) * size + 2 * (num_devices - 1 - device))
+    program = [item(n, False) for n in range(ahead)]
+    for n in range(total):
+        if n + ahead < total:
+            program.append(item(n + ahead, False))
+        program.append(item(n, True))
+    return program
+
+
+def _zero_bubble(device: int, num_devices: int, micro_batches: int, first: int) -> list[Any]:
+    """1F1B whose weight gradients are late: by as many micro-batches as the device is far from the first one."""
+    ahead = min(micro_batches, num_devices - 1 - device)
+    ticks = range(first, first + micro_batches)
+    program: list[Any] = [Forward(device, t) for t in ticks[:ahead]]
+    for n, tick in enumerate(ticks):
+        if n + ahead < micro_batches:
+            program.append(Forward(device, tick + ahead))
+        program.append(Backward(device, tick))
+        if n >= device:
+            program.append(WeightGradient(device, tick - device))
+    return [*program, *(WeightGradient(device, t) for t in ticks[max(0, micro_batches - device) :])]
