@@ -44,7 +44,7 @@ class ScriptArguments:
     contenders: list[str] = field(
         default_factory=lambda: list(CONTENDERS), metadata={"help": "Which models.", "choices": list(CONTENDERS)}
     )
-    updates: int = field(default=1000, metadata={"help": "Optimizer steps of columns x segment_len tokens."})
+    updates: int = field(default=1500, metadata={"help": "Optimizer steps of columns x segment_len tokens."})
     columns: int = field(default=16, metadata={"help": "Columns of the training stream."})
     segment_len: int = field(default=64, metadata={"help": "Tokens per segment; GPT-2's positions."})
     mem_len: int = field(default=64, metadata={"help": "Rows of memory, in training."})
