@@ -60,7 +60,7 @@ DEFAULTS = {
 STDLIB = "Python standard library"
 OVERRIDES = {  # of the default configuration, by model_type; a wider initialization shortens the first plateau
     "gpt2": "n_layer=6,n_embd=96,activation_function=gelu_pytorch_tanh,n_head=3,initializer_range=0.06,resid_pdrop=0.0,embd_pdrop=0.0,attn_pdrop=0.0",
-    "transfo-xl": "n_layer=6,d_model=96,d_embed=96,n_head=3,d_head=32,d_inner=384,div_val=1,cutoffs=[],mem_len=64,clamp_len=128,same_length=false,dropout=0.0,init_std=0.06",
+    "transfo-xl": "n_layer=4,d_model=96,d_embed=96,n_head=3,d_head=32,d_inner=384,div_val=1,cutoffs=[],mem_len=64,clamp_len=128,same_length=false,dropout=0.0,init_std=0.06",
 }
 SMOKE = {
     "output_dir": "runs/smoke",
