@@ -67,7 +67,8 @@ class OuroborosArguments(TrainingArguments):
         default="auto",
         metadata={
             "help": "auto, balanced, sequential, a dict {module name prefix: device} or a list of layer counts per stage "
-            "(both as JSON on the command line). auto also honours model.hf_device_map.",
+            "(both as JSON on the command line), or a .json file that `hf-ouroboros plan` wrote. auto also honours "
+            "model.hf_device_map.",
         },
     )
     max_memory: str | None = field(

@@ -7,6 +7,8 @@ import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
+from .commands import plan, simulate, trace
+from .errors import OuroborosError
 from .models.command import add_parser as add_convert_transfo_xl
 
 
@@ -33,9 +35,15 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     env = commands.add_parser("env", help="print versions and devices, for bug reports")
     env.set_defaults(run=_print_environment)
+    for command in (plan, simulate, trace):
+        command.add_parser(commands)
     add_convert_transfo_xl(commands)
     parsed = parser.parse_args(arguments)
-    return parsed.run(parsed)
+    try:
+        return parsed.run(parsed)
+    except OuroborosError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 def _print_environment(arguments: argparse.Namespace) -> int:

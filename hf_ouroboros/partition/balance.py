@@ -43,26 +43,6 @@ class NoSplitError(ValueError):
     """No contiguous split keeps within the limits."""
 
 
-def balanced_counts(
-    layer_costs: Sequence[float],
-    placement: Sequence[int],
-    head_cost: float = 0.0,
-    embedding_cost: float = 0.0,
-) -> list[int]:
-    """`best_counts` for devices that are all alike and have room enough.
-
-    Args:
-        layer_costs: relative cost of each layer.
-        placement: device of each stage; its length is the number of stages.
-        head_cost: cost of what follows the layers (in the last stage).
-        embedding_cost: cost of what precedes them (in the first stage).
-    """
-    fixed = [0.0] * len(placement)
-    fixed[0] += embedding_cost
-    fixed[-1] += head_cost
-    return best_counts(placement, Load([layer_costs] * len(placement), fixed))
-
-
 def best_counts(
     placement: Sequence[int],
     time: Load,

@@ -7,13 +7,15 @@ bites its tail, which is what tied embeddings need.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import convert_file_size_to_int
 
 from ..errors import DeviceMapError
-from .balance import balanced_counts
+from .balance import Load, NoSplitError, best_counts
 from .mapping import device_index, expand_legacy, spans_from_mapping
 from .units import StageSpan, Unit, count_layers, spans_of_runs
 
@@ -36,12 +38,19 @@ def default_placement(num_stages: int, num_devices: int, tied: bool) -> list[int
 
 
 def parse_device_map(device_map: Any) -> Any:
-    """Turns the command line's JSON into a dict or list; leaves presets, dicts and lists as they are."""
+    """Turns JSON, or a file with JSON, into a dict or list; leaves presets, dicts and lists as they are."""
     if isinstance(device_map, (Mapping, list, tuple)) or device_map in PRESETS:
         return device_map
     if not isinstance(device_map, str):
         raise DeviceMapError(f"device_map={device_map!r} must be a string, a dict or a list")
     text = device_map.strip()
+    if text.endswith(".json"):
+        try:
+            text = Path(text).read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise DeviceMapError(
+                f"device_map={device_map!r} can't be read ({error.strerror}); `hf-ouroboros plan` writes such a file"
+            ) from error
     if text[:1] in "{[" and text:
         try:
             return json.loads(text)
@@ -49,7 +58,7 @@ def parse_device_map(device_map: Any) -> Any:
             raise DeviceMapError(f"device_map is not valid JSON ({error}): {device_map!r}") from error
     raise DeviceMapError(
         f"device_map={device_map!r} is unknown; use one of {', '.join(PRESETS)}, a dict of module name prefixes "
-        "to devices, or a list of layer counts per stage"
+        "to devices, a list of layer counts per stage, or a .json file with one of these"
     )
 
 
@@ -65,7 +74,7 @@ def plan_stages(
 
     Args:
         device_map: "auto", "balanced", "sequential", {module name prefix: device}, the legacy
-            {device: [layer numbers]}, or a list of layer counts per stage.
+            {device: [layer numbers]}, a list of layer counts per stage, or a .json file with one of these.
         units: the model's units in execution order.
         devices: device names, e.g. ["cuda:0", "cuda:1"] or ["cpu:0", "cpu:1"].
         tied: whether input and output embeddings are one matrix.
@@ -90,7 +99,7 @@ def plan_stages(
                     f"device_map='sequential' makes {len(spans)} stages, but num_stages={num_stages}; leave it out"
                 )
         else:
-            spans = _balanced(units, devices, tied, num_stages)
+            spans = _balanced(units, devices, tied, num_stages, budgets)
     if tied and spans[0].device != spans[-1].device:
         raise DeviceMapError(
             f"the embeddings are tied, but the device map puts the input side on {devices[spans[0].device]} and the "
@@ -113,7 +122,9 @@ def parse_max_memory(max_memory: Mapping[Any, int | str] | None, devices: Sequen
     return budgets
 
 
-def _balanced(units: Sequence[Unit], devices: Sequence[str], tied: bool, num_stages: int | None) -> list[StageSpan]:
+def _balanced(
+    units: Sequence[Unit], devices: Sequence[str], tied: bool, num_stages: int | None, budgets: Mapping[int, int]
+) -> list[StageSpan]:
     layers = count_layers(units)
     if num_stages is None:
         num_stages = min(default_num_stages(len(devices), tied), layers + 1)
@@ -123,15 +134,45 @@ def _balanced(units: Sequence[Unit], devices: Sequence[str], tied: bool, num_sta
             "split yourself with a device_map"
         )
     placement = default_placement(num_stages, len(devices), tied)
-    first = next(i for i, unit in enumerate(units) if unit.kind == "layer")
-    costs = [unit.cost for unit in units]
-    counts = balanced_counts(
-        costs[first : first + layers],
-        placement,
-        head_cost=sum(costs[first + layers :]),
-        embedding_cost=sum(costs[:first]),
-    )
+    time = _load(units, num_stages, [unit.cost for unit in units])
+    memory = _load(units, num_stages, [unit.parameter_bytes for unit in units])
+    limits = [budgets.get(i, math.inf) for i in range(len(devices))]
+    try:
+        counts = best_counts(placement, time, memory, limits)
+    except NoSplitError:
+        raise DeviceMapError(_too_small(units, devices, placement, memory, limits)) from None
     return _spans_from_counts(counts, units, placement)
+
+
+def _too_small(
+    units: Sequence[Unit], devices: Sequence[str], placement: Sequence[int], memory: Load, limits: Sequence[float]
+) -> str:
+    """Names the device that is too full even under the split that fills the devices least."""
+    shares = [1 / max(limits[d], 1) for d in placement]
+    filled = Load(
+        [[size * share for size in row] for row, share in zip(memory.layers, shares, strict=True)],
+        [size * share for size, share in zip(memory.fixed, shares, strict=True)],
+    )
+    spans = _spans_from_counts(best_counts(placement, filled), units, placement)
+    needs = {
+        d: sum(u.parameter_bytes for s in spans if s.device == d for u in units[s.start : s.stop]) for d in placement
+    }
+    tight = max(needs, key=lambda d: needs[d] / max(limits[d], 1))
+    return (
+        f"max_memory is too small for {len(placement)} stages on {', '.join(devices)}: even the split that fills them least "
+        f"puts {needs[tight]} bytes of parameters on {devices[tight]}, where {limits[tight]} are allowed; raise max_memory "
+        "or add devices (`hf-ouroboros plan` counts activations and optimizer state, too)"
+    )
+
+
+def _load(units: Sequence[Unit], num_stages: int, values: Sequence[float]) -> Load:
+    """The same in every stage; what precedes the layers in the first one, what follows them in the last one."""
+    layers = [value for unit, value in zip(units, values, strict=True) if unit.kind == "layer"]
+    first = next(i for i, unit in enumerate(units) if unit.kind == "layer")
+    fixed = [0.0] * num_stages
+    fixed[0] += sum(values[:first])
+    fixed[-1] += sum(values[first + len(layers) :])
+    return Load([layers] * num_stages, fixed)
 
 
 def _from_counts(

@@ -1,0 +1,181 @@
+"""`hf-ouroboros plan`: which split, how much memory, how fast, before anything is rented or loaded."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .options import add_link_options, add_model_options, data_type, links, load_config, positive
+from .tables import gibibytes, milliseconds, table
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from ..partition.facts import ModelFacts
+    from ..partition.planner import PlannedDevice, SplitPlan
+    from ..simulate.simulator import Simulation
+
+COMPARED = ("pipelined", "lockstep", "1f1b", "naive", "gpipe", "interleaved", "zero-bubble")
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Adds the command to those of `hf-ouroboros`."""
+    parser = commands.add_parser(
+        "plan",
+        help="best split of a model over devices, with memory and speed; weights are not needed",
+        description="Prints stages, memory and predicted speed; writes OUTPUT.json for --device_map and OUTPUT.png.",
+    )
+    add_model_options(parser)
+    parser.add_argument(
+        "--devices",
+        nargs="+",
+        required=True,
+        metavar="DEVICE",
+        help="in worker order: [COUNTx]KIND by data sheet (8xrtx3090), [COUNTx]35tflops/24gb (sustained), or devices of "
+        "this machine (cuda:0 cuda:1, cpu:0 cpu:1), which are measured",
+    )
+    parser.add_argument("--micro_batches", type=positive, default=8, help="M, micro-batches per update (default 8)")
+    parser.add_argument("--schedule", choices=["pipelined", "lockstep", "1f1b"], default="pipelined")
+    parser.add_argument("--num_stages", type=positive, default=None, help="K (default: as OuroborosTrainer)")
+    parser.add_argument("--optimizer", choices=["adamw", "momentum", "sgd"], default="adamw", help="for its memory")
+    parser.add_argument("--data_parallel_replicas", type=positive, default=1, help="R, each on devices of its own")
+    parser.add_argument("--link", type=float, default=25.0, help="GB/s between two devices (default 25)")
+    add_link_options(parser)
+    parser.add_argument("--output", default="plan", help="path of the files to write, without suffix (default plan)")
+    parser.add_argument("--measure_again", action="store_true", help="don't use what was measured before")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Plans; returns the exit status."""
+    from ..partition.facts import model_facts
+    from ..partition.memory_model import MemoryOptions
+    from ..partition.planner import plan_split
+    from .prediction import ideal, predict
+
+    config = load_config(arguments)
+    facts = model_facts(config, arguments.batch, arguments.seq, data_type(arguments, config))
+    options = MemoryOptions(arguments.schedule, arguments.micro_batches, arguments.recompute, arguments.optimizer)
+    plan = plan_split(facts, _devices(arguments, config, facts), options, arguments.num_stages)
+    connections = links(arguments, arguments.link)
+    runs, left_out = {}, {}
+    for schedule in COMPARED:
+        try:
+            runs[schedule] = predict(plan, schedule, connections, arguments.data_parallel_replicas)
+        except ValueError as error:  # a peer that can't do these numbers of stages or micro-batches
+            left_out[schedule] = str(error)
+    chosen = runs[arguments.schedule]
+    print(_headline(plan))
+    print("\n" + _stage_table(plan))
+    print("\n" + _device_table(plan, chosen))
+    print("\n" + _schedule_table(plan, runs, ideal(plan), arguments.data_parallel_replicas))
+    for schedule, reason in left_out.items():
+        print(f"{schedule}: not simulated, {reason}")
+    output = Path(arguments.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    file = output.with_name(f"{output.name}.json")
+    file.write_text(json.dumps(plan.device_map(), indent=1) + "\n", encoding="utf-8")
+    print(f"\ndevice map: {file}" + ("" if facts.untrainable else f" (for --device_map {file})"))
+    print(f"timeline:   {_picture(plan, chosen, output)}")
+    return 0
+
+
+def _devices(arguments: argparse.Namespace, config: PretrainedConfig, facts: ModelFacts) -> list[PlannedDevice]:
+    from ..errors import UnsupportedOptionError
+    from ..partition.hardware import parse_devices
+    from ..partition.measure import CACHE, measured
+    from ..partition.planner import estimated
+
+    kinds = parse_devices(arguments.devices)
+    here = [kind for kind in kinds if isinstance(kind, str)]
+    if not here:
+        return [estimated(facts, kind) for kind in kinds]
+    if len(here) < len(kinds):
+        raise UnsupportedOptionError(
+            f"--devices mixes devices of this machine ({here[0]}) with kinds by data sheet; use the one or the other"
+        )
+    return measured(config, facts, here, CACHE, again=arguments.measure_again)
+
+
+def _headline(plan: SplitPlan) -> str:
+    facts = plan.facts
+    tied = "tied" if facts.tied else "untied"
+    text = (
+        f"{facts.name}: {facts.parameters:,} parameters, {facts.layers} layers, {tied} embeddings; micro-batches of "
+        f"{facts.batch} x {facts.time} tokens, {str(facts.dtype).removeprefix('torch.')}, "
+        f"M = {plan.options.micro_batches}, {plan.options.optimizer}{', recompute' if plan.options.recompute else ''}"
+    )
+    return text if facts.untrainable is None else f"{text}\nPLANNED ONLY, training not supported: {facts.untrainable}"
+
+
+def _stage_table(plan: SplitPlan) -> str:
+    rows = []
+    for stage in plan.stages:
+        names = [name for unit in stage.units for name in unit.modules]
+        rows.append(
+            (
+                stage.stage,
+                f"{stage.device}: {plan.devices[stage.device].name}",
+                stage.delay,
+                stage.layers,
+                f"{sum(unit.parameters for unit in stage.units):,}",
+                milliseconds(stage.forward),
+                milliseconds(stage.backward),
+                milliseconds(stage.step),
+                names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}",
+            )
+        )
+    header = ("stage", "device", "delay", "layers", "parameters", "forward ms", "backward ms", "step ms", "modules")
+    return table(header, rows, left=(1, 8))
+
+
+def _device_table(plan: SplitPlan, chosen: Simulation) -> str:
+    rows = []
+    for device in range(max(plan.placement) + 1):
+        memory = [stage.memory for stage in plan.stages if stage.device == device]
+        parts = [
+            sum(getattr(m, part) for m in memory)
+            for part in ("weights", "versions", "gradients", "optimizer", "activations", "total")
+        ]
+        limit = plan.devices[device].memory
+        rows.append(
+            (
+                f"{device}: {plan.devices[device].name}",
+                *map(gibibytes, parts),
+                "-" if limit == float("inf") else gibibytes(limit),
+                f"{chosen.busy_shares[device]:.0%}",
+            )
+        )
+    header = ("GiB on", "weights", "old versions", "gradients", "optimizer", "activations", "all", "may use", "busy")
+    return table(header, rows)
+
+
+def _schedule_table(plan: SplitPlan, runs: dict[str, Simulation], ideal: float, replicas: int) -> str:
+    tokens = plan.facts.batch * plan.facts.time * replicas
+    naive = runs["naive"].seconds_per_tick
+    rows = []
+    for schedule, found in runs.items():
+        rows.append(
+            (
+                schedule,
+                f"{tokens / found.seconds_per_tick:,.0f}",
+                f"{naive / found.seconds_per_tick:.2f}",
+                f"{min(found.busy_shares):.0%} - {max(found.busy_shares):.0%}",
+                milliseconds(found.fill_seconds),
+                gibibytes(max(found.bytes_in_flight)),
+            )
+        )
+    header = ("schedule", "tokens/s", "over naive", "devices busy", "fill ms", "in flight GiB")
+    return (
+        f"{table(header, rows)}\nThis split could reach {ideal:.2f} times one device's speed if no device ever waited. "
+        "naive, gpipe, interleaved\nand zero-bubble are other software's, each with its own best split."
+    )
+
+
+def _picture(plan: SplitPlan, chosen: Simulation, output: Path) -> Path:
+    from ..simulate.picture import draw
+
+    title = f"{plan.facts.name}, {chosen.schedule}, predicted: {len(chosen.busy_shares)} devices"
+    return draw(chosen.timeline, output.with_name(f"{output.name}.png"), title=title)

@@ -1,0 +1,59 @@
+"""From a planned split to simulated runs, under the engine's schedules and those of peers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from ..partition.planner import SplitPlan, plan_split
+from ..simulate.links import Links
+from ..simulate.peers import PEERS, peer_placement
+from ..simulate.simulator import Simulation, StageCost, ideal_speedup, simulate
+
+
+def stage_costs(plan: SplitPlan) -> list[StageCost]:
+    """What the simulator has to know of the stages of a plan."""
+    return [
+        StageCost(
+            stage.forward,
+            stage.backward,
+            stage.step,
+            stage.units[-1].output_bytes,
+            sum(unit.activation_bytes for unit in stage.units),
+            sum(unit.parameter_bytes for unit in stage.units),
+            plan_cost=sum(unit.plan_cost for unit in stage.units),
+        )
+        for stage in plan.stages
+    ]
+
+
+def predict(plan: SplitPlan, schedule: str, links: Links, replicas: int = 1) -> Simulation:
+    """Simulates a plan; a peer gets its own best split for as many devices, without memory limits.
+
+    Peers put the two sides of tied embeddings on two devices; the time to add up their gradients is not counted.
+    """
+    names = [device.name for device in plan.devices]
+    names = [f"{name} {i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+    if schedule in PEERS:
+        plan = plan_split(
+            replace(plan.facts, tied_bytes=0),
+            [replace(device, memory=math.inf) for device in plan.devices],
+            plan.options,
+            placement=peer_placement(schedule, len(plan.devices)),
+        )
+    used = max(plan.placement) + 1
+    return simulate(
+        schedule,
+        plan.placement,
+        stage_costs(plan),
+        plan.options.micro_batches,
+        links=links,
+        replicas=replicas,
+        recompute=plan.options.recompute,
+        device_names=names[:used],
+    )
+
+
+def ideal(plan: SplitPlan) -> float:
+    """Speed-up of a plan if no device ever waited."""
+    return ideal_speedup(plan.placement, stage_costs(plan), plan.options.micro_batches)

@@ -1,0 +1,159 @@
+"""What each unit of a model computes and keeps for one micro-batch, from a configuration: no weights, no device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from ..errors import UnsupportedModelError
+from .outline import outline
+from .tracing import Part, trace
+
+EXPERT_OPTIONS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+@dataclass(frozen=True)
+class UnitFacts:
+    """One unit and one micro-batch.
+
+    Args:
+        modules: full names of its modules.
+        kind: "embedding", "layer" or "head".
+        parameters: how many it owns; a tied matrix counts at the embedding only.
+        parameter_bytes: their size.
+        flops: floating-point operations of its forward.
+        activation_bytes: what is kept from its forward to its backward.
+        output_bytes: size of the hidden state that it gives on.
+        plan_cost: multiply-adds per token, by which the engine balances and interleaves on its own.
+    """
+
+    modules: tuple[str, ...]
+    kind: str
+    parameters: int
+    parameter_bytes: int
+    flops: float
+    activation_bytes: float
+    output_bytes: float
+    plan_cost: float
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """All units of a model, for micro-batches of one shape.
+
+    Args:
+        name: of the model class.
+        units: in execution order.
+        tied_bytes: size of the matrix that embedding and head share; 0 where there is none.
+        untrainable: why the model can only be planned; None where it can be trained.
+        batch: rows of a micro-batch.
+        time: tokens per row.
+        dtype: of weights and activations.
+    """
+
+    name: str
+    units: tuple[UnitFacts, ...]
+    tied_bytes: int
+    untrainable: str | None
+    batch: int
+    time: int
+    dtype: torch.dtype
+
+    @property
+    def tied(self) -> bool:
+        """Whether embedding and head are one matrix."""
+        return self.tied_bytes > 0
+
+    @property
+    def layers(self) -> int:
+        """How many of the units are layers."""
+        return sum(unit.kind == "layer" for unit in self.units)
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole model."""
+        return sum(unit.parameters for unit in self.units)
+
+    @property
+    def flops(self) -> float:
+        """Of a forward through the whole model."""
+        return sum(unit.flops for unit in self.units)
+
+    def for_batch(self, batch: int) -> ModelFacts:
+        """The same for micro-batches of another size: everything but the weights grows with the rows."""
+        factor = batch / self.batch
+        units = tuple(
+            replace(
+                unit,
+                flops=unit.flops * factor,
+                activation_bytes=unit.activation_bytes * factor,
+                output_bytes=unit.output_bytes * factor,
+            )
+            for unit in self.units
+        )
+        return replace(self, units=units, batch=batch)
+
+
+def model_facts(config: PretrainedConfig, batch: int, time: int, dtype: torch.dtype = torch.float32) -> ModelFacts:
+    """Counts for a causal language model of this configuration.
+
+    Args:
+        config: of the model.
+        batch: rows of a micro-batch.
+        time: tokens per row.
+        dtype: of weights and activations.
+
+    Raises:
+        UnsupportedModelError: no causal language model, not a row of layers, or it does not run without data.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except ValueError as error:
+        raise UnsupportedModelError(f"model_type {config.model_type!r} is no causal language model: {error}") from error
+    experts = next((n for n in EXPERT_OPTIONS if (getattr(config, n, None) or 0) > 1), None)
+    if experts is not None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has {experts}={getattr(config, experts)}: what a mixture of experts computes depends "
+            "on the data and can't be counted; plan a dense model"
+        )
+    plan = outline(model)
+    seen: set[int] = set()
+    owned = []
+    for unit in plan.units:
+        parameters = {id(p): p for name in unit.modules for p in model.get_submodule(name).parameters()}
+        owned.append([p for key, p in parameters.items() if key not in seen])
+        seen |= parameters.keys()
+    if missing := [name for name, p in model.named_parameters() if id(p) not in seen]:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has parameters that are neither in its embedding, its layers nor its head "
+            f"({missing[0]}, ...), so it is no plain row of layers and can't be planned"
+        )
+    tied = model.get_parameter(plan.tied_name) if plan.tied_name else None
+    try:
+        parts = trace(model, [unit.modules[0] for unit in plan.units if unit.kind == "layer"], batch, time)
+    except Exception as error:  # whatever a model does that needs data
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not run on the meta device ({type(error).__name__}: {error}), so its costs "
+            "can't be counted"
+        ) from error
+    before, *layers, after = parts
+    # What comes after the layers is one part: the head, which includes the loss; a norm before it counts nothing.
+    counted = [before, *layers, *[Part()] * (len(plan.units) - len(layers) - 2), after]
+    units = tuple(
+        UnitFacts(
+            unit.modules,
+            unit.kind,
+            sum(p.numel() for p in parameters),
+            sum(p.numel() * p.element_size() for p in parameters),
+            part.flops,
+            part.kept_bytes,
+            float(layers[0].width * batch * time * dtype.itemsize),
+            unit.cost,
+        )
+        for unit, parameters, part in zip(plan.units, owned, counted, strict=True)
+    )
+    tied_bytes = 0 if tied is None else tied.numel() * tied.element_size()
+    return ModelFacts(type(model).__name__, units, tied_bytes, plan.reason, batch, time, dtype)

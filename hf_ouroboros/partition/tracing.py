@@ -1,0 +1,141 @@
+"""Counts FLOPs and kept bytes of every layer in one forward on the meta device: tensors without data.
+
+FLOPs are those of matrix products and attentions. Kept bytes are those that autograd saves for the backward, each
+storage once, weights excepted. Where all layers are alike, one stands for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+
+@dataclass
+class Part:
+    """A layer, or what comes before or after the layers.
+
+    Args:
+        flops: of its forward.
+        kept_bytes: from its forward to its backward.
+        width: of the hidden state that a layer returns.
+    """
+
+    flops: float = 0.0
+    kept_bytes: float = 0.0
+    width: int = 0
+
+
+def trace(model: PreTrainedModel, layer_names: Sequence[str], batch: int, time: int) -> list[Part]:
+    """What comes before the layers, every layer, what comes after them with the loss.
+
+    Args:
+        model: a causal language model on the meta device; unusable afterwards.
+        layer_names: full names of its layers, in one list of modules.
+        batch: rows of the micro-batch.
+        time: tokens per row.
+    """
+    layers = [model.get_submodule(name) for name in layer_names]
+    shapes = {(type(layer), *(p.shape for p in layer.parameters())) for layer in layers}
+    if len(shapes) > 1:
+        return _Tracer(model, layers).run(batch, time)
+    parent, _, own = layer_names[0].rpartition(".")[0].rpartition(".")
+    setattr(model.get_submodule(parent), own, nn.ModuleList(layers[:1]))
+    before, layer, after = _Tracer(model, layers[:1]).run(batch, time)
+    return [before, *[layer] * len(layers), after]
+
+
+class _Tracer:
+    """Runs a model and books what happens on the part that is running."""
+
+    def __init__(self, model: PreTrainedModel, layers: Sequence[nn.Module]):
+        self.model = model
+        self.layers = layers
+        self.parts = [Part() for _ in range(len(layers) + 2)]
+        self._running = 0
+        self._counter = FlopCounterMode(display=False)
+        self._counted = 0.0
+        self._known = {p.untyped_storage()._cdata: p.untyped_storage() for p in model.parameters()}
+
+    def run(self, batch: int, time: int) -> list[Part]:
+        """One forward with the loss."""
+        handles = [layer.register_forward_pre_hook(self._enter(i + 1)) for i, layer in enumerate(self.layers)]
+        handles += [layer.register_forward_hook(self._leave) for layer in self.layers]
+        ids = torch.zeros(batch, time, dtype=torch.long, device="meta")
+        # Four dimensions: a mask of two would be inspected, which needs data. It is the same for all layers.
+        mask = torch.ones(batch, 1, time, time, dtype=torch.bool, device="meta")
+        self._known[mask.untyped_storage()._cdata] = mask.untyped_storage()
+        positions = torch.zeros(batch, time, dtype=torch.long, device="meta")
+        self.model.train()
+        self.model.loss_type = "ForCausalLM"  # some configurations name none and would be warned of
+        saving = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
+        try:
+            with self._counter, _FusedAttention(self._book), saving:
+                self.model(input_ids=ids, attention_mask=mask, position_ids=positions, labels=ids, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._go_on_to(self._running)
+        return self.parts
+
+    def _enter(self, part: int) -> Callable[[nn.Module, Any], None]:
+        return lambda module, inputs: self._go_on_to(part)
+
+    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self.parts[self._running].width = (output[0] if isinstance(output, tuple) else output).shape[-1]
+        self._go_on_to(len(self.parts) - 1)
+
+    def _go_on_to(self, part: int) -> None:
+        total = float(self._counter.get_total_flops())
+        self.parts[self._running].flops += total - self._counted
+        self._counted, self._running = total, part
+
+    def _book(self, flops: float) -> None:
+        self.parts[self._running].flops += flops
+
+    def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._known:
+            self._known[storage._cdata] = storage  # kept alive, so that the key stays its own
+            self.parts[self._running].kept_bytes += storage.nbytes()
+        return tensor
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Scaled dot product attention as fused kernels have it: no score matrix is kept.
+
+    Args:
+        book: told the FLOPs.
+    """
+
+    def __init__(self, book: Callable[[float], None]):
+        super().__init__()
+        self._book = book
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is not nn.functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        query, key, value = args[:3]
+        batch, heads, time, width = query.shape
+        self._book(2.0 * batch * heads * time * key.shape[-2] * (width + value.shape[-1]))
+        return _KeepsInputsAndOutput.apply(query, key, value)
+
+
+class _KeepsInputsAndOutput(torch.autograd.Function):
+    """What a fused attention keeps: its inputs, its output, and one number per row and head."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        raise NotImplementedError("only forwards run on the meta device")

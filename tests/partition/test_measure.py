@@ -1,0 +1,81 @@
+"""Measuring on devices that are here: every unit gets times, layers alike are measured once, results are remembered."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import tiny_gpt2
+from transformers import LlamaConfig
+
+from hf_ouroboros.errors import UnsupportedModelError
+from hf_ouroboros.partition import measure
+from hf_ouroboros.partition.facts import model_facts
+from hf_ouroboros.partition.measure import measured
+
+
+@pytest.fixture(autouse=True)
+def nothing_measured_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "_so_far", {})
+
+
+def refuse(*arguments: object) -> None:
+    raise AssertionError("measured again")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_unit_gets_times(tied: bool) -> None:
+    config = tiny_gpt2(tied).config
+    facts = model_facts(config, 2, 8)
+    threads = torch.get_num_threads()
+    devices = measured(config, facts, ["cpu:0", "cpu:1"], cache=None)
+    assert torch.get_num_threads() == threads
+    assert [device.name for device in devices] == ["cpu:0", "cpu:1"]
+    for device in devices:
+        assert device.memory == float("inf")
+        embedding, *layers, norm, head = device.times
+        assert len(layers) == facts.layers and len(set(layers)) == 1
+        assert min(layers[0].forward, layers[0].backward, layers[0].step, embedding.forward, head.backward) > 0
+        assert (norm.forward, norm.backward, norm.step) == (0, 0, 0)  # measured with the head
+        assert (head.step == 0) is tied  # the embedding steps a tied matrix
+
+
+def test_results_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_gpt2().config
+    facts = model_facts(config, 2, 8)
+    first = measured(config, facts, ["cpu:0"], cache=tmp_path)
+    (file,) = tmp_path.iterdir()
+    assert len(json.loads(file.read_text())[0]) == len(facts.units)
+    monkeypatch.setattr(measure, "_measure", refuse)
+    assert measured(config, facts, ["cpu:0"], cache=None) == first  # in memory
+    measure._so_far.clear()
+    assert measured(config, facts, ["cpu:0"], cache=tmp_path) == first  # in the file
+    for others in (model_facts(config, 1, 8), model_facts(config, 2, 8, torch.bfloat16)):
+        with pytest.raises(AssertionError, match="measured again"):
+            measured(config, others, ["cpu:0"], cache=tmp_path)
+    with pytest.raises(AssertionError, match="measured again"):
+        measured(config, facts, ["cpu:0", "cpu:1"], cache=tmp_path)
+    with pytest.raises(AssertionError, match="measured again"):
+        measured(config, facts, ["cpu:0"], cache=tmp_path, again=True)
+
+
+def test_a_failure_ends_all_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_gpt2().config
+    facts = model_facts(config, 2, 8)
+
+    def fail(self: object, *arguments: object) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(measure._DeviceRun, "_step", fail)
+    with pytest.raises(MemoryError, match="no room"):
+        measured(config, facts, ["cpu:0", "cpu:1"], cache=None)
+
+
+def test_what_can_only_be_planned_is_refused() -> None:
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64
+    )
+    with pytest.raises(UnsupportedModelError, match="so it can't be measured; plan for device kinds instead"):
+        measured(config, model_facts(config, 1, 8), ["cpu:0"], cache=None)

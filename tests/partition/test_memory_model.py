@@ -1,0 +1,87 @@
+"""Bytes per stage: versions and flights as the update rule makes them, and the sum that the dynamic program uses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_ouroboros.partition.facts import ModelFacts, UnitFacts
+from hf_ouroboros.partition.memory_model import (
+    MemoryOptions,
+    memory_load,
+    old_versions,
+    stage_memory,
+    ticks_in_flight,
+)
+from hf_ouroboros.simulate.simulator import StageCost, simulate
+
+
+def toy(layers: int = 6, tied: int = 20) -> ModelFacts:
+    """Layers of growing size."""
+    units = [UnitFacts(("wte",), "embedding", 20, 20, 0.0, 3.0, 7.0, 0.0)]
+    units += [UnitFacts((f"h.{i}",), "layer", 10 + i, 10 + i, 1.0, 100.0 + i, 7.0, 1.0) for i in range(layers)]
+    units += [UnitFacts(("ln_f",), "head", 1, 1, 0.0, 0.0, 7.0, 0.0)]
+    units += [UnitFacts(("lm_head",), "head", 0, 0 if tied else 20, 1.0, 50.0, 7.0, 1.0)]
+    return ModelFacts("Toy", tuple(units), tied, None, 1, 1, torch.float32)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("stages", [1, 2, 5, 9])
+def test_versions_by_counting(stages: int, micro_batches: int) -> None:
+    options = MemoryOptions("pipelined", micro_batches)
+    for stage in range(stages):
+        delay = stages - 1 - stage
+        # At the step that closes an update, the ticks whose backward is still to come hold the versions of theirs.
+        held = [
+            len({(close - 1 - i) // micro_batches for i in range(delay)})
+            for close in range(10 * micro_batches, 14 * micro_batches, micro_batches)
+        ]
+        assert old_versions(stage, stages, options) == max(held)
+        assert old_versions(stage, stages, MemoryOptions("1f1b", micro_batches)) == 0
+
+
+@pytest.mark.parametrize("schedule", ["pipelined", "lockstep", "1f1b"])
+@pytest.mark.parametrize("micro_batches", [1, 3, 8])
+def test_flights_are_those_of_the_simulator(schedule: str, micro_batches: int) -> None:
+    found = simulate(schedule, range(5), [StageCost(1.0, 2.0)] * 5, micro_batches)
+    options = MemoryOptions(schedule, micro_batches)
+    assert found.ticks_in_flight == tuple(ticks_in_flight(k, 5, options) for k in range(5))
+
+
+def test_a_stage_by_hand() -> None:
+    facts = toy()
+    first, last = facts.units[:3], facts.units[5:]
+    found = stage_memory(facts, first, 0, 4, MemoryOptions("pipelined", 2))
+    assert (found.weights, found.versions, found.gradients, found.optimizer) == (41, 2 * 41, 2 * 41, 2 * 41)
+    assert found.activations == 4 * (3 + 100 + 101)
+    assert found.total == 7 * 41 + 4 * 204
+    found = stage_memory(facts, last, 3, 4, MemoryOptions("pipelined", 2, optimizer="sgd"))
+    assert (found.weights, found.versions, found.optimizer) == (14 + 15 + 1, 0, 0)
+    assert found.gradients == 2 * 30 + 4 * 20  # the tied matrix's, waiting for the first stage
+    assert found.activations == 104 + 105 + 50
+    recomputed = stage_memory(facts, facts.units[3:5], 1, 4, MemoryOptions("pipelined", 2, recompute=True))
+    assert recomputed.activations == 102 + 103 + 3 * 7  # one replayed, three inputs
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.sampled_from(["pipelined", "lockstep", "1f1b"]),
+    st.integers(1, 5),
+    st.booleans(),
+    st.booleans(),
+    st.lists(st.integers(1, 6), min_size=1, max_size=4, unique=True),
+)
+def test_the_sum_over_layers_is_the_whole(
+    schedule: str, micro_batches: int, recompute: bool, tied: bool, cuts: list[int]
+) -> None:
+    facts = toy(tied=20 if tied else 0)
+    options = MemoryOptions(schedule, micro_batches, recompute)
+    bounds = [0, *sorted(cuts), 6]
+    stages = len(bounds) - 1
+    load = memory_load(facts, stages, options)
+    for k, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        first, last = 0 if k == 0 else start + 1, len(facts.units) if k == stages - 1 else stop + 1
+        whole = stage_memory(facts, facts.units[first:last], k, stages, options).total
+        assert load.of(k, start, stop) == pytest.approx(whole)
