@@ -109,12 +109,11 @@ def write_report(options: BenchmarkArguments, contenders: list[Contender], resul
     )
     text = f"{table}\n\nMachine: {machine}. Embedding and head: {head}. Settings: {settings}.\n"
     (output / "results.md").write_text(text, encoding="utf-8")
-    found = {
-        "machine": machine,
-        "options": vars(options),
-        "loss_differences": {c.label: report.loss_difference(c, results) for c in contenders if c.is_synchronous},
-        "results": results,
-    }
+    found = {"machine": machine, "options": vars(options), "results": results}
+    if options.until_loss is None:
+        found["loss_differences"] = {
+            c.label: report.loss_difference(c, results) for c in contenders if c.is_synchronous
+        }
     (output / "results.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
     return text
 

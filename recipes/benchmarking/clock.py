@@ -24,16 +24,16 @@ class Clock:
     times: list[float] = field(default_factory=list)
     memory: list[int] = field(default_factory=list)
     evaluations: list[tuple[int, float, float]] = field(default_factory=list)
-    _paused: float = 0.0
     _zero: float = field(default_factory=time.perf_counter)
+    _stopped_at: float | None = None
 
     def now(self) -> float:
         """Seconds since the clock was made or set to zero, without pauses."""
-        return time.perf_counter() - self._zero - self._paused
+        return (time.perf_counter() if self._stopped_at is None else self._stopped_at) - self._zero
 
     def restart(self) -> None:
         """Sets the clock to zero."""
-        self._zero, self._paused = time.perf_counter(), 0.0
+        self._zero = time.perf_counter()
 
     def update_ended(self) -> None:
         """Takes note of an update."""
@@ -45,6 +45,7 @@ class Clock:
         """The clock stands still."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        start = time.perf_counter()
+        self._stopped_at = time.perf_counter()
         yield
-        self._paused += time.perf_counter() - start
+        self._zero += time.perf_counter() - self._stopped_at
+        self._stopped_at = None

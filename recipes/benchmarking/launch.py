@@ -120,7 +120,7 @@ def _main(rank: int, count: int, job: Job) -> None:
         on_cpu = job.options.on_cpu
         # One core per device: a process of threads shares its cores among its devices.
         torch.set_num_threads(len(job.options.devices) if job.contender.is_ours and count == 1 else 1)
-        if count > 1:
+        if job.contender.in_processes:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # asked for, but the store below is used
             if sys.platform == "linux":
@@ -135,7 +135,7 @@ def _main(rank: int, count: int, job: Job) -> None:
         result = {"contender": job.contender.label, **runner(job, count)}
         if rank == 0:
             (job.folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
-        if count > 1:
+        if dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()
     except BaseException as error:

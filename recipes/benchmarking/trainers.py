@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import io
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainerCall
 from hf_ouroboros import OuroborosArguments, OuroborosTrainer, split_model
 
 from .clock import Clock
+from .contenders import ContenderError
 from .job import Job, build_model, common_arguments
 from .measure import peak_memory_mib, steady_state
 from .options import SETTLING_TICKS
@@ -105,12 +107,21 @@ def run(job: Job, world_size: int) -> dict[str, Any]:
 
 
 def arguments_of(kind: type[TrainingArguments], given: dict[str, Any], settings: tuple[tuple[str, str], ...]) -> Any:
-    """The arguments, with settings that are text on top, converted as on a command line."""
-    command = ["--output_dir", given["output_dir"], *(f"--{name}={value}" for name, value in settings)]
-    (parsed,) = HfArgumentParser(kind).parse_args_into_dataclasses(command)
-    names = {name for name, _ in settings}
-    chosen = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(kind) if f.name in names}
-    return kind(**given | chosen)
+    """The arguments, as from a command line on which a contender's settings come last and win.
+
+    Raises:
+        ContenderError: a setting has a value that the option does not take.
+    """
+    command = []
+    for name, value in (*given.items(), *settings):
+        command += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            (arguments,) = HfArgumentParser(kind).parse_args_into_dataclasses(command)
+    except SystemExit as error:
+        raise ContenderError(complaint.getvalue().strip().splitlines()[-1]) from error
+    return arguments
 
 
 def _dispatch(model: torch.nn.Module, job: Job) -> torch.nn.Module:
