@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import TrainingArguments
 
 from ..errors import UnsupportedOptionError
 
 if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
     from ..partition.stages import Stage
 
 ADJUSTMENTS = ("match_rms_adamw", "original")

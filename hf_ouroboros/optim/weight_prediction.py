@@ -73,7 +73,9 @@ class WeightPrediction(Compensation):
 
 
 def _adam_direction(parameter: torch.Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> torch.Tensor:
-    (beta1, beta2), count = group["betas"], float(state["step"])
+    (beta1, beta2), count = group["betas"], state["step"]
+    if count.device.type == "cpu":
+        count = float(count)  # elsewhere a read would make the device wait
     variance = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
     direction = state["exp_avg"] / (1 - beta1**count)
     direction = direction / ((variance / (1 - beta2**count)).sqrt() + group["eps"])
