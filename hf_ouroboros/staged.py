@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .engine.streams import Reading
 from .errors import CheckpointError, EngineError
@@ -29,7 +30,7 @@ class LogitsModel(nn.Module):
     def __init__(self, model: PreTrainedModel, logits: torch.Tensor):
         super().__init__()
         self.config = model.config
-        self._name = type(model).__name__
+        self._name = causal_name(model)
         self._logits = logits
 
     def _get_name(self) -> str:
@@ -63,7 +64,7 @@ class StagedModel(nn.Module):
         self._autocast_dtype = autocast_dtype
 
     def _get_name(self) -> str:
-        return type(self._partition[0].model).__name__
+        return causal_name(self._partition[0].model)
 
     def train(self, mode: bool = True) -> StagedModel:
         """Switches the stages and the complete model."""
@@ -122,6 +123,12 @@ class StagedModel(nn.Module):
         kind = next(p for stage in self.stages for p in stage.parameters() if not p.is_meta).device.type
         with torch.autocast(kind, dtype=self._autocast_dtype, enabled=self._autocast_dtype is not None):
             yield
+
+
+def causal_name(model: PreTrainedModel) -> str:
+    """Name of a model's class, or of one that Trainer knows: label smoothing shifts the labels for those only."""
+    name = type(model).__name__
+    return name if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else "GPT2LMHeadModel"
 
 
 def head_targets(inputs: Mapping[str, Any], num_items: torch.Tensor | int | None) -> Targets | None:

@@ -129,6 +129,15 @@ def test_other_losses_get_log_probabilities(tmp_path: Path, how: str) -> None:
     for trainer in found:
         trainer.train()
     assert_same(*found)
+    if how == "smoothing":
+        trainer = stream_trainer(tmp_path, {"model": tiny_xl(**CUT)}, label_smoothing_factor=0.1, max_steps=1)
+        trainer.train()
+        output = tiny_xl(**CUT).train()
+        ids = StreamRows().ids[:, :5]
+        with torch.no_grad():
+            scores = output(ids, return_logits=True).logits[:, :-1]
+        wanted = 0.9 * scores.gather(-1, ids[:, 1:, None])[..., 0] + 0.1 * scores.mean(-1)
+        assert math.isclose(logged(trainer, "train_loss")[0], -wanted.sum() / 20, rel_tol=1e-5)
 
 
 def summed(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:

@@ -287,10 +287,11 @@ class StageRunner:
         self.optimizer.step(ordered, hyperparameters, at)
 
     def release(self) -> None:
-        """Lets go of activations, gradients and old weights when the run is over."""
+        """Lets go of activations, gradients, memories and old weights when the run is over."""
         self.in_flight.clear()
         self.settled.clear()
         self.window.clear()
+        self.memories.groups.clear()
         if self._link is not None:
             self._link.weights.clear()
             self._link.gradients.clear()

@@ -66,7 +66,8 @@ class Streams:
         """Takes in the next micro-batch.
 
         Args:
-            batch: with `stream_columns` and `stream_segments`, int64 [batch] on the CPU, or without both.
+            batch: with `stream_columns` and `stream_segments`, int64 [batch], or without both. They are read here, so
+                they should be on the CPU, where reading waits for nothing.
 
         Returns:
             Its place; None for a batch that is no part of a stream.
@@ -158,7 +159,8 @@ def memories_on(device: torch.device, groups: Mapping[int, Memory]) -> dict[int,
 
 
 def _rows(memory: Memory, first: int, stop: int) -> Memory:
-    return {name: tensor[first:stop] for name, tensor in memory.items()}
+    """Some rows; copies, where they are not all, so that the others can be let go."""
+    return {name: t if stop - first == len(t) else t[first:stop].clone() for name, t in memory.items()}
 
 
 def _few(numbers: list[int]) -> str:

@@ -62,7 +62,10 @@ class EvaluationHooks(Trainer):
             inputs = self._without_repeated_rows(inputs)
         count = self._get_target_count(inputs)
         self._staged.loss_only = prediction_loss_only and head_computes_loss(self)
-        result = super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+        try:
+            result = super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+        finally:
+            self._staged.loss_only = False
         # A custom loss need not be a mean over tokens; then Trainer's mean over rows stays.
         stock = self.compute_loss_func is None and type(self).compute_loss is Trainer.compute_loss
         if stock and self._eval_sums is not None and count is not None and result[0] is not None:

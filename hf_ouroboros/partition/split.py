@@ -96,7 +96,9 @@ def model_units(model: PreTrainedModel, family: Family) -> list[Unit]:
         fresh = [p for p in parameters if id(p) not in seen]
         seen.update(id(p) for p in parameters)
         # An embedding is looked up, not multiplied: it costs next to nothing beside a layer.
-        cost = sum(p.numel() for p in parameters if p.dim() > 1) if kind != "embedding" else 0
+        known = family.cost(model, modules[0])
+        counted = sum(p.numel() for p in parameters if p.dim() > 1) if kind != "embedding" else 0
+        cost = counted if known is None else known
         return Unit(modules, kind, float(cost), sum(p.numel() * p.element_size() for p in fresh))
 
     embedding = unit(family.embedding(model), "embedding")

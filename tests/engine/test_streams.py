@@ -62,6 +62,7 @@ def test_columns_in_other_groups_than_before() -> None:
     assert streams.positions == {0: (4, 2)}
     assert read(1, 2, 2) == [11, 12]
     assert streams.positions == {0: (1, 2), 1: (2, 3), 3: (1, 2)}
+    assert len(memories.groups[3]["layer"].untyped_storage()) == 8  # nothing keeps the other rows alive
     assert [read(0, 1, 2), read(3, 1, 2)] == [[10], [13]]
     assert read(0, 4, 3) == [20, 21, 22, 23]
     assert memories.groups.keys() == streams.positions.keys() == {0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ from stream_helpers import CUT, CUT_ONE_TABLE, TIME, tiny_xl
 from transformers import AutoModelForCausalLM
 
 from hf_ouroboros.errors import UnsupportedModelError, UnsupportedOptionError
-from hf_ouroboros.models.transfo_xl import TransfoXLLMHeadModel, TransfoXLMemory
+from hf_ouroboros.models.transfo_xl import TransfoXLConfig, TransfoXLLMHeadModel, TransfoXLMemory
 from hf_ouroboros.partition import Partition, compose, split_model
+from hf_ouroboros.partition.device_map import plan_stages
 from hf_ouroboros.partition.families.transfo_xl import TransfoXLFamily
+from hf_ouroboros.partition.split import model_units
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -121,6 +124,28 @@ def test_every_tied_matrix_belongs_to_the_first_stage(config: dict[str, Any], ti
     assert sorted(owned) == sorted(dict(model.named_parameters()))
     assert set(partition.tied_names) <= partition.owned(0).keys()
     assert sum(row.parameters for row in partition.plan.rows) == model.num_parameters()
+
+
+def test_cost_of_the_adaptive_softmax() -> None:
+    """The WikiText-103 model: its table has most of the parameters, but most of its rows are rarely multiplied."""
+    shape: dict[str, Any] = dict(d_model=410, d_embed=410, n_head=10, d_head=41, d_inner=2100, n_layer=16, div_val=1)
+    with torch.device("meta"):
+        model = TransfoXLLMHeadModel(TransfoXLConfig(**shape))
+        plain = TransfoXLLMHeadModel(TransfoXLConfig(cutoffs=[], **shape))
+    family = TransfoXLFamily()
+    adaptive, whole = (model_units(m, family)[-1].cost for m in (model, plain))
+    assert whole == 267735 * 410
+    assert 20000 * 410 < adaptive < whole / 5  # more than the shortlist
+    rows = 20003 + 20000 * math.log(2) / math.log(267735)  # shortlist, clusters, and the other words by their frequency
+    rows += 160000 * math.log(5) / math.log(267735) + 67735 * math.log(267735 / 200000) / math.log(267735)
+    assert math.isclose(adaptive, rows * 410)
+    units = model_units(model, family)
+    first, _, last = plan_stages("auto", units, cpu_devices(2), tied=True, num_stages=3)
+    others = [unit.kind for span in (first, last) for unit in units[span.start : span.stop]]
+    assert others.count("layer") >= 2  # the device with the softmax has time for layers, too
+    with torch.device("meta"):
+        divided = TransfoXLLMHeadModel(TransfoXLConfig(**{**shape, "div_val": 4, "d_embed": 512}))
+    assert model_units(divided, family)[-1].cost < adaptive * 1.3
 
 
 # ---- relative biases that all layers share ----

@@ -44,6 +44,9 @@ class Family(Protocol):
     def head(self, model: PreTrainedModel) -> list[str]:
         """Names of the modules after the layers, in execution order; the last one gives the logits."""
 
+    def cost(self, model: PreTrainedModel, name: str) -> float | None:
+        """Multiply-adds per token of a module; None: as many as its matrices have elements."""
+
     def embed(self, stage: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """First hidden state, [batch, time, width]."""
 

@@ -36,6 +36,9 @@ class GPT2Family:
         """Final norm and output projection."""
         return ["transformer.ln_f", "lm_head"]
 
+    def cost(self, model: GPT2LMHeadModel, name: str) -> None:
+        """None: every matrix is multiplied with every token."""
+
     def embed(self, stage: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Token + position (+ token type) embeddings, then dropout: [batch, time, width]."""
         ids = batch["input_ids"]

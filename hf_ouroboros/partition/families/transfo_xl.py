@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -46,6 +47,23 @@ class TransfoXLFamily:
     def head(self, model: TransfoXLLMHeadModel) -> list[str]:
         """Last dropout and softmax."""
         return ["transformer.final_drop", "crit"]
+
+    def cost(self, model: TransfoXLLMHeadModel, name: str) -> float | None:
+        """Of the adaptive softmax: the words of a cluster cost something only where the target is one of them.
+
+        By Zipf's law, token r of a vocabulary sorted by frequency has a probability of about 1 / (r ln V).
+        """
+        config = model.config
+        if name != "crit" or not config.cutoffs:
+            return None
+        bounds = [*config.cluster_starts, config.vocab_size]
+        clusters = list(zip(bounds, bounds[1:], strict=False))
+        widths = config.table_widths if config.div_val > 1 else config.table_widths * len(clusters)
+        total = float(len(config.cutoffs) * config.d_embed)
+        for (start, end), width in zip(clusters, widths, strict=True):
+            share = math.log(end / start) / math.log(config.vocab_size) if start else 1.0
+            total += share * width * (end - start + (config.d_model if config.has_projections else 0))
+        return total
 
     def embed(self, stage: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Adaptive embedding, then dropout: [batch, time, d_model]."""
