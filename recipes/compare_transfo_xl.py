@@ -51,7 +51,7 @@ class ScriptArguments:
     eval_mem_len: int = field(default=256, metadata={"help": "Rows of memory at validation."})
     n_layer: int = field(default=4, metadata={"help": "Layers."})
     width: int = field(default=128, metadata={"help": "Width of the hidden state."})
-    learning_rate: float = field(default=2e-3, metadata={"help": "Of AdamW, after warming up over a tenth of the run."})
+    learning_rate: float = field(default=3e-3, metadata={"help": "Of AdamW, after warming up over a tenth of the run."})
     validation_tokens: int = field(default=100_000, metadata={"help": "How many of them to read."})
     output_dir: str = field(default="runs/compare_transfo_xl", metadata={"help": "Where results go."})
 

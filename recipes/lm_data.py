@@ -68,7 +68,10 @@ class Examples:
 
 
 def read_source(script: ScriptArguments) -> Texts | PreparedStreams:
-    """The corpus that the options name; by default the standard library of this Python."""
+    """The corpus that the options name; by default the standard library of this Python.
+
+    A smoke test whose `data_dir` isn't there reads the default, too, and forgets `data_dir`.
+    """
     if script.data_dir is not None and (script.train_file is not None or script.dataset_name is not None):
         raise OptionError("data_dir is a corpus by itself; leave out train_file and dataset_name")
     instead = ""

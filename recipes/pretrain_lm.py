@@ -241,7 +241,8 @@ def main() -> None:
     if not args.should_save:
         return
     if script.sample_tokens:
-        text = script.prompt + sample(whole_model(trainer), tokenizer, script.prompt, script.sample_tokens)
+        between = " " if ends_lines(tokenizer) else ""  # tokens are words
+        text = script.prompt + between + sample(whole_model(trainer), tokenizer, script.prompt, script.sample_tokens)
         print(f"\nSample text:\n{text}")
         Path(args.output_dir, "sample.txt").write_text(text, encoding="utf-8")
     print_table(

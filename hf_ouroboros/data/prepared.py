@@ -77,8 +77,9 @@ class PreparedStreams:
     splits: Mapping[str, PreparedSplit]
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Writes streams and tokenizer into a folder, `stream.json` last."""
+        """Writes streams and tokenizer into a folder, `stream.json` last: without it, nothing is taken for complete."""
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / FILE).unlink(missing_ok=True)
         facts = {}
         for name, split in self.splits.items():
             largest = int(split.tokens.max(initial=0))
