@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ..errors import UnsupportedModelError, UnsupportedOptionError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig
 
     from ..simulate.links import Links
@@ -24,8 +25,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config_overrides", default="", help="changes of the configuration, as n_layer=48,n_embd=1600,n_head=25"
     )
-    parser.add_argument("--batch", type=_positive, default=1, help="rows of a micro-batch (default 1)")
-    parser.add_argument("--seq", type=_positive, default=1024, help="tokens per row (default 1024)")
+    parser.add_argument("--batch", type=positive, default=1, help="rows of a micro-batch (default 1)")
+    parser.add_argument("--seq", type=positive, default=1024, help="tokens per row (default 1024)")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], default=None, help="default: the configuration's"
     )
@@ -35,7 +36,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def add_link_options(parser: argparse.ArgumentParser) -> None:
     """Connections between devices but their bandwidth."""
     parser.add_argument("--latency", type=float, default=10.0, help="microseconds between devices (default 10)")
-    parser.add_argument("--devices_per_host", type=_positive, default=None, help="default: all on one host")
+    parser.add_argument("--devices_per_host", type=positive, default=None, help="default: all on one host")
     parser.add_argument("--host_link", type=float, default=None, help="GB/s between hosts (default: as within one)")
     parser.add_argument("--host_latency", type=float, default=None, help="microseconds between hosts")
 
@@ -95,7 +96,7 @@ def _model_types() -> set[str]:
     return set(CONFIG_MAPPING.keys())
 
 
-def data_type(arguments: argparse.Namespace, config: PretrainedConfig):
+def data_type(arguments: argparse.Namespace, config: PretrainedConfig) -> torch.dtype:
     """The dtype asked for, else the configuration's, else float32."""
     import torch
 
@@ -103,11 +104,9 @@ def data_type(arguments: argparse.Namespace, config: PretrainedConfig):
     return chosen if isinstance(chosen, torch.dtype) else getattr(torch, str(chosen))
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} must be at least 1")
     return value
-
-
-positive = _positive

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .options import add_link_options, add_model_options, data_type, links, load_config, positive
-from .tables import gibibytes, milliseconds, table
+from .tables import byte_unit, milliseconds, size, table
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -132,8 +132,10 @@ def _stage_table(plan: SplitPlan) -> str:
 
 
 def _device_table(plan: SplitPlan, chosen: Simulation) -> str:
+    devices = range(max(plan.placement) + 1)
+    name, unit = byte_unit(max(plan.bytes_on(device) for device in devices))
     rows = []
-    for device in range(max(plan.placement) + 1):
+    for device in devices:
         memory = [stage.memory for stage in plan.stages if stage.device == device]
         parts = [
             sum(getattr(m, part) for m in memory)
@@ -143,18 +145,29 @@ def _device_table(plan: SplitPlan, chosen: Simulation) -> str:
         rows.append(
             (
                 f"{device}: {plan.devices[device].name}",
-                *map(gibibytes, parts),
-                "-" if limit == float("inf") else gibibytes(limit),
+                *(size(part, unit) for part in parts),
+                "-" if limit == float("inf") else f"{limit / 2**30:.1f} GiB",
                 f"{chosen.busy_shares[device]:.0%}",
             )
         )
-    header = ("GiB on", "weights", "old versions", "gradients", "optimizer", "activations", "all", "may use", "busy")
+    header = (
+        f"{name} on",
+        "weights",
+        "old versions",
+        "gradients",
+        "optimizer",
+        "activations",
+        "all",
+        "may use",
+        "busy",
+    )
     return table(header, rows)
 
 
 def _schedule_table(plan: SplitPlan, runs: dict[str, Simulation], ideal: float, replicas: int) -> str:
     tokens = plan.facts.batch * plan.facts.time * replicas
     naive = runs["naive"].seconds_per_tick
+    name, unit = byte_unit(max(max(found.bytes_in_flight) for found in runs.values()))
     rows = []
     for schedule, found in runs.items():
         rows.append(
@@ -164,10 +177,10 @@ def _schedule_table(plan: SplitPlan, runs: dict[str, Simulation], ideal: float, 
                 f"{naive / found.seconds_per_tick:.2f}",
                 f"{min(found.busy_shares):.0%} - {max(found.busy_shares):.0%}",
                 milliseconds(found.fill_seconds),
-                gibibytes(max(found.bytes_in_flight)),
+                size(max(found.bytes_in_flight), unit),
             )
         )
-    header = ("schedule", "tokens/s", "over naive", "devices busy", "fill ms", "in flight GiB")
+    header = ("schedule", "tokens/s", "over naive", "devices busy", "fill ms", f"activations {name}")
     return (
         f"{table(header, rows)}\nThis split could reach {ideal:.2f} times one device's speed if no device ever waited. "
         "naive, gpipe, interleaved\nand zero-bubble are other software's, each with its own best split."

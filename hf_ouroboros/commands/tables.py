@@ -23,6 +23,12 @@ def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.2f}" if seconds < 0.1 else f"{seconds * 1e3:.0f}"
 
 
-def gibibytes(size: float) -> str:
-    """With one digit after the point; two below one."""
-    return f"{size / 2**30:.1f}" if size >= 2**30 else f"{size / 2**30:.2f}"
+def byte_unit(largest: float) -> tuple[str, float]:
+    """The unit in which a column of sizes is best read, and its bytes."""
+    return ("GiB", 2.0**30) if largest >= 2**29 else ("MiB", 2.0**20)
+
+
+def size(number: float, unit: float) -> str:
+    """A number of bytes in a unit: one digit after the point; two below one, none if nothing."""
+    value = number / unit
+    return "0" if value == 0 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"

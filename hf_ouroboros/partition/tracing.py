@@ -6,6 +6,7 @@ storage once, weights excepted. Where all layers are alike, one stands for all.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,13 +72,15 @@ class _Tracer:
         # Four dimensions: a mask of two would be inspected, which needs data. It is the same for all layers.
         mask = torch.ones(batch, 1, time, time, dtype=torch.bool, device="meta")
         self._known[mask.untyped_storage()._cdata] = mask.untyped_storage()
-        positions = torch.zeros(batch, time, dtype=torch.long, device="meta")
+        placed = {}
+        if "position_ids" in inspect.signature(self.model.forward).parameters:
+            placed["position_ids"] = torch.zeros(batch, time, dtype=torch.long, device="meta")
         self.model.train()
         self.model.loss_type = "ForCausalLM"  # some configurations name none and would be warned of
         saving = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
         try:
             with self._counter, _FusedAttention(self._book), saving:
-                self.model(input_ids=ids, attention_mask=mask, position_ids=positions, labels=ids, use_cache=False)
+                self.model(input_ids=ids, labels=ids, use_cache=False, attention_mask=mask, **placed)
         finally:
             for handle in handles:
                 handle.remove()

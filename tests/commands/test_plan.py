@@ -75,7 +75,7 @@ def test_planned_only(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         (["gpt2", "--devices", "t4", "cpu:0"], "mixes devices of this machine"),
         (["gpt2", "--devices", "t4", "--config_overrides", "layers=3"], "write name=value with a name that a gpt2"),
         (["gpt2", "--devices", "t4", "--link", "0"], "bandwidth=0"),
-        (["gpt2", "--devices", "2x1tflops/2gb"], "does not fit into 2 devices .* It would fit with"),
+        (["gpt2", "--batch", "4", "--devices", "2x1tflops/4gb"], "does not fit into 2 devices .* It would fit with"),
     ],
     ids=str,
 )
