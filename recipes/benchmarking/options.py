@@ -115,11 +115,12 @@ class BenchmarkArguments:
                         f"--updates {self.updates} leaves no steady state after {SETTLING_TICKS} ticks of "
                         f"{contender.label}; use {first + 4} or more"
                     )
-        elif self.until_loss == "naive":
+            return
+        if self.updates % self.eval_every:  # the naive run's last evaluation, which may set the target, is at its end
+            raise ContenderError(f"--updates {self.updates} must be a multiple of --eval_every {self.eval_every}")
+        if self.until_loss == "naive":
             if contenders[0].label != "naive":
                 raise ContenderError("--until_loss naive takes the target from the naive run: name naive first")
-            if self.updates % self.eval_every:
-                raise ContenderError(f"--updates {self.updates} must be a multiple of --eval_every {self.eval_every}")
         else:
             try:
                 float(self.until_loss)

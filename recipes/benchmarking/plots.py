@@ -24,7 +24,8 @@ def draw_speedups(contenders: list[Contender], results: list[list[Run]], num_dev
     for row, contender in enumerate(contenders):
         spread = Spread.of(ratios(contender, results, lambda run: run["tokens_per_second"]))
         if failure(contender, results) or spread is None:
-            axes.text(0.03, row, "failed", va="center", color="0.4")
+            reason = "failed" if failure(contender, results) else "no naive run to compare with"
+            axes.text(0.03, row, reason, va="center", color="0.4")
             continue
         error = [[spread.median - spread.least], [spread.greatest - spread.median]]
         axes.barh(row, spread.median, color=_color(contender), xerr=error, error_kw={"ecolor": "0.25", "capsize": 3})

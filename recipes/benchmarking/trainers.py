@@ -63,6 +63,8 @@ def run(job: Job, world_size: int) -> dict[str, Any]:
     """Trains; returns the measurements (equal in all processes, the memory included)."""
     options, contender = job.options, job.contender
     given = common_arguments(job)
+    # Evaluations are no part of the schedule, and a timeline keeps every instruction: not in long runs.
+    records = contender.is_ours and contender.kind != "reference" and not job.evaluate
     if job.evaluate:
         given |= {"eval_strategy": "steps", "eval_steps": options.eval_every}
     if contender.kind == "ddp":
@@ -73,7 +75,7 @@ def run(job: Job, world_size: int) -> dict[str, Any]:
         given |= {"schedule": contender.kind, "devices": options.devices, "device_map": options.device_map}
         if contender.kind == "1f1b":
             given["clip_scope"] = "global"  # as the stock Trainer clips
-        if contender.kind != "reference":
+        if records:
             given["timeline"] = str(job.folder / f"timeline-{contender.label}")
     elif contender.kind == "naive" and not options.on_cpu:
         model = _dispatch(model, job)
@@ -98,10 +100,10 @@ def run(job: Job, world_size: int) -> dict[str, Any]:
         result["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     if not job.evaluate:
         result["eval_loss"] = trainer.evaluate()["eval_loss"]
-    if contender.is_ours and contender.kind != "reference":
-        recorded, every = trainer.timeline, contender.micro_batches
-        if not job.evaluate:  # an evaluation is no part of the schedule
-            result["busy_shares"] = recorded.busy_shares(*recorded.steady_interval(SETTLING_TICKS, multiple_of=every))
+    if records:
+        interval = trainer.timeline.steady_interval(SETTLING_TICKS, multiple_of=contender.micro_batches)
+        result["busy_shares"] = trainer.timeline.busy_shares(*interval)
+    if contender.is_ours:
         result["stage_plan"] = str(trainer.stage_plan)
     return result
 

@@ -69,8 +69,8 @@ def test_impossible_contenders_are_named(text: str, words: str) -> None:
         ({"contenders": ["naive", "naive"]}, "twice"),
         ({"vocab_size": 100}, "bytes"),
         ({"devices": ["cuda:1", "cuda:0"]}, "cuda:0 cuda:1"),
-        ({"until_loss": "low"}, "a number or 'naive'"),
-        ({"until_loss": "naive", "contenders": ["1f1b", "naive"]}, "name naive first"),
+        ({"until_loss": "low", "updates": 20}, "a number or 'naive'"),
+        ({"until_loss": "naive", "contenders": ["1f1b", "naive"], "updates": 20}, "name naive first"),
         ({"until_loss": "naive", "updates": 15}, "multiple of --eval_every"),
     ],
 )
