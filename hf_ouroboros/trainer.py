@@ -32,7 +32,7 @@ from .hub.facts import TAG, collect_facts
 from .ledger import LossLedger
 from .optim import Choice, choose
 from .optim.advice import automatic, warning
-from .optim.muon import hidden_matrices
+from .optim.matrices import hidden_matrices
 from .partition import Home, Partition, StagePlan, split_model, torch_device
 from .processes import ProcessGrid
 from .processes.clocks import record_of_all

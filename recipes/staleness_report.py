@@ -14,7 +14,7 @@ from typing import Any
 # What a row of the table is about; the learning rate is chosen, seeds are averaged, everything else is the family.
 _ROW = ("stages", "micro_batches", "compensation", "compensation_args", "delay_warmup_updates", "optim", "optim_args")
 _FREE = (*_ROW, "learning_rate", "seed", "updates", "adam_beta1", "adam_beta2", "weight_decay")
-_OPTIMIZERS = ("nesterov", "muon")
+_OPTIMIZERS = ("nesterov", "muon", "basis_rotation")
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
 _T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 

@@ -17,6 +17,7 @@ from hf_ouroboros.engine.losses import LossFunction
 from hf_ouroboros.engine.settings import EngineSettings
 from hf_ouroboros.engine.state import RunState
 from hf_ouroboros.optim import choose
+from hf_ouroboros.optim.basis_rotation import RotatedAdamW
 from hf_ouroboros.optim.muon import MuonAdamW
 from hf_ouroboros.partition import Partition, split_model
 from hf_ouroboros.reference import Reference
@@ -90,6 +91,9 @@ def make_optimizer(name: str, model: torch.nn.Module) -> torch.optim.Optimizer:
     if name == "muon":
         matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and ".h." in n]
         return MuonAdamW(groups, matrices, lr=1e-2)
+    if name == "rotated":
+        matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and ".h." in n]
+        return RotatedAdamW(groups, matrices, lr=1e-2, refresh=2)
     if name == "adafactor":
         return Adafactor(groups, lr=1e-2, relative_step=False, scale_parameter=True)
     raise ValueError(name)

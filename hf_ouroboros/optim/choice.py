@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import UnsupportedOptionError
+from .basis_rotation import BasisRotation
 from .compensation import Compensation
 from .error_feedback import ErrorFeedback
 from .gap_aware import GapAware
@@ -17,7 +18,8 @@ from .muon import Muon
 from .nesterov import Nesterov
 from .weight_prediction import WeightPrediction
 
-OPTIMIZERS: dict[str, type[Nesterov] | type[Muon]] = {kind.name: kind for kind in (Nesterov, Muon)}
+OptimizerChoice = Nesterov | Muon | BasisRotation
+OPTIMIZERS: dict[str, type[OptimizerChoice]] = {kind.name: kind for kind in (Nesterov, Muon, BasisRotation)}
 # In the order in which they are applied.
 COMPENSATIONS: dict[str, type[Compensation]] = {
     kind.name: kind for kind in (WeightPrediction, GapAware, ErrorFeedback, LearningRateRescaling)
@@ -25,7 +27,10 @@ COMPENSATIONS: dict[str, type[Compensation]] = {
 NAMES = (*OPTIMIZERS, *COMPENSATIONS)
 
 _EXCLUDED: dict[frozenset[str], str] = {
-    frozenset({"nesterov", "muon"}): "each of them is an optimizer of its own",
+    **{
+        frozenset(pair): "each of them is an optimizer of its own"
+        for pair in (("nesterov", "muon"), ("nesterov", "basis_rotation"), ("muon", "basis_rotation"))
+    },
     frozenset({"nesterov", "weight_prediction"}): "both look ahead by the delay, so it would be compensated twice",
     frozenset({"nesterov", "error_feedback"}): "both extrapolate over the delay, so it would be compensated twice",
     frozenset(
@@ -47,7 +52,7 @@ class Choice:
         compensations: in the order in which they are applied.
     """
 
-    optimizer: Nesterov | Muon | None = None
+    optimizer: OptimizerChoice | None = None
     compensations: tuple[Compensation, ...] = ()
 
     def __str__(self) -> str:

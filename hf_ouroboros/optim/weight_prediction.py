@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from ..errors import UnsupportedOptionError
+from .basis_rotation import RotatedAdamW, rotated_direction
 from .compensation import Compensation, StageUpdate
-from .muon import MuonAdamW, is_muon
+from .matrices import algorithm_of
+from .muon import MuonAdamW
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class WeightPrediction(Compensation):
         SGD          s * lr * m                                   m: momentum buffer
         Adam, AdamW  s * lr * (m^ / (sqrt(v^) + eps) + decay * w)  ^: bias-corrected; decay: AdamW's, decoupled
         Muon         s * (lr * decay * w + lr' * NS(m))           NS: Newton-Schulz, lr': adjusted to the shape
+        rotated      as AdamW, in the rotated basis               see basis_rotation
 
     The momentum stands for the gradients to come: the s steps are taken to be equal. Each stage predicts with its own
     delay and from its own weights of now; all ticks of an update use the same prediction, with the learning rates as
@@ -43,10 +46,10 @@ class WeightPrediction(Compensation):
     def check(self, optimizer: torch.optim.Optimizer) -> None:
         """Only optimizers whose momentum tells the coming step."""
         kind = type(optimizer)
-        if kind not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, MuonAdamW):
+        if kind not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, MuonAdamW, RotatedAdamW):
             raise UnsupportedOptionError(
-                f"delay_compensation='weight_prediction' knows how SGD with momentum, Adam, AdamW and Muon (muon) go on, not "
-                f"{kind.__name__}; use optim='adamw_torch' or 'sgd' with momentum"
+                f"delay_compensation='weight_prediction' knows how SGD with momentum, Adam, AdamW, muon and "
+                f"basis_rotation go on, not {kind.__name__}; use optim='adamw_torch' or 'sgd' with momentum"
             )
         if any(group.get("momentum") == 0 for group in optimizer.param_groups):
             raise UnsupportedOptionError(
@@ -65,8 +68,13 @@ class WeightPrediction(Compensation):
         steps = self.horizon * update.delay
         if steps == 0 or not state:
             return None
-        if is_muon(group):
+        if algorithm_of(group) == "muon":
             return parameter + steps * _muon_step(parameter, state["momentum_buffer"], group)
+        if algorithm_of(group) == "rotated":
+            if state["step"] == 0:
+                return None
+            direction = rotated_direction(state, group) + group["weight_decay"] * parameter
+            return parameter - (steps * group["lr"]) * direction
         if "exp_avg" in state:
             return parameter - (steps * group["lr"]) * _adam_direction(parameter, state, group)
         return parameter - (steps * group["lr"]) * state["momentum_buffer"]

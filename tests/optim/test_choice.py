@@ -53,6 +53,8 @@ def test_options_reach_their_owner_with_their_type() -> None:
         ("lr_rescale", "anneal", "anneal='' must be a whole number"),
         ("lr_rescale", "anneal=0.5", "anneal='0.5' must be a whole number"),
         ("lr_rescale", "anneal=0", "anneal=0 must be at least 1"),
+        ("muon+basis_rotation", None, "muon and basis_rotation don't go together"),
+        ("basis_rotation", "refresh=0", "refresh=0 must be at least 1"),
         ("muon", "momentum=much", "momentum='much' must be a number"),
         ("muon", "adjust_lr_fn=magic", "adjust_lr_fn='magic' is unknown; use one of match_rms_adamw, original"),
     ],

@@ -12,6 +12,8 @@ from helpers import Case, Run, assert_same_run, differences, tiny_gpt2
 KINDS = {
     "nesterov": ("none", "nesterov"),
     "muon": ("none", "muon"),
+    "rotated": ("none", "rotated"),
+    "prediction rotated": ("weight_prediction", "rotated"),
     "prediction sgd": ("weight_prediction", "sgd"),
     "prediction adamw": ("weight_prediction", "adamw"),
     "prediction muon": ("weight_prediction", "muon"),

@@ -24,7 +24,7 @@ def test_equals_the_reference() -> None:
 
 def test_checkpoints_cross_over(tmp_path: Path) -> None:
     """From threads to processes and back, with momentum and history in the optimizer's state."""
-    for name in ("muon+weight_prediction", "nesterov+gap_aware"):
+    for name in ("muon+weight_prediction", "basis_rotation+gap_aware"):
         folder = tmp_path / name
         saving = {"save_strategy": "steps", "save_steps": 2, "num_stages": 3, "gradient_accumulation_steps": 1}
         saving |= {"delay_compensation": name, "num_train_epochs": 1}
