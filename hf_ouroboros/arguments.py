@@ -14,6 +14,8 @@ from transformers import TrainingArguments
 from .engine.schedule import SCHEDULES
 from .engine.settings import EngineSettings
 from .errors import UnsupportedOptionError
+from .optim import choose
+from .optim.choice import NAMES
 from .processes.launch import check_launch, check_started, launched_processes
 
 # option -> (is it on?, what to do instead)
@@ -97,7 +99,26 @@ class OuroborosArguments(TrainingArguments):
         default=0, metadata={"help": "Updates without delay (drained pipeline) before the delays start."}
     )
     delay_compensation: str = field(
-        default="none", metadata={"help": "Compensation of the delay in the optimizer.", "choices": ["none"]}
+        default="none",
+        metadata={
+            "help": f"What the optimizer does about the delay: none, auto, or {', '.join(NAMES)}; several joined by '+', e.g. "
+            "muon+lr_rescale.",
+        },
+    )
+    delay_compensation_args: str | None = field(
+        default=None,
+        metadata={"help": "Options of the compensations, e.g. 'momentum=0.9,anneal=2000'; see hf_ouroboros/optim."},
+    )
+    eval_mem_len: int | None = field(
+        default=None,
+        metadata={"help": "Rows of memory per layer during evaluation (Transformer-XL). Default: as in training."},
+    )
+    eval_clamp_len: int | None = field(
+        default=None,
+        metadata={
+            "help": "Distances beyond it count as this distance during evaluation, 0 for no clamping (Transformer-XL). "
+            "Default: as in training.",
+        },
     )
     recompute: bool = field(
         default=False,
@@ -166,6 +187,17 @@ class OuroborosArguments(TrainingArguments):
             return ["cpu:0", "cpu:1"]
         return [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())]
 
+    @property
+    def evaluation_options(self) -> dict[str, int]:
+        """What evaluation changes in the model's configuration."""
+        options = {"mem_len": self.eval_mem_len, "clamp_len": self.eval_clamp_len}
+        return {name: value for name, value in options.items() if value is not None}
+
+    @property
+    def has_default_optimizer(self) -> bool:
+        """Whether `optim` is torch's AdamW."""
+        return getattr(self.optim, "value", self.optim) in ("adamw_torch", "adamw_torch_fused") and not self.optim_args
+
     def engine_settings(self, num_workers: int) -> EngineSettings:
         """The engine's settings for a split that is meant for so many devices."""
         on_cpu = self.device_names[0].startswith("cpu")
@@ -204,7 +236,7 @@ class OuroborosArguments(TrainingArguments):
             )
 
     def _check_combinations(self) -> None:
-        for name in ("schedule", "tied_gradient", "clip_scope", "delay_compensation"):
+        for name in ("schedule", "tied_gradient", "clip_scope"):
             value, allowed = getattr(self, name), self.__dataclass_fields__[name].metadata["choices"]
             if value not in allowed:
                 raise UnsupportedOptionError(f"{name}={value!r} is unknown; use one of {', '.join(allowed)}")
@@ -231,6 +263,8 @@ class OuroborosArguments(TrainingArguments):
             raise UnsupportedOptionError(f"num_stages={self.num_stages} must be at least 1")
         if self.delay_warmup_steps < 0:
             raise UnsupportedOptionError(f"delay_warmup_steps={self.delay_warmup_steps} must not be negative")
+        if self.eval_mem_len is not None and self.eval_mem_len < 0:
+            raise UnsupportedOptionError(f"eval_mem_len={self.eval_mem_len} must be 0 (no memory) or more")
         if self.max_grad_norm is not None and (self.max_grad_norm < 0 or math.isnan(self.max_grad_norm)):
             raise UnsupportedOptionError(f"max_grad_norm={self.max_grad_norm} must be positive, or 0 for no clipping")
         if self.tied_gradient == "paper" and self.schedule not in ("lockstep", "reference"):
@@ -243,9 +277,27 @@ class OuroborosArguments(TrainingArguments):
                 "clip_scope='global' makes every stage wait for all others in each update, which schedule='pipelined' "
                 "rules out; use clip_scope='stage', or schedule lockstep or 1f1b"
             )
+        if not isinstance(self.delay_compensation, str):
+            self.delay_compensation = "+".join(self.delay_compensation)
+        self._check_compensation()
         if self.timeline is not None and self.schedule == "reference":
             raise UnsupportedOptionError("timeline records devices at work; schedule='reference' has none to record")
         self._check_devices()
+
+    def _check_compensation(self) -> None:
+        if self.delay_compensation == "auto":
+            if self.delay_compensation_args:
+                raise UnsupportedOptionError(
+                    f"delay_compensation_args={self.delay_compensation_args!r} needs to know of what; name the compensation "
+                    "instead of delay_compensation='auto'"
+                )
+            return
+        choice = choose(self.delay_compensation, self.delay_compensation_args)
+        if choice.optimizer is not None and not self.has_default_optimizer:
+            raise UnsupportedOptionError(
+                f"delay_compensation={self.delay_compensation!r} brings its own optimizer, so optim="
+                f"{getattr(self.optim, 'value', self.optim)!r} would have no effect; leave optim at adamw_torch"
+            )
 
     def _check_devices(self) -> None:
         if self.devices is None or self.world_size > 1:

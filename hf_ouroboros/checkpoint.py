@@ -26,11 +26,11 @@ _STAGING = ".saving-"
 
 @dataclass(frozen=True)
 class StatePart:
-    """A file with pending gradients, as the manifest knows it.
+    """A file with pending gradients and memories, as the manifest knows it.
 
     Args:
         file: its name.
-        replica: whose gradients they are.
+        replica: whose they are.
         sha256: its checksum.
         meta: `RunState.meta()` of the process that wrote it.
     """
@@ -47,12 +47,12 @@ def save_run_state(directory: str | Path, state: RunState) -> None:
 
 
 def save_state_part(directory: str | Path, state: RunState, replica: int = 0, device: int | None = None) -> StatePart:
-    """Writes the pending gradients that a process holds.
+    """Writes the pending gradients and memories that a process holds.
 
     Args:
         directory: the checkpoint.
         state: of this process.
-        replica: which replica's gradients these are.
+        replica: which replica's these are.
         device: which device's, where the state is spread over several files.
     """
     name = STATE_TENSORS if device is None else f"ouroboros_state-replica{replica}-device{device}.safetensors"
@@ -72,8 +72,12 @@ def write_manifest(directory: str | Path, parts: Sequence[StatePart], replicas: 
     directory = Path(directory)
     sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if path.is_file()}
     ticks = {stage: entries for part in parts for stage, entries in part.meta["pending_ticks"].items()}
-    listed = [{"file": part.file, "replica": part.replica, "sha256": part.sha256} for part in parts]
+    listed = [
+        {"file": part.file, "replica": part.replica, "sha256": part.sha256, "streams": part.meta["streams"]}
+        for part in parts
+    ]
     meta = {**parts[0].meta, "pending_ticks": ticks, "replicas": replicas, "parts": listed, "files": sizes}
+    del meta["streams"]  # each replica has its own
     (directory / STATE_META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
 
@@ -84,10 +88,10 @@ def load_run_state(
 
     Args:
         directory: the checkpoint.
-        stages: whose pending gradients to read; None for all.
+        stages: whose pending gradients and memories to read; None for all.
         replica: which replica this process belongs to.
         replicas: R of this run. If the checkpoint was written with another R, every replica gets the mean of the
-            gradients of its replicas: the update that they make is the same.
+            gradients of its replicas, so that the update they make is the same, and the memories of all columns.
 
     Raises:
         CheckpointError: no such state (a model alone, or another trainer's checkpoint), or files that are missing,
@@ -97,14 +101,41 @@ def load_run_state(
     meta = _load_manifest(directory)
     own = [part for part in meta["parts"] if meta["replicas"] != replicas or part["replica"] == replica]
     ticks = {s: entries for s, entries in meta["pending_ticks"].items() if stages is None or int(s) in stages}
-    tensors: dict[str, torch.Tensor] = {}
+    gradients: dict[str, torch.Tensor] = {}
+    memories: dict[str, torch.Tensor] = {}
+    streams, holders = _newest_memories(own)
     for part in own:
         for name, tensor in _load_part(directory, part).items():
-            if name.split(".")[1] in ticks:
-                tensors[name] = tensors[name] + tensor if name in tensors else tensor
+            kind, stage, number, _ = name.split(".", 3)
+            if stage not in ticks:
+                continue
+            if kind == "memory":
+                if holders.get(number) == part["replica"]:
+                    memories[name] = tensor
+            else:
+                gradients[name] = gradients[name] + tensor if name in gradients else tensor
     if meta["replicas"] != replicas:
-        tensors = {name: tensor / meta["replicas"] for name, tensor in tensors.items()}
-    return RunState.from_parts({**meta, "pending_ticks": ticks}, tensors)
+        gradients = {name: tensor / meta["replicas"] for name, tensor in gradients.items()}
+    return RunState.from_parts({**meta, "pending_ticks": ticks, "streams": streams}, gradients | memories)
+
+
+def _newest_memories(parts: Sequence[Mapping[str, Any]]) -> tuple[dict[str, list[int]], dict[str, int]]:
+    """Position of every column group, and the replica whose memory of it counts.
+
+    After a change of R, a replica goes on holding what it was given of columns that now are another one's: of groups that
+    overlap, the one that is furthest counts.
+    """
+    streams: dict[str, list[int]] = {}
+    holders: dict[str, int] = {}
+    found = [
+        (-segment, int(group), width, part["replica"])
+        for part in parts
+        for group, (width, segment) in part["streams"].items()
+    ]
+    for segment, group, width, replica in sorted(found):
+        if all(group >= int(g) + w or int(g) >= group + width for g, (w, _) in streams.items()):
+            streams[str(group)], holders[str(group)] = [width, -segment], replica
+    return streams, holders
 
 
 def _load_manifest(directory: Path) -> dict[str, Any]:
@@ -134,7 +165,7 @@ def _load_manifest(directory: Path) -> dict[str, Any]:
             )
     try:
         for part in meta["parts"]:
-            str(part["file"]), int(part["replica"]), str(part["sha256"])
+            str(part["file"]), int(part["replica"]), str(part["sha256"]), dict(part["streams"])
         int(meta["replicas"]), dict(meta["pending_ticks"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{directory / STATE_META} is damaged: {type(error).__name__}: {error}") from error

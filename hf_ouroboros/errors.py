@@ -23,6 +23,10 @@ class CheckpointError(OuroborosError, ValueError):
     """A checkpoint whose Ouroboros state is missing, damaged, or belongs to a different run."""
 
 
+class StreamError(OuroborosError, ValueError):
+    """Batches of a stream that don't follow each other, so that memories can't go on."""
+
+
 class EngineError(OuroborosError, RuntimeError):
     """A call that the engine can't carry out in its present state."""
 

@@ -9,6 +9,15 @@ updates closed before t. Update u, with its own ticks a..b, applies to stage k
 each taken at the weights of its own tick. No tick in that window: no step at all, no decay, no count. During the
 first W updates (delay warm-up) all delays are 0; afterwards only ticks from the first delayed one on count.
 
+Recurrent memories (Transformer-XL) are inputs: what a stage keeps of a tick, detached, its forward of the next tick of
+the same stream reads.
+
+Delay compensation (`optim/`) may change two things. A step: stage k's clipped gradient and learning rate, by what the
+optimizer's state says. And the weights of a tick: with weight prediction, stage k computes all ticks of an update with
+p_k(w_k, optimizer state, hyper-parameters when the update opened; d_k/M updates ahead) in the place of its real weights
+w_k, the last stage using stage 0's predicted matrix where embeddings are tied. A gradient is then the exact gradient of
+one loss at one consistent set of predicted weights, and is applied to the real ones.
+
 Because every gradient belongs to one consistent set of weights, it can be computed at once and merely applied late:
 one ordinary backward per tick and a queue of gradients per stage are the whole algorithm. The schedules of the
 engine only change when things happen.
@@ -17,17 +26,21 @@ engine only change when things happen.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch.func import functional_call
 
+from .engine.losses import LossFunction, loss_of, targets_for
+from .engine.optimizers import snapshot_hyperparameters
 from .engine.randomness import seeded_dropout
-from .engine.settings import EngineSettings, FinishedLoss, LossFunction
+from .engine.settings import EngineSettings, FinishedLoss
 from .engine.state import RunState
+from .engine.streams import Memories, Segment, Streams, memories_on
 from .errors import EngineError
+from .optim import compensated_step, predictions
 from .partition import Partition, select, torch_device
 
 Gradients = dict[str, torch.Tensor]
@@ -63,20 +76,24 @@ class Reference:
         self._tick = self._update = self._first_tick = 0
         self._delay_start: int | None = None
         self._queues: list[dict[int, Gradients]] = [{} for _ in self._owned]  # stage -> tick -> gradients
-        self._output_side: dict[int, torch.Tensor] = {}  # tied_gradient="paper": tick -> gradient of the head's side
+        self._output_side: dict[int, Gradients] = {}  # tied_gradient="paper": tick -> gradients of the head's side
+        self._streams, self._memories = Streams(), [Memories() for _ in self._owned]
         self._finished: list[FinishedLoss] = []
+        self._predicted: dict[int, torch.Tensor] = {}  # id of a parameter -> what the open update's ticks use instead
 
     def submit(self, batch: Mapping[str, Any], context: Any = None) -> int:
         """Forward and backward of a micro-batch with the weights of now; its gradients are queued."""
+        segment = self._streams.enter(batch) if self.partition.remembers else None
+        if self.settings.predicts and not self.update_open:
+            self._predict()
         tick, self._tick = self._tick, self._tick + 1
         delayed = not self.settings.is_synchronous(self._update)
         if delayed and self._delay_start is None:
             self._delay_start = tick
-        with _threads(self.settings.threads, self._device):
-            loss, output_side = self._forward(tick, batch, context, split_tied=delayed)
+        with _threads(self.settings.threads, self._device), self._predicted_weights():
+            loss, output_side = self._forward(tick, batch, context, segment, split_tied=delayed)
             loss.backward()
-        if output_side is not None:
-            self._output_side[tick] = output_side.grad
+        self._output_side[tick] = {name: head.grad for name, head in output_side.items() if head.grad is not None}
         for queue, owned in zip(self._queues, self._owned, strict=True):
             queue[tick] = {name: p.grad for name, p in owned.items() if p.grad is not None}
             for parameter in owned.values():
@@ -84,32 +101,51 @@ class Reference:
         self._finished.append(FinishedLoss(tick, loss.detach()))
         return tick
 
+    def _predict(self) -> None:
+        """What the ticks of the update that opens now use instead of the real weights."""
+        hyperparameters, self._predicted = snapshot_hyperparameters(self.optimizer), {}
+        with _threads(self.settings.threads, self._device):
+            for k, owned in enumerate(self._owned):
+                at = self.settings.stage_update(k, len(self._owned), self._update)
+                ids = {id(p) for p in owned.values()}
+                self._predicted |= predictions(self.optimizer, hyperparameters, ids, self.settings.compensations, at)
+
+    @contextmanager
+    def _predicted_weights(self) -> Iterator[None]:
+        real = {p: p.data for owned in self._owned for p in owned.values() if id(p) in self._predicted}
+        try:
+            for parameter in real:
+                parameter.data = self._predicted[id(parameter)]
+            yield
+        finally:
+            for parameter, weights in real.items():
+                parameter.data = weights
+
     def _forward(
-        self, tick: int, batch: Mapping[str, Any], context: Any, split_tied: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The loss, and with tied_gradient="paper" the separate leaf that the head used."""
-        stages, hidden, head = self.partition.stages, None, None
+        self, tick: int, batch: Mapping[str, Any], context: Any, segment: Segment | None, split_tied: bool
+    ) -> tuple[torch.Tensor, Gradients]:
+        """The loss, and with tied_gradient="paper" the separate leaves that the head used."""
+        stages, hidden, heads = self.partition.stages, None, {}
         for k, stage in enumerate(stages):
             stage.train()
             replaced = {}
-            if (
-                stage.is_last
-                and k > 0
-                and split_tied
-                and self.settings.tied_gradient == "paper"
-                and self.partition.tied_name
-            ):
-                head = self.partition.tied.detach().requires_grad_()
-                replaced = {n: head for n, p in stage.named_parameters() if p is self.partition.tied}
+            if stage.is_last and k > 0 and split_tied and self.settings.tied_gradient == "paper":
+                tied = self.partition.tied
+                heads = {name: p.detach().requires_grad_(p.requires_grad) for name, p in tied.items()}
+                source = {id(p): heads[name] for name, p in tied.items()}
+                named = stage.named_parameters(remove_duplicate=False)
+                replaced = {name: source[id(p)] for name, p in named if id(p) in source}
             with ExitStack() as scopes:
                 scopes.enter_context(seeded_dropout(self._seed, k, tick, self._device))
                 if self.settings.autocast_dtype is not None:
                     scopes.enter_context(torch.autocast(self._device.type, dtype=self.settings.autocast_dtype))
-                inputs = select(stage.family, batch, self._device)
-                hidden = functional_call(stage, replaced, (inputs, hidden), tie_weights=False)
+                inputs, memory = select(stage.family, batch, self._device), self._memories[k].recall(segment)
+                targets = targets_for(self._loss_fn, batch, context, self._device) if stage.is_last else None
+                hidden = functional_call(stage, replaced, (inputs, hidden, memory, targets), tie_weights=False)
+                self._memories[k].keep(segment, memory)
                 if stage.is_last:
-                    hidden = self._loss_fn(hidden, batch, context)
-        return hidden, head
+                    hidden = loss_of(self._loss_fn, hidden, targets, batch, context)
+        return hidden, heads
 
     def step(self) -> int:
         """Applies to every stage the sum of its window, clipped, or leaves it alone if the window is empty."""
@@ -119,7 +155,10 @@ class Reference:
             for k in range(len(self._owned)):
                 self._sum_window(k)
             self._clip()
-            self.optimizer.step()
+            if self.settings.compensations:
+                self._compensated_step()
+            else:
+                self.optimizer.step()
         for owned in self._owned:
             for parameter in owned.values():
                 parameter.grad = None
@@ -129,8 +168,9 @@ class Reference:
     def _sum_window(self, k: int) -> None:
         delay = 0 if self.settings.is_synchronous(self._update) else len(self._owned) - 1 - k
         for tick in range(self._first_tick, self._tick):
-            if k == 0 and tick in self._output_side:
-                _add(self.partition.tied, self._output_side.pop(tick))
+            if k == 0:
+                for name, gradient in self._output_side.pop(tick).items():
+                    _add(self._owned[0][name], gradient)
             for name, gradient in self._queues[k].pop(tick - delay, {}).items():
                 _add(self._owned[k][name], gradient)
 
@@ -149,6 +189,17 @@ class Reference:
             else:
                 bound = self.settings.stage_norm_bound(len(self._owned))
                 torch.nn.utils.clip_grads_with_norm_(parameters, bound, norm)
+
+    def _compensated_step(self) -> None:
+        """Steps stage by stage: the optimizer leaves parameters without gradient alone, so the order is of no matter."""
+        stages = [[(p, p.grad) for p in owned.values() if p.grad is not None] for owned in self._owned]
+        for owned in self._owned:
+            for parameter in owned.values():
+                parameter.grad = None
+        for k, gradients in enumerate(stages):
+            if gradients:
+                at = self.settings.stage_update(k, len(stages), self._update)
+                compensated_step(self.optimizer, gradients, self.settings.compensations, at)
 
     # ---- the rest of the engine's interface: with everything done at once, there is nothing to wait for ----
 
@@ -198,6 +249,8 @@ class Reference:
             self._update,
             self._delay_start,
             pending,
+            dict(self._streams.positions),
+            {k: dict(memories.groups) for k, memories in enumerate(self._memories)},
         )
 
     def load_state_dict(self, state: RunState) -> None:
@@ -217,6 +270,9 @@ class Reference:
             }
             for k in range(len(self._owned))
         ]
+        self._streams.positions = dict(state.streams)
+        for k, memories in enumerate(self._memories):
+            memories.groups = memories_on(self._device, state.memories.get(k, {}))
 
 
 def _add(parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:

@@ -11,9 +11,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .errors import EngineError
-from .partition import Partition, compose
+from .engine.streams import Reading
+from .errors import CheckpointError, EngineError
+from .partition import Partition, Targets, compose
 from .processes.relay import Relay
 
 
@@ -28,7 +30,7 @@ class LogitsModel(nn.Module):
     def __init__(self, model: PreTrainedModel, logits: torch.Tensor):
         super().__init__()
         self.config = model.config
-        self._name = type(model).__name__
+        self._name = causal_name(model)
         self._logits = logits
 
     def _get_name(self) -> str:
@@ -46,18 +48,23 @@ class StagedModel(nn.Module):
         partition: the split model.
         autocast_dtype: dtype of mixed precision; None for none.
         relay: passes batches through the stages of other processes; None where all stages are here.
+
+    Attributes:
+        loss_only: whether nobody looks at the logits, so that a head that computes the loss need not build them.
     """
 
     def __init__(self, partition: Partition, autocast_dtype: torch.dtype | None, relay: Relay | None = None):
         super().__init__()
         self.relay = relay
+        self.loss_only = False
+        self._reading: Reading | None = None
         self.stages = nn.ModuleList(partition.stages)
         self.config = partition.model.config
         self._partition = (partition,)  # in a tuple: the complete model must not be registered as a submodule
         self._autocast_dtype = autocast_dtype
 
     def _get_name(self) -> str:
-        return type(self._partition[0].model).__name__
+        return causal_name(self._partition[0].model)
 
     def train(self, mode: bool = True) -> StagedModel:
         """Switches the stages and the complete model."""
@@ -69,9 +76,46 @@ class StagedModel(nn.Module):
 
     def forward(self, **inputs: Any) -> CausalLMOutput:
         """Runs all stages in turn; the pipeline has to be synchronized."""
+        targets = head_targets(inputs, inputs.get("num_items_in_batch")) if self.loss_only else None
         with self.forward_scope():
-            logits = compose(self.stages, inputs) if self.relay is None else self.relay.run(inputs)
-        return causal_lm_output(logits.float(), inputs)
+            run = self._run if self.relay is None else self.relay.run
+            output = run(inputs, targets)
+        return CausalLMOutput(loss=output) if targets is not None else causal_lm_output(output.float(), inputs)
+
+    def _run(self, inputs: dict[str, Any], targets: Targets | None) -> torch.Tensor:
+        if self._reading is None:
+            return compose(self.stages, inputs, targets=targets)
+        segment = self._reading.streams.enter(inputs)
+        memories = [memory.recall(segment) for memory in self._reading.memories]
+        output = compose(self.stages, inputs, memories, targets)
+        for kept, memory in zip(self._reading.memories, memories, strict=True):
+            kept.keep(segment, memory)
+        return output
+
+    @contextmanager
+    def reading(self, **options: int) -> Iterator[None]:
+        """Stages remember, within this context, what they read in it, and nothing else.
+
+        Args:
+            options: what evaluation changes in the configuration: `mem_len`, `clamp_len`.
+        """
+        partition = self._partition[0]
+        config = partition.evaluation_config(**options)
+        remembers = partition.stages[0].family.remembers(config)
+        before = [(stage, stage.config) for stage in partition.stages]
+        self._reading = Reading(len(before)) if remembers else None
+        if self.relay is not None:
+            self.relay.reading = self._reading
+        for stage, _ in before:
+            stage.config = config
+        try:
+            yield
+        finally:
+            for stage, training_config in before:
+                stage.config = training_config
+            self._reading = None
+            if self.relay is not None:
+                self.relay.reading = None
 
     @contextmanager
     def forward_scope(self) -> Iterator[None]:
@@ -79,6 +123,19 @@ class StagedModel(nn.Module):
         kind = next(p for stage in self.stages for p in stage.parameters() if not p.is_meta).device.type
         with torch.autocast(kind, dtype=self._autocast_dtype, enabled=self._autocast_dtype is not None):
             yield
+
+
+def causal_name(model: PreTrainedModel) -> str:
+    """Name of a model's class, or of one that Trainer knows: label smoothing shifts the labels for those only."""
+    name = type(model).__name__
+    return name if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else "GPT2LMHeadModel"
+
+
+def head_targets(inputs: Mapping[str, Any], num_items: torch.Tensor | int | None) -> Targets | None:
+    """What a head computes the loss of a batch from; None without labels."""
+    if inputs.get("labels") is None and inputs.get("shift_labels") is None:
+        return None
+    return {key: inputs.get(key) for key in ("labels", "shift_labels")} | {"num_items_in_batch": num_items}
 
 
 def causal_lm_output(logits: torch.Tensor, inputs: Mapping[str, Any]) -> CausalLMOutput:
@@ -117,11 +174,16 @@ class StagedOptimizer(torch.optim.Optimizer):
 
     Args:
         optimizer: the complete optimizer.
+        compensation: the run's delay compensation, noted in the groups so that a resumed run can tell.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer):
+    def __init__(self, optimizer: torch.optim.Optimizer, compensation: str = "none"):
         self.optimizer = optimizer
         self.engine: Any = None
+        self._compensation = compensation
+        if compensation != "none":
+            for group in optimizer.param_groups:
+                group["delay_compensation"] = compensation
 
     def __getattr__(self, name: str) -> Any:
         if name == "optimizer":
@@ -171,7 +233,17 @@ class StagedOptimizer(torch.optim.Optimizer):
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Replaces the complete optimizer's state."""
+        """Replaces the complete optimizer's state.
+
+        Raises:
+            CheckpointError: the state is that of a run with another delay compensation.
+        """
+        found = {group.get("delay_compensation", "none") for group in state_dict["param_groups"]}
+        if found != {self._compensation}:
+            raise CheckpointError(
+                f"the checkpoint was written with delay_compensation={min(found)!r}, this run has {self._compensation!r}; "
+                "resume with the same, or start anew from its weights (model_name_or_path)"
+            )
         self.optimizer.load_state_dict(state_dict)
         self._attach()
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import dispatch_model
@@ -16,34 +17,35 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalPrediction, TrainOutput
+from transformers.utils import logging
 
 from .arguments import OuroborosArguments
 from .engine.engine import Engine
 from .engine.optimizers import check_optimizer
+from .errors import UnsupportedOptionError
 from .hooks.batches import BatchHooks
 from .hooks.checkpoints import CheckpointHooks
 from .hooks.evaluation import EvaluationHooks
+from .hooks.loss import LossContext, TrainerLoss
 from .hooks.preemption import SaveOnSigterm
 from .hub.facts import TAG, collect_facts
 from .ledger import LossLedger
+from .optim import Choice, choose
+from .optim.advice import automatic, warning
+from .optim.matrices import hidden_matrices
 from .partition import Home, Partition, StagePlan, split_model, torch_device
 from .processes import ProcessGrid
+from .processes.clocks import record_of_all
 from .processes.engine import ProcessEngine
-from .processes.files import together
 from .processes.grid import leave_at_exit
 from .processes.probe import hidden_specs
 from .processes.relay import Relay
 from .processes.watch import Watch
 from .reference import Reference
 from .simulate.timeline import Timeline
-from .staged import LogitsModel, StagedModel, StagedOptimizer, refuse_forward
+from .staged import StagedModel, StagedOptimizer, refuse_forward
 
-
-class LossContext(NamedTuple):
-    """What the loss of a micro-batch needs from its update."""
-
-    num_items: torch.Tensor | int | None
-    accumulation_steps: int
+logger = logging.get_logger(__name__)
 
 
 class OuroborosTrainer(BatchHooks, EvaluationHooks, CheckpointHooks, Trainer):
@@ -89,6 +91,7 @@ class OuroborosTrainer(BatchHooks, EvaluationHooks, CheckpointHooks, Trainer):
         self._watch: Watch | None = None
         self._phase: str | None = None
         self._counts_all_replicas = False
+        self._own_optimizer = optimizers[0] is not None or optimizer_cls_and_kwargs is not None
         if self._grid is not None:
             self._control_group, self._row_group = self._grid.world_group(), self._grid.row_group()
             self._watch = Watch(self._grid, self._control_group, self._doing)
@@ -125,6 +128,7 @@ class OuroborosTrainer(BatchHooks, EvaluationHooks, CheckpointHooks, Trainer):
             self.add_callback(SaveOnSigterm(self))
         if model is None:
             self._split(self.model, args)
+        self._check_compensation()
 
     # ---- stages ----
 
@@ -144,6 +148,7 @@ class OuroborosTrainer(BatchHooks, EvaluationHooks, CheckpointHooks, Trainer):
             colocate=args.schedule == "reference",
             home=None if self._grid is None else Home(self._grid.device_index, self._grid.device),
         )
+        self._partition.evaluation_config(**args.evaluation_options)  # refuses what this model does not have
         dtype = args.engine_settings(self.stage_plan.num_workers).autocast_dtype
         relay = None
         if self._grid is not None:
@@ -216,7 +221,7 @@ class OuroborosTrainer(BatchHooks, EvaluationHooks, CheckpointHooks, Trainer):
         if self.timeline is None:
             return
         if self._grid is not None:
-            events = together(self._grid, self._control_group, self.timeline.events)
+            events = record_of_all(self._grid, self._control_group, self.timeline.events)
             self.timeline = Timeline(self.timeline.num_devices, self.timeline.device_names)
             for event in (e for rank in self._grid.row(0) for e in events[rank]):
                 self.timeline.record(event)
@@ -235,10 +240,49 @@ class OuroborosTrainer(BatchHooks, EvaluationHooks, CheckpointHooks, Trainer):
         """The complete optimizer, as Trainer makes it, behind a face that tells the engine about updates."""
         if self._staged_optimizer is not None:
             return self.optimizer
+        choice, given = self.delay_compensation, self.optimizer_cls_and_kwargs
+        if choice.optimizer is not None:
+            matrices = hidden_matrices(self._partition.stages, self.get_decay_parameter_names(self.model))
+            self.optimizer_cls_and_kwargs = choice.optimizer.optimizer(self.args, matrices)
         super().create_optimizer()
+        self.optimizer_cls_and_kwargs = given
         check_optimizer(self.optimizer, self.model.parameters())
-        self.optimizer = StagedOptimizer(self.optimizer)
+        choice.check(self.optimizer)
+        self.optimizer = StagedOptimizer(self.optimizer, str(choice))
         return self.optimizer
+
+    @property
+    def delay_compensation(self) -> Choice:
+        """What the run does about its delays, "auto" being resolved by K, M and optimizer."""
+        if self.args.delay_compensation != "auto":
+            return choose(self.args.delay_compensation, self.args.delay_compensation_args)
+        default = self.args.has_default_optimizer and not self._own_optimizer
+        return choose(automatic(*self._delays, "adamw" if default else "another"))
+
+    @property
+    def _delays(self) -> tuple[int, int]:
+        """K, or 1 where nothing is late; and M."""
+        stages = 1 if self.args.schedule == "1f1b" else self.stage_plan.num_stages
+        return stages, self.args.gradient_accumulation_steps
+
+    def _check_compensation(self) -> None:
+        choice = self.delay_compensation
+        if self._own_optimizer and choice.optimizer is not None:
+            raise UnsupportedOptionError(
+                f"delay_compensation={self.args.delay_compensation!r} brings its own optimizer, but this trainer was given "
+                "another one; leave out optimizers= and optimizer_cls_and_kwargs=, or choose another compensation"
+            )
+        if self.optimizer is not None:
+            choice.check(self.optimizer)
+
+    def _warn_of_delay(self, optimizer: torch.optim.Optimizer) -> None:
+        choice = self.delay_compensation
+        if choice.compensations or not self.is_world_process_zero():
+            return
+        name = "adamw" if type(optimizer) is torch.optim.AdamW else type(optimizer).__name__
+        text = warning(*self._delays, choice.optimizer.name if choice.optimizer else name)
+        if text is not None:
+            logger.warning(text)
 
     @property
     def _staged_optimizer(self) -> StagedOptimizer | None:
@@ -260,8 +304,11 @@ class OuroborosTrainer(BatchHooks, EvaluationHooks, CheckpointHooks, Trainer):
             self.engine.close()
         plan = self.stage_plan
         self.timeline = Timeline(len(plan.devices), list(plan.devices)) if self.args.timeline else None
-        settings = self.args.engine_settings(plan.num_workers)
-        common = self._partition, staged.optimizer, self._stage_loss, settings, self.timeline
+        settings = replace(
+            self.args.engine_settings(plan.num_workers), compensations=self.delay_compensation.compensations
+        )
+        self._warn_of_delay(staged.optimizer)
+        common = self._partition, staged.optimizer, TrainerLoss(self), settings, self.timeline
         if self._grid is not None:
             self.engine = ProcessEngine(*common, self._grid, self._specs, self._watch.check)
         else:
@@ -281,21 +328,6 @@ class OuroborosTrainer(BatchHooks, EvaluationHooks, CheckpointHooks, Trainer):
         if self.accelerator.gradient_state.sync_gradients:
             self._ledger.close_update()
         return self._collect_losses()
-
-    def _stage_loss(self, logits: torch.Tensor, batch: dict[str, Any], context: LossContext) -> torch.Tensor:
-        """Loss of a micro-batch on the last stage, by Trainer's own rules (labels, smoothing, custom losses)."""
-        inputs = {
-            key: value.to(logits.device, non_blocking=True) if torch.is_tensor(value) else value
-            for key, value in batch.items()
-        }
-        head = LogitsModel(self._partition.model, logits)
-        loss = self.compute_loss(head, inputs, num_items_in_batch=context.num_items)
-        scaled = getattr(self, "loss_is_scaled_for_ga", None)
-        if scaled is None:
-            scaled = context.num_items is not None or self.compute_loss_func is not None
-        if self._counts_all_replicas and context.num_items is not None:
-            loss = loss * self._grid.replicas  # gradients and losses are averaged over the replicas
-        return loss if scaled else loss / context.accumulation_steps
 
     def _collect_losses(self) -> torch.Tensor:
         total = torch.zeros((), device=self.args.device)

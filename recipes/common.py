@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import math
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,10 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput
 
 from hf_ouroboros import OuroborosArguments, OuroborosTrainer
-from hf_ouroboros.data import BYTE_VOCAB_SIZE
+from hf_ouroboros.data import BYTE_VOCAB_SIZE, Corpus, default_corpus, ends_lines
+
+CORPUS_BYTES = 720_000  # of the offline corpus, for training; sets the length of the default run
+VALIDATION_SHARE = 0.05
 
 Script = TypeVar("Script")
 
@@ -36,7 +40,10 @@ class OptionError(ValueError):
 
 
 def parse_options(
-    script_class: type[Script], defaults: Mapping[str, Any], arguments: Sequence[str] | None = None
+    script_class: type[Script],
+    defaults: Mapping[str, Any],
+    arguments: Sequence[str] | None = None,
+    smoke: Mapping[str, Any] | None = None,
 ) -> tuple[Script, OuroborosArguments]:
     """The options of a recipe: defaults, overridden by `--config FILE.yaml`, overridden by the command line.
 
@@ -44,6 +51,7 @@ def parse_options(
         script_class: dataclass of the recipe's own options.
         defaults: the recipe's defaults for fields of `OuroborosArguments`.
         arguments: the command line; `sys.argv[1:]` if None.
+        smoke: what `--smoke` stands for: options that win over the file, but not over the command line.
 
     Raises:
         OptionError: the configuration file is missing, is no mapping, or has an unknown key.
@@ -57,10 +65,13 @@ def parse_options(
     # Options of the file become options of the command line, in front: one place checks types and choices.
     config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     config.add_argument("--config")
-    path = config.parse_known_args(arguments)[0].config
-    if path is not None:
-        known = {action.dest: action for action in reversed(parser._actions) if action.dest != "help"}
-        arguments = [*_as_arguments(path, _read_config(path), known), *arguments]
+    config.add_argument("--smoke", nargs="?", const="true")
+    early = config.parse_known_args(arguments)[0]
+    known = {action.dest: action for action in reversed(parser._actions) if action.dest != "help"}
+    if smoke is not None and str(early.smoke).lower() in ("true", "1", "yes"):
+        arguments = [*_as_arguments("--smoke", smoke, known), *arguments]
+    if early.config is not None:
+        arguments = [*_as_arguments(early.config, _read_config(early.config), known), *arguments]
     script, args, _ = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     return script, args
 
@@ -90,13 +101,13 @@ def _as_arguments(path: str, values: dict[str, Any], known: Mapping[str, Any]) -
 
 
 def read_overrides(text: str, config: PretrainedConfig) -> dict[str, Any]:
-    """Values of `config_overrides`, e.g. `n_layer=6,n_embd=192`, each of the type that the configuration has.
+    """Values of `config_overrides`, e.g. `n_layer=6,cutoffs=[20,400]`, each of the type that the configuration has.
 
     Raises:
         OptionError: not of the form name=value, an unknown name, or a value of another type.
     """
     values: dict[str, Any] = {}
-    for item in filter(None, (part.strip() for part in text.split(","))):
+    for item in filter(None, (part.strip() for part in re.split(r",(?![^\[]*\])", text))):  # but not inside of a list
         name, equals, written = (part.strip() for part in item.partition("="))
         if not equals or not written:
             raise OptionError(f"config_overrides: {item!r} is not of the form name=value")
@@ -116,7 +127,7 @@ def read_overrides(text: str, config: PretrainedConfig) -> dict[str, Any]:
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises OptionError if the tokenizer has tokens that the model doesn't know."""
-    known = model.get_input_embeddings().num_embeddings
+    known = model.config.vocab_size
     if len(tokenizer) > known:
         raise OptionError(
             f"tokenizer_name: {tokenizer.name_or_path!r} has {len(tokenizer)} tokens, the model only {known}; use the "
@@ -164,6 +175,28 @@ def final_loss(trainer: OuroborosTrainer) -> float:
 # ---- text ----
 
 
+def stdlib_corpus(train_bytes: int = CORPUS_BYTES, validation_share: float = VALIDATION_SHARE) -> Corpus:
+    """The offline corpus with so many bytes for training."""
+    return default_corpus(round(train_bytes / (1 - validation_share)), validation_share)
+
+
+def read_files(option: str, names: Iterable[str]) -> list[str]:
+    """The text of files.
+
+    Raises:
+        OptionError: a file that doesn't exist, or is no UTF-8.
+    """
+    texts = []
+    for name in names:
+        if not Path(name).is_file():
+            raise OptionError(f"{option}: no file at {name}")
+        try:
+            texts.append(Path(name).read_bytes().decode())
+        except UnicodeDecodeError as error:
+            raise OptionError(f"{option}: {name} is no UTF-8 text ({error}); prepare_lm.py takes raw bytes") from error
+    return texts
+
+
 def limit_bytes(texts: Iterable[str], max_bytes: int | None) -> Iterator[str]:
     """Texts until `max_bytes` of UTF-8 are full; the one that crosses the bound is cut."""
     room = math.inf if max_bytes is None else max_bytes
@@ -194,7 +227,9 @@ def sample(
     """
     positions = getattr(model.config, "max_position_embeddings", None) or 2**20
     how = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 0.8, "top_k": 40}
-    ids = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt")["input_ids"].to(model.device)
+    special = not ends_lines(tokenizer)  # a prompt is no complete line
+    encoded = tokenizer(prompt or tokenizer.eos_token, add_special_tokens=special, return_tensors="pt")
+    ids = encoded["input_ids"].to(model.device)
     prompted = ids.shape[1]
     model.eval()
     torch.manual_seed(0)

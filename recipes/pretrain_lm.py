@@ -1,27 +1,28 @@
 """Pretrains a causal language model from scratch, or continues a checkpoint, with delayed gradients.
 
     python recipes/pretrain_lm.py                                   # offline default, about two minutes on two CPU cores
+    python recipes/pretrain_lm.py --model_type transfo-xl           # the same with a Transformer-XL and its memory
     python recipes/pretrain_lm.py --config recipes/configs/gpt2_small_4gpu.yaml --train_file text.txt
+    python recipes/pretrain_lm.py --config recipes/configs/enwik8_transfo_xl.yaml --smoke    # a minute of it on CPU
 
-Writes model, tokenizer, model card, timeline and a sample of generated text to `output_dir`.
+Writes model, tokenizer, model card, timeline and a sample of generated text to `output_dir`. A model with memory, and
+every model on prepared streams (data_dir) or with `columns`, reads the text in order, in contiguous columns.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from common import (
+    CORPUS_BYTES,
+    VALIDATION_SHARE,
     OptionError,
     busy_rows,
     check_vocabulary,
     choose_timeline,
-    count_characters,
     final_loss,
-    limit_bytes,
     measure_speed,
     parse_options,
     print_table,
@@ -31,19 +32,13 @@ from common import (
     train_or_resume,
     whole_model,
 )
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    default_data_collator,
-    set_seed,
-)
+from lm_data import make_examples, make_tokenizer, read_source
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+import hf_ouroboros.models.transfo_xl  # noqa: F401 - the Auto classes then know it
 from hf_ouroboros import AutoStagedModelForCausalLM, OuroborosArguments, OuroborosTrainer
-from hf_ouroboros.data import PackedBlocks, byte_tokenizer, default_corpus, load_texts, pack_texts
+from hf_ouroboros.data import ends_lines
 
-CORPUS_BYTES = 720_000  # of the offline corpus; sets the length of the default run
 DEFAULTS = {
     "output_dir": "runs/pretrain_lm",
     "gradient_accumulation_steps": 4,
@@ -62,6 +57,35 @@ DEFAULTS = {
     "include_num_input_tokens_seen": True,
     "report_to": "none",
 }
+STDLIB = "Python standard library"
+OVERRIDES = {  # of the default configuration, by model_type; a wider initialization shortens the first plateau
+    "gpt2": "n_layer=6,n_embd=96,activation_function=gelu_pytorch_tanh,n_head=3,initializer_range=0.06,resid_pdrop=0.0,embd_pdrop=0.0,attn_pdrop=0.0",
+    "transfo-xl": "n_layer=4,d_model=96,d_embed=96,n_head=3,d_head=32,d_inner=384,div_val=1,cutoffs=[],mem_len=64,clamp_len=128,same_length=false,dropout=0.0,init_std=0.06",
+}
+SMOKE = {
+    "output_dir": "runs/smoke",
+    "use_cpu": True,
+    "bf16": False,
+    "devices": ["cpu:0", "cpu:1"],
+    "num_stages": 3,
+    "max_steps": 20,
+    "warmup_steps": 0,
+    "per_device_train_batch_size": 2,
+    "per_device_eval_batch_size": 8,
+    "gradient_accumulation_steps": 4,
+    "columns": 8,
+    "block_size": 32,
+    "max_train_bytes": 100_000,
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "logging_steps": 5,
+    "report_to": "none",
+    "sample_tokens": 40,
+}
+SMALL = {  # by model_type, on top of the configuration's own overrides
+    "gpt2": "n_layer=4,n_embd=32,n_head=2,n_inner=64",
+    "transfo-xl": "n_layer=4,d_model=32,d_embed=32,n_head=2,d_head=16,d_inner=64,mem_len=32",
+}
 
 
 @dataclass
@@ -76,112 +100,114 @@ class ScriptArguments:
     validation_file: list[str] | None = field(
         default=None, metadata={"help": "Text or .jsonl files. Default: a part of the training data is held out."}
     )
+    data_dir: str | None = field(default=None, metadata={"help": "Streams made by prepare_lm.py."})
     text_column: str = field(default="text", metadata={"help": "Column of the text in data sets and .jsonl files."})
-    validation_share: float = field(default=0.05, metadata={"help": "Share of the training data to hold out."})
+    validation_share: float = field(
+        default=VALIDATION_SHARE, metadata={"help": "Share of the training data to hold out."}
+    )
     max_train_bytes: int | None = field(
         default=None,
         metadata={"help": f"Training text in bytes. Default: all; of the standard library, {CORPUS_BYTES}."},
     )
-    block_size: int = field(default=64, metadata={"help": "Tokens per sequence."})
+    block_size: int = field(default=64, metadata={"help": "Tokens per sequence, or per segment of a stream."})
+    eval_segment_len: int | None = field(
+        default=None, metadata={"help": "Tokens per segment of the validation stream. Default: block_size."}
+    )
+    columns: int | None = field(
+        default=None,
+        metadata={
+            "help": "Read the text in order, in so many contiguous columns. Default for models with memory and prepared "
+            "streams: what an update reads, so that its micro-batches split the columns. Fewer: an update reads "
+            "consecutive segments."
+        },
+    )
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Checkpoint to continue; default: a model from scratch, of model_type."}
     )
     model_type: str = field(default="gpt2", metadata={"help": "Architecture of a model from scratch."})
-    config_overrides: str = field(
-        default="n_layer=6,n_embd=96,activation_function=gelu_pytorch_tanh,n_head=3,initializer_range=0.06,resid_pdrop=0.0,embd_pdrop=0.0,attn_pdrop=0.0",
-        metadata={"help": "Changes to the default configuration of model_type, for a model from scratch."},
+    config_overrides: str | None = field(
+        default=None,
+        metadata={
+            "help": "Changes to the default configuration of model_type, for a model from scratch: name=value,... Default: "
+            "a small model."
+        },
     )
     tokenizer_name: str | None = field(
-        default=None, metadata={"help": "Tokenizer. Default: the checkpoint's; from scratch, one token per byte."}
+        default=None, metadata={"help": "Tokenizer. Default: the checkpoint's; from scratch, see vocabulary."}
+    )
+    vocabulary: str = field(
+        default="bytes",
+        metadata={
+            "help": "Tokens of a model from scratch: the bytes of the text, or its words.",
+            "choices": ["bytes", "words"],
+        },
     )
     prompt: str = field(default="def ", metadata={"help": "Where the sample text begins."})
     sample_tokens: int = field(default=200, metadata={"help": "Length of the sample text; 0 for none."})
     record_timeline: bool = field(
         default=True, metadata={"help": "Record what each device does, in <output_dir>/timeline.json and .png."}
     )
+    smoke: bool = field(
+        default=False, metadata={"help": "A tiny model and little text, two CPU devices: does a configuration work?"}
+    )
 
 
-def make_model(script: ScriptArguments, args: OuroborosArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model from scratch or a checkpoint, and its tokenizer; of several processes, each makes its own stages."""
-    named = script.tokenizer_name or script.model_name_or_path
-    tokenizer = AutoTokenizer.from_pretrained(named) if named else byte_tokenizer(script.block_size)
+def make_config(script: ScriptArguments, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
+    """The configuration of a model from scratch."""
+    default = AutoConfig.for_model(script.model_type)
+    values = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        # An end of line is no reason to stop writing.
+        "eos_token_id": None if ends_lines(tokenizer) else tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if hasattr(default, "max_position_embeddings"):
+        values["max_position_embeddings"] = script.block_size
+    overrides = OVERRIDES.get(script.model_type, "") if script.config_overrides is None else script.config_overrides
+    if script.smoke:
+        overrides += "," + SMALL.get(script.model_type, "")
+    values |= read_overrides(overrides, default)
+    if script.smoke and values.get("cutoffs"):  # made for a larger vocabulary
+        values["cutoffs"] = [len(tokenizer) * part // 8 for part in range(1, len(values["cutoffs"]) + 1)]
+    return AutoConfig.for_model(script.model_type, **values)
+
+
+def make_model(
+    script: ScriptArguments, args: OuroborosArguments, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """A model from scratch or a checkpoint; of several processes, each makes its own stages."""
     if script.model_name_or_path:
         model = AutoStagedModelForCausalLM.from_pretrained(script.model_name_or_path, args=args, dtype="float32")
     else:
-        config = AutoConfig.for_model(
-            script.model_type,
-            vocab_size=len(tokenizer),
-            max_position_embeddings=script.block_size,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        for name, value in read_overrides(script.config_overrides, config).items():
-            setattr(config, name, value)
-        model = AutoStagedModelForCausalLM.from_config(config, args=args)
+        model = AutoStagedModelForCausalLM.from_config(make_config(script, tokenizer), args=args)
     check_vocabulary(model, tokenizer)
     positions = getattr(model.config, "max_position_embeddings", None)
-    if positions and script.block_size > positions:
-        raise OptionError(f"block_size={script.block_size} is more than the model's {positions} positions; lower it")
-    return model, tokenizer
-
-
-def read_texts(script: ScriptArguments) -> tuple[Iterable[str], list[str], str]:
-    """Training texts, validation texts, and a description of the data."""
-    if script.train_file is None and script.dataset_name is None:
-        bytes_ = script.max_train_bytes or CORPUS_BYTES
-        share = script.validation_share
-        corpus = default_corpus(round(bytes_ / (1 - share)), share)
-        described = (
-            f"Source files of Python's standard library: {bytes_:,} bytes for training, other files for validation."
-        )
-        return corpus.train_texts, corpus.validation_texts, described
-    splits = load_texts(
-        script.train_file,
-        script.validation_file,
-        script.dataset_name,
-        script.dataset_config,
-        script.validation_share,
-        script.text_column,
-    )
-    if splits.kind != "text":
-        raise OptionError(
-            f"train_file: pretraining needs a column {script.text_column!r}; finetune_lm.py takes prompts"
-        )
-    if splits.validation is None:
-        raise OptionError("validation_share=0 leaves nothing to evaluate on; give a validation_file or a share")
-    train = limit_bytes((row[splits.text_column] for row in splits.train), script.max_train_bytes)
-    files = ", ".join(Path(name).name for name in script.train_file or [])
-    return train, splits.validation[splits.text_column][:], f"Text of {script.dataset_name or files}."
-
-
-def unigram_nats(train: PackedBlocks, validation: PackedBlocks, vocabulary: int) -> float:
-    """Nats per validation token of a model that knows nothing but how often each token is in the training data."""
-    counts = np.bincount(train.tokens.numpy(), minlength=vocabulary) + 1.0  # plus one: no token is impossible
-    nats = -np.log(counts / counts.sum())
-    return float(nats[validation.tokens.numpy()].mean())
+    for name, length in (("block_size", script.block_size), ("eval_segment_len", script.eval_segment_len or 0)):
+        if positions and length > positions:
+            raise OptionError(f"{name}={length} is more than the model's {positions} positions; lower it")
+    return model
 
 
 def main() -> None:
     """Options, data, model, training, evaluation, results."""
-    script, args = parse_options(ScriptArguments, DEFAULTS)
+    script, args = parse_options(ScriptArguments, DEFAULTS, smoke=SMOKE)
     choose_timeline(script.record_timeline, args)
+    source = read_source(script)
+    tokenizer = make_tokenizer(script, source)
     set_seed(args.seed)
-    model, tokenizer = make_model(script, args)
-    train_texts, validation_texts, description = read_texts(script)
-    train = pack_texts(train_texts, tokenizer, script.block_size)
-    validation = pack_texts(validation_texts, tokenizer, script.block_size)
-    characters, unit = count_characters(validation_texts, tokenizer)
+    model = make_model(script, args, tokenizer)
+    data = make_examples(script, args, source, tokenizer, has_memory=bool(getattr(model.config, "mem_len", 0)))
 
     trainer = OuroborosTrainer(
         model=model,
         args=args,
-        train_dataset=train,
-        eval_dataset=validation,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
         processing_class=tokenizer,
-        data_collator=default_data_collator,
+        data_collator=data.collator,
     )
-    say(args, f"{description}\n{model.num_parameters():,} parameters in {trainer.stage_plan.num_stages} stages:")
+    say(args, f"{source.description}\n{model.num_parameters():,} parameters in {trainer.stage_plan.num_stages} stages:")
     say(args, f"{trainer.stage_plan}\n")
     result = train_or_resume(trainer)
     loss = final_loss(trainer)
@@ -189,20 +215,20 @@ def main() -> None:
     trainer.save_state()
 
     # nats per token -> bits per token -> bits per character of the validation text
-    bits = len(validation.tokens) / characters / math.log(2)
+    bits, unit = data.tokens_per_unit / math.log(2), data.unit
     metrics = {
         "eval_loss": loss,
         "eval_perplexity": math.exp(loss),
         f"eval_bits_per_{unit}": loss * bits,
-        f"unigram_bits_per_{unit}": unigram_nats(train, validation, len(tokenizer)) * bits,
+        f"unigram_bits_per_{unit}": data.unigram_nats(len(tokenizer)) * bits,
     }
     speed = measure_speed(trainer)
     tokens_per_tick = args.per_device_train_batch_size * args.data_parallel_replicas * script.block_size
     tokens = trainer.state.num_input_tokens_seen
     rate = speed.ticks_per_second * tokens_per_tick if speed else tokens / result.metrics["train_runtime"]
     card = {
-        "dataset": script.dataset_name or ("local files" if script.train_file else "Python standard library"),
-        "dataset_description": description,
+        "dataset": script.dataset_name or script.data_dir or ("local files" if script.train_file else STDLIB),
+        "dataset_description": source.description,
         "metrics": metrics,
         "tokens_seen": tokens,
         "tokens_per_second": rate,
@@ -215,7 +241,8 @@ def main() -> None:
     if not args.should_save:
         return
     if script.sample_tokens:
-        text = script.prompt + sample(whole_model(trainer), tokenizer, script.prompt, script.sample_tokens)
+        between = " " if ends_lines(tokenizer) else ""  # tokens are words
+        text = script.prompt + between + sample(whole_model(trainer), tokenizer, script.prompt, script.sample_tokens)
         print(f"\nSample text:\n{text}")
         Path(args.output_dir, "sample.txt").write_text(text, encoding="utf-8")
     print_table(

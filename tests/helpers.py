@@ -10,11 +10,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load, save
-from transformers import Adafactor, GPT2Config, GPT2LMHeadModel
+from transformers import Adafactor, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from hf_ouroboros.engine.engine import Engine
+from hf_ouroboros.engine.losses import LossFunction
 from hf_ouroboros.engine.settings import EngineSettings
 from hf_ouroboros.engine.state import RunState
+from hf_ouroboros.optim import choose
+from hf_ouroboros.optim.basis_rotation import RotatedAdamW
+from hf_ouroboros.optim.muon import MuonAdamW
 from hf_ouroboros.partition import Partition, split_model
 from hf_ouroboros.reference import Reference
 
@@ -82,6 +86,14 @@ def make_optimizer(name: str, model: torch.nn.Module) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95))
     if name == "nadam":
         return torch.optim.NAdam(groups, lr=1e-2, decoupled_weight_decay=True)
+    if name == "nesterov":
+        return torch.optim.NAdam(groups, lr=1e-2, betas=(0.99, 0.999), decoupled_weight_decay=True)
+    if name == "muon":
+        matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and ".h." in n]
+        return MuonAdamW(groups, matrices, lr=1e-2)
+    if name == "rotated":
+        matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and ".h." in n]
+        return RotatedAdamW(groups, matrices, lr=1e-2, refresh=2)
     if name == "adafactor":
         return Adafactor(groups, lr=1e-2, relative_step=False, scale_parameter=True)
     raise ValueError(name)
@@ -96,6 +108,7 @@ class Case:
         updates: ticks of each update.
         devices: how many workers share the stages; None for K-1 if tied, else K.
         counts: layers of each stage; None for a balanced split.
+        compensation: what is done about the delay besides the choice of the optimizer.
     """
 
     stages: int = 3
@@ -112,8 +125,21 @@ class Case:
     devices: int | None = None
     layers: int = 5
     counts: tuple[int, ...] | None = None
+    compensation: str = "none"
 
-    def partition(self, model: GPT2LMHeadModel, colocate: bool = False) -> Partition:
+    def model(self) -> PreTrainedModel:
+        """The model before it is split."""
+        return tiny_gpt2(self.tied, self.layers, self.dropout)
+
+    def loss(self, replicas: int = 1) -> LossFunction:
+        """What the last stage computes; among replicas, whose mean it becomes, so much more."""
+        return lambda logits, batch, targets: causal_loss(logits, batch, targets) * replicas
+
+    def targets(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> int:
+        """Tokens of an update that count in the loss."""
+        return count_targets(batches)
+
+    def partition(self, model: PreTrainedModel, colocate: bool = False) -> Partition:
         """The model split as the case says."""
         count = self.devices or max(1, self.stages - self.tied)
         counts = self.counts or (None if self.stages <= self.layers else (*[1] * self.layers, 0))
@@ -145,7 +171,7 @@ class Run:
         warmup = 10**6 if schedule == "reference 1f1b" else case.warmup
         schedule = schedule.split()[0]
         self.case = case
-        self.model = tiny_gpt2(case.tied, case.layers, case.dropout)
+        self.model = case.model()
         if prepare is not None:
             prepare(self.model)
         partition = case.partition(self.model, colocate=schedule == "reference")
@@ -161,6 +187,7 @@ class Run:
             recompute=case.recompute,
             threads=1,
             micro_batches=max(case.updates),
+            compensations=choose(case.compensation).compensations,
         )
         self.engine = self.make_engine(partition, settings)
         self.ticks: list[int] = []
@@ -170,12 +197,12 @@ class Run:
     def make_engine(self, partition: Partition, settings: EngineSettings) -> Engine | Reference:
         """The engine that the schedule asks for."""
         kind = Reference if settings.schedule == "reference" else Engine
-        return kind(partition, self.optimizer, causal_loss, settings)
+        return kind(partition, self.optimizer, self.case.loss(), settings)
 
     def update(self, u: int, look: str | None = None) -> None:
         """One update; `look` says what happens after its first tick or, for "norm" and "state", after it."""
         batches = self.case.batches(u)
-        targets = count_targets(batches)
+        targets = self.case.targets(batches)
         for i, batch in enumerate(batches):
             self.engine.submit(self.batch(batch), targets)
             if i == 0 and look in ("synchronize", "settle"):

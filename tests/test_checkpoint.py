@@ -65,7 +65,7 @@ def test_non_contiguous_and_half_precision_gradients(tmp_path: Path) -> None:
     assert found.dtype == torch.bfloat16 and torch.equal(found, gradient)
 
 
-META_GARBAGE = ["", "{", "null", "[]", "3", "{}", '{"format": 2}', "\x00\x01", '{"format": 2, "files": {"x": 3}}']
+META_GARBAGE = ["", "{", "null", "[]", "3", "{}", '{"format": 3}', "\x00\x01", '{"format": 3, "files": {"x": 3}}']
 
 
 @pytest.mark.parametrize("text", META_GARBAGE)
@@ -85,7 +85,7 @@ def test_meta_file_that_is_not_text(tmp_path: Path) -> None:
 
 WRONG_META: dict[str, Any] = {
     "format": 99,
-    "parts": [{"file": STATE_TENSORS, "replica": 0, "sha256": "0" * 64}],
+    "parts": [{"file": STATE_TENSORS, "replica": 0, "sha256": "0" * 64, "streams": {}}],
     "replicas": None,
     "pending_ticks": {"0": [3, 4], "1": [4]},
     "num_stages": None,

@@ -1,4 +1,4 @@
-"""Text to training examples: the offline corpus, tokenizing, packing, completions."""
+"""Text to training examples: the offline corpus, tokenizing, packing, streams, completions."""
 
 from __future__ import annotations
 
@@ -14,6 +14,15 @@ from hf_ouroboros.data.errors import (
     NoValidationDataError,
 )
 from hf_ouroboros.data.packing import PackedBlocks, pack_blocks, pack_texts
+from hf_ouroboros.data.stream import (
+    StreamCollator,
+    StreamRow,
+    StreamSegments,
+    check_stream_arguments,
+    ends_lines,
+    text_stream,
+    tokenized_stream,
+)
 from hf_ouroboros.data.text_files import TextSplits, load_texts
 from hf_ouroboros.data.tokenizing import tokenize_texts
 
@@ -32,11 +41,18 @@ __all__ = [
     "NoStdlibSourcesError",
     "NoValidationDataError",
     "PackedBlocks",
+    "StreamCollator",
+    "StreamRow",
+    "StreamSegments",
     "TextSplits",
     "byte_tokenizer",
+    "check_stream_arguments",
     "default_corpus",
+    "ends_lines",
     "load_texts",
     "pack_blocks",
     "pack_texts",
+    "text_stream",
     "tokenize_texts",
+    "tokenized_stream",
 ]

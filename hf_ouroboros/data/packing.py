@@ -84,7 +84,15 @@ def pack_blocks(
     Raises:
         EmptyDataError: the tokens do not fill a single block.
     """
-    separator = np.asarray([eos_id], dtype=np.int32)
+    return PackedBlocks(torch.from_numpy(join_tokens(token_documents, eos_id)), block_size, drop_remainder)
+
+
+def join_tokens(token_documents: Iterable[Sequence[int] | TokenArray | Tensor], eos_id: int | None) -> TokenArray:
+    """One stream of all documents, int32 [tokens], with `eos_id` between each two (nothing if None).
+
+    Empty documents are skipped.
+    """
+    separator = np.asarray([] if eos_id is None else [eos_id], dtype=np.int32)
 
     def parts() -> Iterator[TokenArray]:
         for document in token_documents:
@@ -94,8 +102,7 @@ def pack_blocks(
                 yield tokens
 
     # The first separator has no document before it.
-    stream = np.concatenate([np.empty(0, dtype=np.int32), *list(parts())[1:]])
-    return PackedBlocks(torch.from_numpy(stream), block_size, drop_remainder)
+    return np.concatenate([np.empty(0, dtype=np.int32), *list(parts())[1:]])
 
 
 def pack_texts(

@@ -54,6 +54,35 @@ def tokenize_texts(texts: Texts, tokenizer: PreTrainedTokenizerBase, text_column
                 parts = []
 
 
+def tokenize_lines(texts: Texts, tokenizer: PreTrainedTokenizerBase, text_column: str = "text") -> Iterator[TokenArray]:
+    """Token ids of every line of the texts, in order, each with the special tokens that the tokenizer adds to it.
+
+    Args:
+        texts: strings, or a `datasets.Dataset` with a column of strings; the line that ends a text needs no `\\n`.
+        tokenizer: any Transformers tokenizer.
+        text_column: the dataset's column, ignored for plain strings.
+
+    Yields:
+        One int32 array of shape [tokens] for some thousand lines at a time.
+
+    Raises:
+        MissingColumnError: the dataset has no such column.
+    """
+    lines: list[str] = []
+    for text in _strings(texts, text_column):
+        lines += text.removesuffix("\n").split("\n")
+        for start in range(0, len(lines) - _BATCH_PIECES + 1, _BATCH_PIECES):
+            yield _tokenize_whole(lines[start : start + _BATCH_PIECES], tokenizer)
+        lines = lines[len(lines) - len(lines) % _BATCH_PIECES :]
+    if lines:
+        yield _tokenize_whole(lines, tokenizer)
+
+
+def _tokenize_whole(lines: list[str], tokenizer: PreTrainedTokenizerBase) -> TokenArray:
+    ids = tokenizer(lines, return_attention_mask=False, verbose=False)["input_ids"]
+    return np.concatenate([np.asarray(line, dtype=np.int32) for line in ids])
+
+
 def _strings(texts: Texts, text_column: str) -> Iterator[str]:
     if isinstance(texts, str):
         raise TypeError("texts must be an iterable of strings, got one string: put it into a list.")

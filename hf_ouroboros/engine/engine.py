@@ -14,12 +14,15 @@ import torch
 from ..errors import EngineError, WorkerError
 from ..partition import Partition, torch_device
 from ..simulate.timeline import Timeline
+from .averaging import ReplicaMean
 from .interleave import device_programs, engine_costs
+from .losses import LossFunction
 from .optimizers import StageOptimizer, snapshot_hyperparameters
 from .schedule import Clock, Pause, Slot, stages_by_device
-from .settings import EngineSettings, FinishedLoss, LossFunction
-from .stage_runner import ReplicaMean, StageRunner
+from .settings import EngineSettings, FinishedLoss, Hyperparameters
+from .stage_runner import StageRunner
 from .state import RunState
+from .streams import Streams, memories_on
 from .transport import InProcessTransport, Transport
 from .weights import TiedLink
 from .worker import ForwardStarted, Paused, StepDone, Work, Worker
@@ -81,12 +84,14 @@ class Engine:
         self._norms: dict[int, dict[int, torch.Tensor | None]] = {}
         self._last_norms: list[torch.Tensor] | None = None
         self._started = -1
-        self._work: dict[int, tuple[Mapping[str, Any], Any, bool]] = {}
+        self._streams = Streams()
+        self._opened: tuple[int, Hyperparameters] | None = None
+        self._work: dict[int, dict[str, Any]] = {}
         self._paused: set[int] = set()
         self._failure: WorkerError | None = None
         self._closed = False
         self._stop_asked = False
-        link = TiedLink(partition.tied_name) if partition.tied_name and num_stages > 1 else None
+        link = TiedLink(partition.tied_names) if partition.tied_names and num_stages > 1 else None
         self._runners = {
             k: StageRunner(partition, k, site.devices[d], loss_fn, settings, link, site.replica_mean)
             for k, d in enumerate(placement)
@@ -126,15 +131,26 @@ class Engine:
         """Hands over the next micro-batch; returns its tick.
 
         Args:
-            batch: `input_ids` [batch, time] and what else the family and the loss take.
+            batch: `input_ids` [batch, time] and what else the family and the loss take; `stream_columns` and
+                `stream_segments` [batch], where memories are to be carried over from segment to segment.
             context: passed on to the loss function.
 
         Raises:
             WorkerError: a worker failed (now or earlier).
+            StreamError: the batch does not go on where its columns are.
         """
         self._check()
+        segment = self._streams.enter(batch) if self.partition.remembers else None
+        if self.settings.predicts and not self.update_open:
+            self._opened = self._clock.update, snapshot_hyperparameters(self.optimizer)
         tick, slots = self._clock.next_tick()
-        self._work[tick] = batch, context, not self.settings.is_synchronous(self._clock.update)
+        self._work[tick] = {
+            "delayed": not self.settings.is_synchronous(self._clock.update),
+            "opened": self._opened,
+            "batch": batch,
+            "context": context,
+            "segment": segment,
+        }
         self._release(slots)
         return tick
 
@@ -212,6 +228,8 @@ class Engine:
                 runner.index: {t: {n: g.clone() for n, g in gs.items()} for t, gs in runner.settled.items()}
                 for runner in self._runners.values()
             },
+            dict(self._streams.positions),
+            {runner.index: dict(runner.memories.groups) for runner in self._runners.values()},
         )
 
     def load_state_dict(self, state: RunState) -> None:
@@ -229,7 +247,9 @@ class Engine:
                 tick: {name: g.to(runner.device, copy=True) for name, g in gradients.items()}
                 for tick, gradients in state.pending.get(runner.index, {}).items()
             }
+            runner.memories.groups = memories_on(runner.device, state.memories.get(runner.index, {}))
             runner.seed = state.seed
+        self._streams.positions = dict(state.streams)
         self._clock.resume(state.tick, state.update, state.delay_start)
         self._started = state.tick - 1
 
@@ -237,7 +257,8 @@ class Engine:
         """Cuts the stages' optimizers out of `optimizer`; again whenever its state was replaced."""
         self.optimizer = optimizer
         for runner in self._runners.values():
-            runner.optimizer = StageOptimizer(optimizer, self.partition.owned(runner.index).values())
+            owned = self.partition.owned(runner.index).values()
+            runner.optimizer = StageOptimizer(optimizer, owned, self.settings.compensations)
 
     def close(self, timeout: float = 10.0) -> None:
         """Stops the workers, whatever they are doing; safe to call twice."""
@@ -257,8 +278,11 @@ class Engine:
 
     def _release(self, slots: list[Slot], hyperparameters: Any = None) -> None:
         for slot in slots:
-            batch, context, delayed = self._work.pop(slot.tick, (None, None, False))
-            work = Work(slot, delayed, batch, context, hyperparameters if slot.update is not None else None)
+            work = Work(
+                slot,
+                **self._work.pop(slot.tick, {}),
+                hyperparameters=hyperparameters if slot.update is not None else None,
+            )
             for worker in self._workers:
                 worker.inbox.put(work)
             if slot.tick is not None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedOptionError
+from ..optim import Compensation, StageUpdate, compensated_step, predictions
 from .settings import Hyperparameters
 
 
@@ -20,27 +21,42 @@ class StageOptimizer:
     Args:
         optimizer: the optimizer of the whole model.
         parameters: the parameters of this stage.
+        compensations: what is done about the delay.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]):
-        own = {id(parameter) for parameter in parameters}
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: Iterable[nn.Parameter],
+        compensations: Sequence[Compensation] = (),
+    ):
+        self._compensations = compensations
+        self._own = {id(parameter) for parameter in parameters}
         slice_ = object.__new__(type(optimizer))
         slice_.__dict__.update(optimizer.__dict__)
         slice_.__dict__.pop("step", None)  # a learning rate scheduler's wrapper around the complete optimizer
-        groups = [{**group, "params": [p for p in group["params"] if id(p) in own]} for group in optimizer.param_groups]
+        groups = [
+            {**group, "params": [p for p in group["params"] if id(p) in self._own]} for group in optimizer.param_groups
+        ]
         self._indices = [i for i, group in enumerate(groups) if group["params"]]
         slice_.param_groups = [groups[i] for i in self._indices]
         self._optimizer = slice_
 
-    def step(self, gradients: Sequence[tuple[nn.Parameter, torch.Tensor]], hyperparameters: Hyperparameters) -> None:
+    def step(
+        self,
+        gradients: Sequence[tuple[nn.Parameter, torch.Tensor]],
+        hyperparameters: Hyperparameters,
+        update: StageUpdate,
+    ) -> None:
         """Applies gradients with the learning rates of their update; parameters without one are left alone."""
         for index, group in zip(self._indices, self._optimizer.param_groups, strict=True):
             group.update(hyperparameters[index])
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        self._optimizer.step()
-        for parameter, _ in gradients:
-            parameter.grad = None
+        compensated_step(self._optimizer, gradients, self._compensations, update)
+
+    def predictions(self, hyperparameters: Hyperparameters, update: StageUpdate) -> dict[int, torch.Tensor]:
+        """What the forwards of an update use instead of the real weights, by the id of the parameter."""
+        own = [hyperparameters[index] for index in self._indices]
+        return predictions(self._optimizer, own, self._own, self._compensations, update)
 
 
 def snapshot_hyperparameters(optimizer: torch.optim.Optimizer) -> Hyperparameters:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-LossFunction = Callable[[torch.Tensor, Mapping[str, Any], Any], torch.Tensor]
-"""(logits [batch, time, vocabulary], micro-batch, whatever was submitted with it) -> scalar loss."""
+from ..optim import Compensation, StageUpdate
 
 Hyperparameters = list[dict[str, Any]]
 """Per parameter group of the optimizer, everything but the parameters: learning rate, betas, ..."""
@@ -30,7 +28,8 @@ class EngineSettings:
         autocast_dtype: dtype of mixed precision forwards; None for none.
         recompute: keep only the inputs of in-flight micro-batches and replay their forward at backward.
         threads: intra-op threads per CPU device; None leaves torch's setting.
-        micro_batches: expected ticks per update, used to choose the interleaving of stages.
+        micro_batches: M, expected ticks per update: for the interleaving of stages, and for delays counted in updates.
+        compensations: what is done about the delay besides the choice of the optimizer.
     """
 
     schedule: str = "pipelined"
@@ -43,10 +42,21 @@ class EngineSettings:
     recompute: bool = False
     threads: int | None = None
     micro_batches: int = 1
+    compensations: tuple[Compensation, ...] = ()
+
+    @property
+    def predicts(self) -> bool:
+        """Whether forwards use predicted weights."""
+        return any(compensation.predicts for compensation in self.compensations)
 
     def is_synchronous(self, update: int) -> bool:
         """Whether an update is drained, so that its gradients have no delay."""
         return self.schedule == "1f1b" or update < self.delay_warmup_steps
+
+    def stage_update(self, stage: int, num_stages: int, update: int) -> StageUpdate:
+        """An update as a stage sees it."""
+        delay = 0.0 if self.is_synchronous(update) else (num_stages - 1 - stage) / self.micro_batches
+        return StageUpdate(delay, max(0, update - self.delay_warmup_steps))
 
     def stage_norm_bound(self, num_stages: int) -> float:
         """Bound of one stage's gradient norm under clip_scope="stage"; infinite without clipping."""

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import torch
 from torch.func import functional_call
 from torch.nn.utils import get_total_norm
 
-from ..partition import Partition, select
+from ..partition import Memory, Partition, Targets, select
+from .averaging import BucketedMean, ReplicaMean
+from .losses import LossFunction, loss_of, targets_for
 from .optimizers import StageOptimizer
 from .randomness import has_dropout, seeded_dropout
-from .settings import EngineSettings, Hyperparameters, LossFunction
+from .settings import EngineSettings, Hyperparameters
+from .streams import Memories, Segment
 from .weights import TiedLink, WeightVersions
 
 Gradients = dict[str, torch.Tensor]
@@ -28,16 +32,10 @@ class InFlight:
     batch: dict[str, torch.Tensor]
     leaves: dict[str, torch.Tensor]
     hidden: torch.Tensor | None
+    memory: Memory | None = field(default=None, repr=False)  # before the forward
     full_batch: Mapping[str, Any] | None = None
     context: Any = None
     output: torch.Tensor | None = field(default=None, repr=False)
-
-
-class ReplicaMean(Protocol):
-    """Averages gradients over data-parallel replicas."""
-
-    def start(self, gradients: Sequence[torch.Tensor]) -> Callable[[], None]:
-        """Begins to average tensors, in place; the function returned waits until that is done."""
 
 
 class StageRunner:
@@ -72,20 +70,22 @@ class StageRunner:
         self.settled: dict[int, Gradients] = {}
         self.window: Gradients = {}
         self.optimizer: StageOptimizer | None = None
-        self.replica_mean = replica_mean
-        self._mean_is_done: Callable[[], None] | None = None
+        self.memories = Memories()
+        self._num_stages = partition.plan.num_stages
+        self._predicted_for: int | None = None
         self._loss_fn = loss_fn
         self._link = link if self.stage.is_first or self.stage.is_last else None
         self._versions = WeightVersions(partition.owned(stage))
+        self._mean = None if replica_mean is None else BucketedMean(replica_mean, self._versions.parameters)
         leaf_names = {id(p): name for name, p in self._versions.parameters.items()}
         if link is not None:
-            leaf_names[id(partition.tied)] = link.name
+            leaf_names |= {id(parameter): name for name, parameter in partition.tied.items()}
         self._bindings = [(name, leaf_names[id(p)]) for name, p in self.stage.named_parameters(remove_duplicate=False)]
         self._dropout = has_dropout(self.stage)
 
     @property
     def borrows(self) -> bool:
-        """Whether this stage uses the tied matrix of a first stage that is another stage."""
+        """Whether this stage uses the tied matrices of a first stage that is another stage."""
         return self._link is not None and not self.stage.is_first
 
     @property
@@ -94,7 +94,29 @@ class StageRunner:
 
     # ---- forward ----
 
-    def forward(self, tick: int, batch: Mapping[str, Any], context: Any, hidden: torch.Tensor | None) -> torch.Tensor:
+    def predict(self, update: int, hyperparameters: Hyperparameters) -> None:
+        """Lets the forwards of an update use predicted weights; the first of them asks for it.
+
+        Args:
+            update: the update that the forwards belong to.
+            hyperparameters: as they were when it opened.
+        """
+        if update == self._predicted_for:
+            return
+        self._predicted_for = update
+        at = self.settings.stage_update(self.index, self._num_stages, update)
+        found = self.optimizer.predictions(hyperparameters, at)
+        parameters = self._versions.parameters
+        self._versions.predict({name: found[id(p)] for name, p in parameters.items() if id(p) in found})
+
+    def forward(
+        self,
+        tick: int,
+        batch: Mapping[str, Any],
+        context: Any,
+        hidden: torch.Tensor | None,
+        segment: Segment | None = None,
+    ) -> torch.Tensor:
         """Forward of a micro-batch.
 
         Args:
@@ -102,29 +124,34 @@ class StageRunner:
             batch: the micro-batch; each stage takes what it needs to its device.
             context: handed to the loss function.
             hidden: output of the stage before, [batch, time, width]; None on the first stage.
+            segment: the micro-batch's place in a stream, whose memory it uses and renews; None for no memory.
 
         Returns:
             The detached hidden state for the next stage, or the detached scalar loss on the last one.
         """
         leaves = dict(self._versions.leaves())
         if self.borrows:
-            lent = self._link.weights.pop(tick)
-            leaves[self._link.name] = lent.data.requires_grad_(lent.requires_grad)
+            for name, lent in self._link.weights.pop(tick).items():
+                leaves[name] = lent.data.requires_grad_(lent.requires_grad)
         elif self._lends:
-            self._link.weights[tick] = leaves[self._link.name]
+            self._link.weights[tick] = {name: leaves[name] for name in self._link.names}
         if hidden is not None:
             hidden = hidden.to(self.device, non_blocking=True).detach().requires_grad_(True)
-        item = InFlight(tick, select(self.stage.family, batch, self.device), leaves, hidden)
+        memory = self.memories.recall(segment)
+        item = InFlight(tick, select(self.stage.family, batch, self.device), leaves, hidden, memory)
         if self.stage.is_last:
             item.full_batch, item.context = batch, context
         self.in_flight[tick] = item
-        if self.settings.recompute and not self.stage.is_last:
-            with torch.no_grad():
-                return self._compute(item)
-        item.output = self._compute(item)
-        return item.output.detach()
+        output, memory = self._compute(item)
+        self.memories.keep(segment, memory)
+        # What will be replayed has a graph, too, which is dropped here: without one, torch may choose kernels (of attention
+        # with an additive mask, for instance) that round in another way than the replay.
+        if self.stage.is_last or not self.settings.recompute:
+            item.output = output
+        return output.detach()
 
-    def _compute(self, item: InFlight) -> torch.Tensor:
+    def _compute(self, item: InFlight) -> tuple[torch.Tensor, Memory | None]:
+        """Output and memory of a forward, which leaves what it was given as it is: it may be replayed."""
         # Evaluation between ticks leaves modules in eval mode; a replayed forward has to be a training forward.
         if not self.stage.training:
             self.stage.train()
@@ -134,39 +161,72 @@ class StageRunner:
             if self.settings.autocast_dtype is not None:
                 scopes.enter_context(torch.autocast(self.device.type, dtype=self.settings.autocast_dtype))
             weights = {name: item.leaves[source] for name, source in self._bindings}
-            output = functional_call(self.stage, weights, (item.batch, item.hidden), tie_weights=False)
+            memory = None if item.memory is None else dict(item.memory)
+            targets: Targets | None = None
             if self.stage.is_last:
-                output = self._loss_fn(output, item.full_batch, item.context)
-            return output
+                targets = targets_for(self._loss_fn, item.full_batch, item.context, self.device)
+            arguments = item.batch, item.hidden, memory, targets
+            output = functional_call(self.stage, weights, arguments, tie_weights=False)
+            if self.stage.is_last:
+                output = loss_of(self._loss_fn, output, targets, item.full_batch, item.context)
+            return output, memory
 
     # ---- backward ----
 
-    def backward(self, tick: int, gradient: torch.Tensor | None) -> tuple[Gradients, torch.Tensor | None]:
+    def backward(
+        self, tick: int, gradient: torch.Tensor | None, closing: bool = False
+    ) -> tuple[Gradients, torch.Tensor | None]:
         """Backward of a micro-batch with the weights and masks of its forward.
 
         Args:
             tick: the micro-batch's number.
             gradient: of the loss with respect to this stage's output; None on the last stage.
+            closing: whether the open update ends with this micro-batch. Its gradients then go straight to the window,
+                and where there are replicas their mean begins layer by layer while the backward is still running.
 
         Returns:
-            The stage's parameter gradients, and the gradient for the stage before (None on the first stage).
+            The stage's parameter gradients as far as they are not in the window yet, and the gradient for the stage
+            before (None on the first stage).
         """
         item = self.in_flight.pop(tick)
         if item.output is None:
-            item.output = self._compute(item)
+            item.output, _ = self._compute(item)
         if gradient is not None:
             gradient = gradient.to(self.device, non_blocking=True)
         if item.output.requires_grad and (gradient is not None or self.stage.is_last):
-            torch.autograd.backward(item.output, gradient)
+            with self._averaging_meanwhile(item.leaves) if closing else contextlib.nullcontext():
+                torch.autograd.backward(item.output, gradient)
         gradients: Gradients = {}
         for name, leaf in item.leaves.items():
             if leaf.grad is not None:
                 gradients[name], leaf.grad = leaf.grad, None
-        if self.borrows and self._link.name in gradients:
-            self._link.gradients[tick] = gradients.pop(self._link.name)
-        elif self._lends and tick in self._link.gradients:
-            gradients[self._link.name].add_(self._link.gradients.pop(tick))
+        if self.borrows:
+            self._link.gradients[tick] = {n: gradients.pop(n) for n in self._link.names if n in gradients}
+        elif self._lends:
+            for name, output_side in self._link.gradients.pop(tick, {}).items():
+                gradients[name].add_(output_side)
         return gradients, None if item.hidden is None else item.hidden.grad
+
+    @contextlib.contextmanager
+    def _averaging_meanwhile(self, leaves: Gradients) -> Iterator[None]:
+        """Takes every gradient into the window, and hands it to the mean over replicas, as soon as it is complete."""
+
+        def take(name: str, leaf: torch.Tensor) -> None:
+            gradient, leaf.grad = leaf.grad, None
+            self.accumulate({name: gradient})
+            self._mean.ready(name, self.window)
+
+        hooks = []
+        if self._mean is not None:
+            for name, leaf in leaves.items():
+                # A tied matrix is complete only with the other side's gradient.
+                if leaf.requires_grad and (self._link is None or name not in self._link.names):
+                    hooks.append(leaf.register_post_accumulate_grad_hook(partial(take, name)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def accumulate(self, gradients: Gradients) -> None:
         """Adds gradients, in tick order, to those of the update that is open."""
@@ -178,16 +238,20 @@ class StageRunner:
 
     # ---- step ----
 
+    @property
+    def has_replicas(self) -> bool:
+        """Whether other processes compute the same stage on other rows."""
+        return self._mean is not None
+
     def start_mean(self) -> None:
-        """Begins to average the open update's gradients over the replicas, where there are several."""
-        if self.replica_mean is not None and self.window:
-            self._mean_is_done = self.replica_mean.start(self._ordered_window())
+        """Begins to average what is not being averaged yet of the open update's gradients, where there are replicas."""
+        if self._mean is not None:
+            self._mean.rest(self.window)
 
     def finish_mean(self) -> None:
         """Waits until the open update's gradients are averaged."""
-        if self._mean_is_done is not None:
-            self._mean_is_done()
-            self._mean_is_done = None
+        if self._mean is not None:
+            self._mean.wait()
 
     def clip(self, bound: float) -> torch.Tensor | None:
         """Norm of the open update's gradients, which are then scaled to at most `bound`; None without any."""
@@ -208,25 +272,26 @@ class StageRunner:
                 gradient.mul_(factor.to(gradient.device))
 
     def add_output_side(self, tick: int) -> None:
-        """Takes the tied matrix's output-side gradient of a tick at once, as the paper does."""
-        if (gradient := self._link.gradients.pop(tick, None)) is not None:
-            self.accumulate({self._link.name: gradient})
+        """Takes the tied matrices' output-side gradients of a tick at once, as the paper does."""
+        self.accumulate(self._link.gradients.pop(tick, {}))
 
-    def step(self, hyperparameters: Hyperparameters) -> None:
-        """Closes the update: applies its gradients, or does nothing at all if there are none."""
+    def step(self, hyperparameters: Hyperparameters, update: int) -> None:
+        """Closes an update: applies its gradients, or does nothing at all if there are none."""
         if not self.window:
             return
         self._versions.advance(in_use=bool(self.in_flight) or (self._lends and bool(self._link.weights)))
         parameters = self._versions.parameters
         ordered = [(parameters[name], self.window[name]) for name in parameters if name in self.window]
         self.window = {}
-        self.optimizer.step(ordered, hyperparameters)
+        at = self.settings.stage_update(self.index, self._num_stages, update)
+        self.optimizer.step(ordered, hyperparameters, at)
 
     def release(self) -> None:
-        """Lets go of activations, gradients and old weights when the run is over."""
+        """Lets go of activations, gradients, memories and old weights when the run is over."""
         self.in_flight.clear()
         self.settled.clear()
         self.window.clear()
+        self.memories.groups.clear()
         if self._link is not None:
             self._link.weights.clear()
             self._link.gradients.clear()

@@ -1,18 +1,19 @@
-"""What a run is between ticks, besides weights and optimizer: clocks and pending gradients. Same for every schedule."""
+"""What a run is between ticks, besides weights and optimizer: clocks, pending gradients, memories; for every schedule."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ..errors import CheckpointError
-from ..partition import Partition
+from ..partition import Memory, Partition
 from .settings import EngineSettings
 
-FORMAT = 2
+FORMAT = 3
+NUMBERS = ("num_stages", "tied_gradient", "seed", "tick", "update", "delay_start")
 Pending = dict[int, dict[int, dict[str, torch.Tensor]]]
 """{stage: {tick: {parameter name: gradient}}}: gradients that are known but not applied yet."""
 
@@ -29,6 +30,8 @@ class RunState:
         update: updates so far.
         delay_start: first tick whose gradients are delayed; None before the delays start.
         pending: gradients to come, [tick - d_k, tick) for each stage k.
+        streams: {first column of a group: (number of its columns, its next segment)}.
+        memories: {stage: {group: what the stage remembers of the group's last segment}}.
     """
 
     num_stages: int
@@ -38,10 +41,18 @@ class RunState:
     update: int
     delay_start: int | None
     pending: Pending = field(default_factory=dict, repr=False)
+    streams: dict[int, tuple[int, int]] = field(default_factory=dict)
+    memories: dict[int, dict[int, Memory]] = field(default_factory=dict, repr=False)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The pending gradients by flat names, ready for safetensors."""
-        return {
+        """The pending gradients and memories by flat names, ready for safetensors."""
+        memories = {
+            f"memory.{stage}.{group}.{name}": tensor
+            for stage, groups in self.memories.items()
+            for group, memory in groups.items()
+            for name, tensor in memory.items()
+        }
+        return memories | {
             f"pending.{stage}.{tick}.{name}": gradient
             for stage, ticks in self.pending.items()
             for tick, gradients in ticks.items()
@@ -50,10 +61,10 @@ class RunState:
 
     def meta(self) -> dict[str, Any]:
         """Everything else, ready for JSON."""
-        numbers = asdict(self)
-        del numbers["pending"]
+        numbers = {name: getattr(self, name) for name in NUMBERS}
         ticks = {str(stage): sorted(entries) for stage, entries in self.pending.items()}
-        return {"format": FORMAT, **numbers, "pending_ticks": ticks}
+        streams = {str(group): list(position) for group, position in self.streams.items()}
+        return {"format": FORMAT, **numbers, "pending_ticks": ticks, "streams": streams}
 
     @classmethod
     def from_parts(cls, meta: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> RunState:
@@ -69,16 +80,21 @@ class RunState:
             pending: Pending = {
                 int(stage): {int(tick): {} for tick in ticks} for stage, ticks in meta["pending_ticks"].items()
             }
+            streams = {int(group): (int(width), int(segment)) for group, (width, segment) in meta["streams"].items()}
+            memories: dict[int, dict[int, Memory]] = {stage: {group: {} for group in streams} for stage in pending}
             for key, tensor in tensors.items():
-                kind, stage, tick, name = key.split(".", 3)
-                if kind != "pending":
+                kind, stage, number, name = key.split(".", 3)
+                if kind == "memory":
+                    memories[int(stage)][int(number)][name] = tensor
+                elif kind == "pending":
+                    pending[int(stage)][int(number)][name] = tensor
+                else:
                     raise ValueError(f"unknown tensor {key}")
-                pending[int(stage)][int(tick)][name] = tensor
-            names = ("num_stages", "tied_gradient", "seed", "tick", "update", "delay_start")
-            for name in ("num_stages", "seed", "tick", "update", "delay_start"):
-                if not isinstance(meta[name], int) and (name, meta[name]) != ("delay_start", None):
-                    raise ValueError(f"{name} is {meta[name]!r}, not a whole number")
-            return cls(**{name: meta[name] for name in names}, pending=pending)
+            for name in NUMBERS:
+                if name != "tied_gradient" and not isinstance(meta[name], int):
+                    if (name, meta[name]) != ("delay_start", None):
+                        raise ValueError(f"{name} is {meta[name]!r}, not a whole number")
+            return cls(**{name: meta[name] for name in NUMBERS}, pending=pending, streams=streams, memories=memories)
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(f"Ouroboros state is damaged: {type(error).__name__}: {error}") from error
 
@@ -91,7 +107,7 @@ class RunState:
             held: the stages whose gradients this process needs; None for all.
 
         Raises:
-            CheckpointError: other number of stages, split, tied-gradient rule, or delays.
+            CheckpointError: other number of stages, split, tied-gradient rule, or delays; memories of other layers.
         """
         stages = len(partition.stages)
         if self.num_stages != stages:
@@ -100,7 +116,7 @@ class RunState:
                 f"num_stages={self.num_stages}, or start anew from its weights (model_name_or_path)"
             )
         delayed = any(entries for entries in self.pending.values())
-        if delayed and self.tied_gradient != settings.tied_gradient and partition.tied_name:
+        if delayed and self.tied_gradient != settings.tied_gradient and partition.tied_names:
             raise CheckpointError(
                 f"the checkpoint was written with tied_gradient={self.tied_gradient!r}, this run has "
                 f"{settings.tied_gradient!r}"
@@ -134,6 +150,19 @@ class RunState:
                         f"the checkpoint has no pending gradient of {min(missing)!r} at tick {tick}, which stage {stage} "
                         "of this run trains; the file is incomplete, or resume with the same device_map and frozen layers"
                     )
+            self._check_memories(partition, stage)
+
+    def _check_memories(self, partition: Partition, stage: int) -> None:
+        names = set(partition.stages[stage].layer_names) if partition.remembers else set()
+        groups = self.memories.get(stage, {})
+        for group in sorted(groups.keys() | self.streams.keys()):
+            memory, width = groups.get(group, {}), self.streams.get(group, (0, 0))[0]
+            if memory.keys() - {"valid"} != names or any(tensor.shape[0] != width for tensor in memory.values()):
+                raise CheckpointError(
+                    f"the checkpoint's memories of stage {stage} for columns {group} to {group + width - 1} are not those "
+                    f"of its layers ({', '.join(sorted(names)) or 'none has any'}); the file is incomplete, or resume with "
+                    "the same device_map and mem_len"
+                )
 
 
 def check_format(meta: Mapping[str, Any]) -> None:

@@ -1,12 +1,16 @@
-"""Weight versions: what a pending backward sees while the optimizer goes on.
+"""Weight versions: what a forward and its pending backward see while the optimizer goes on.
 
 A forward never uses a Parameter itself but a *leaf*: a tensor of its own on the same storage. Before an optimizer
 step that would write into storage that a pending backward still needs, the Parameter moves to fresh storage; the
 leaves keep the old one. Autograd's gradients are then those of the weights of the forward, exactly, and the
 Parameter object stays the same for everybody else. (Writing through `.data` in place would be silently wrong.)
+
+Predicted weights (delay compensation) are leaves on storage of their own, which no step writes into.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -22,16 +26,27 @@ class WeightVersions:
     def __init__(self, parameters: dict[str, nn.Parameter]):
         self.parameters = parameters
         self._leaves: dict[str, torch.Tensor] | None = None
+        self._predicted: dict[str, torch.Tensor] = {}
+        self._lent: set[str] = set()  # parameters on whose storage there may be leaves
+
+    def predict(self, predicted: dict[str, torch.Tensor]) -> None:
+        """Lets leaves from now on, until the next step or prediction, have other values than their parameters.
+
+        Args:
+            predicted: values by name, in storage of their own; parameters without one keep their real values.
+        """
+        self._leaves, self._predicted = None, predicted
 
     def leaves(self) -> dict[str, torch.Tensor]:
-        """Leaves of the newest version, the same objects until the next step."""
+        """Leaves of the newest version, the same objects until the next step or prediction."""
         if self._leaves is None:
             # `.data`, unlike `.detach()`, has a version counter of its own: the optimizer's writes to fresh
             # storage must not invalidate graphs on the old one.
             self._leaves = {
-                name: parameter.data.requires_grad_(parameter.requires_grad)
+                name: self._predicted.get(name, parameter.data).requires_grad_(parameter.requires_grad)
                 for name, parameter in self.parameters.items()
             }
+            self._lent |= self._leaves.keys() - self._predicted.keys()
         return self._leaves
 
     def advance(self, in_use: bool) -> None:
@@ -40,21 +55,26 @@ class WeightVersions:
         Args:
             in_use: whether a pending forward or backward still needs the present values.
         """
-        self._leaves = None
+        self._leaves, self._predicted = None, {}
         if in_use:
-            for parameter in self.parameters.values():
+            for name in self._lent:
+                parameter = self.parameters[name]
                 if parameter.requires_grad:
                     parameter.data = parameter.data.clone()
+        self._lent = set()
 
 
 class TiedLink:
-    """What first and last stage tell each other about the matrix that they share; they share a device, too.
+    """What first and last stage tell each other about the matrices that they share; they share a device, too.
 
-    `weights[t]` is the version that stage 0 used at tick t, for the last stage's forward of tick t.
-    `gradients[t]` is the output side's gradient of tick t, for stage 0's backward of tick t.
+    `weights[t]` are the versions that stage 0 used at tick t, for the last stage's forward of tick t.
+    `gradients[t]` are the output side's gradients of tick t, for stage 0's backward of tick t.
+
+    Args:
+        names: names of the matrices, as stage 0 owns them.
     """
 
-    def __init__(self, name: str):
-        self.name = name
-        self.weights: dict[int, torch.Tensor] = {}
-        self.gradients: dict[int, torch.Tensor] = {}
+    def __init__(self, names: Sequence[str]):
+        self.names = tuple(names)
+        self.weights: dict[int, dict[str, torch.Tensor]] = {}
+        self.gradients: dict[int, dict[str, torch.Tensor]] = {}

@@ -28,6 +28,7 @@ from .schedule import (
 )
 from .settings import EngineSettings, FinishedLoss, Hyperparameters
 from .stage_runner import StageRunner
+from .streams import Segment
 from .transport import Aborted, Transport
 
 
@@ -35,13 +36,16 @@ from .transport import Aborted, Transport
 class Work:
     """A slot with what it carries: the micro-batch that enters, the hyper-parameters of the update that closes.
 
-    `delayed` tells whether the micro-batch belongs to an update with delays.
+    `delayed` tells whether the micro-batch belongs to an update with delays; `opened` is that update with its
+    hyper-parameters when it opened, where forwards use predicted weights; `segment` is its place in a stream.
     """
 
     slot: Slot
-    delayed: bool
+    delayed: bool = False
+    opened: tuple[int, Hyperparameters] | None = None
     batch: Mapping[str, Any] | None = None
     context: Any = None
+    segment: Segment | None = None
     hyperparameters: Hyperparameters | None = None
 
 
@@ -118,6 +122,7 @@ class Worker(threading.Thread):
         self._norms: dict[int, torch.Tensor | None] = {}
         self._shared_norm: torch.Tensor | None = None
         self._output_side_first: set[int] = set()
+        self._closing: dict[int, set[int]] = {stage: set() for stage in runners}  # the last ticks of updates
         self._averaging: dict[int, int] = {}  # stage -> update whose step waits for the mean over replicas
 
     def run(self) -> None:
@@ -154,6 +159,7 @@ class Worker(threading.Thread):
                         self._transport.expect_hidden(stage, item.slot.tick, item.batch)
                 if item.slot.update is not None:
                     self._hyperparameters[stage][item.slot.update] = item.hyperparameters
+                    self._closing[stage].add(item.slot.trail[self._num_stages - 1 - stage])
             yield item.slot
 
     def _execute(self, instruction: Instruction) -> None:
@@ -182,7 +188,9 @@ class Worker(threading.Thread):
         work = self._work[runner.index].pop(tick)
         hidden = None if runner.index == 0 else self._transport.receive("hidden", runner.index, tick)
         start = time.perf_counter()
-        output = runner.forward(tick, work.batch, work.context, hidden)
+        if work.opened is not None:
+            runner.predict(*work.opened)
+        output = runner.forward(tick, work.batch, work.context, hidden, work.segment)
         self._record("forward", runner, tick, start)
         if runner.index == self._num_stages - 1:
             self._events.put(FinishedLoss(tick, output))
@@ -195,10 +203,12 @@ class Worker(threading.Thread):
             self._events.put(ForwardStarted(tick))
 
     def _backward(self, runner: StageRunner, tick: int) -> None:
+        closing = tick in self._closing[runner.index]
+        self._closing[runner.index].discard(tick)
         if tick in runner.settled:
             runner.accumulate(runner.settled.pop(tick))
             return
-        runner.accumulate(self._run_backward(runner, tick, "backward"))
+        runner.accumulate(self._run_backward(runner, tick, "backward", closing))
         if runner.index == self._num_stages - 1 and tick in self._output_side_first:
             self._output_side_first.remove(tick)
             self.runners[0].add_output_side(tick)
@@ -207,11 +217,13 @@ class Worker(threading.Thread):
         for tick in sorted(runner.in_flight):
             runner.settled[tick] = self._run_backward(runner, tick, "settle")
 
-    def _run_backward(self, runner: StageRunner, tick: int, kind: str) -> dict[str, torch.Tensor]:
+    def _run_backward(
+        self, runner: StageRunner, tick: int, kind: str, closing: bool = False
+    ) -> dict[str, torch.Tensor]:
         last = runner.index == self._num_stages - 1
         gradient = None if last else self._transport.receive("gradient", runner.index, tick)
         start = time.perf_counter()
-        gradients, upstream = runner.backward(tick, gradient)
+        gradients, upstream = runner.backward(tick, gradient, closing)
         self._record(kind, runner, tick, start)
         if runner.index > 0:
             self._transport.send("gradient", runner.index - 1, tick, upstream)
@@ -228,16 +240,16 @@ class Worker(threading.Thread):
         self._shared_norm = torch.linalg.vector_norm(torch.stack(present)) if present else None
 
     def _step(self, runner: StageRunner, update: int) -> None:
-        """Steps at once; among replicas, begins the mean and steps when the stage is needed next.
+        """Steps at once; among replicas, begins the rest of the mean and steps when the stage is needed next.
 
-        The device's other stage computes meanwhile.
+        The device's other stage, if there is one, computes meanwhile.
         """
         if self._settings.clip_scope == "global":
             self._apply(runner, update)
             return
         runner.start_mean()
         self._averaging[runner.index] = update
-        if runner.replica_mean is None:
+        if not runner.has_replicas:
             self._finish_step(runner.index)
 
     def _finish_step(self, stage: int) -> None:
@@ -254,7 +266,7 @@ class Worker(threading.Thread):
                 runner.scale(self._shared_norm, self._settings.max_grad_norm)
         else:
             norm = runner.clip(self._settings.stage_norm_bound(self._num_stages))
-        runner.step(self._hyperparameters[runner.index].pop(update))
+        runner.step(self._hyperparameters[runner.index].pop(update), update)
         self._record("step", runner, update, start)
         self._events.put(StepDone(runner.index, update, norm))
 

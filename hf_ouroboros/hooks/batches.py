@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from ..engine.streams import COLUMNS, SEGMENTS
 from ..processes import ProcessGrid
 from ..processes.accelerator import ReplicaAccelerator
 
@@ -39,6 +40,12 @@ class BatchHooks(Trainer):
         if self._counts_all_replicas and self._eval_sums is None:  # a batch of an evaluation stands for itself
             return self.accelerator.gather(count).sum()
         return count
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """As in Trainer; what is said about a batch's targets and its place in a stream is needed, too."""
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            self._signature_columns += ["shift_labels", COLUMNS, SEGMENTS]
 
     def floating_point_ops(self, inputs: dict[str, torch.Tensor | Any]) -> int:
         """This process's share of the operations of a batch; Trainer sums over processes."""

@@ -132,7 +132,12 @@ class CheckpointHooks(Trainer):
         """
         with self._guarded("saving the model"):
             self.synchronize()
-            super().save_model(output_dir, _internal_call)
+            if self._grid is None:
+                super().save_model(output_dir, _internal_call)
+                return
+            self._save(output_dir)  # older Trainers would call it in the main process only
+            if self.args.push_to_hub and not _internal_call:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self._grid is None:

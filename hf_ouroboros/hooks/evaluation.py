@@ -13,6 +13,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from ..processes import ProcessGrid
 from ..processes.relay import AheadLoader
 from ..staged import StagedModel
+from .loss import head_computes_loss
 
 
 class EvaluationHooks(Trainer):
@@ -33,12 +34,14 @@ class EvaluationHooks(Trainer):
 
     def _evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         self.synchronize()
+        self._wrap_model(self.model, training=False)  # splits a model that was exchanged
         prefix = kwargs.get("metric_key_prefix", "eval")
         if self._grid is not None:
             dataloader = AheadLoader(dataloader, self._staged.relay, self.accelerator, self._staged.forward_scope)
         self._eval_sums = []
         try:
-            output = super().evaluation_loop(dataloader, *args, **kwargs)
+            with self._staged.reading(**self.args.evaluation_options):
+                output = super().evaluation_loop(dataloader, *args, **kwargs)
             sums = self._eval_sums
         finally:
             self._eval_sums = None
@@ -58,7 +61,11 @@ class EvaluationHooks(Trainer):
                 return None, None, None
             inputs = self._without_repeated_rows(inputs)
         count = self._get_target_count(inputs)
-        result = super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+        self._staged.loss_only = prediction_loss_only and head_computes_loss(self)
+        try:
+            result = super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+        finally:
+            self._staged.loss_only = False
         # A custom loss need not be a mean over tokens; then Trainer's mean over rows stays.
         stock = self.compute_loss_func is None and type(self).compute_loss is Trainer.compute_loss
         if stock and self._eval_sums is not None and count is not None and result[0] is not None:

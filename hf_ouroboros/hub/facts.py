@@ -69,7 +69,7 @@ def collect_facts(trainer: OuroborosTrainer, **given: Any) -> CardFacts:
         "delay_warmup_steps": args.delay_warmup_steps,
         "clip_scope": args.clip_scope if args.max_grad_norm else None,
         "recompute": args.recompute,
-        "delay_compensation": args.delay_compensation,
+        "delay_compensation": str(trainer.delay_compensation),
         "hyperparameters": {name: _plain(getattr(args, name, None)) for name in _HYPERPARAMETERS},
         "base_model": _base_model(model.config),
         "metrics": {k: v for k, v in evaluation.items() if k.startswith("eval_") and k not in skipped},

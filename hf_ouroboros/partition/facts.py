@@ -131,7 +131,7 @@ def model_facts(config: PretrainedConfig, batch: int, time: int, dtype: torch.dt
             f"{type(model).__name__} has parameters that are neither in its embedding, its layers nor its head "
             f"({missing[0]}, ...), so it is no plain row of layers and can't be planned"
         )
-    tied = model.get_parameter(plan.tied_name) if plan.tied_name else None
+    tied = [model.get_parameter(name) for name in plan.tied_names]
     try:
         parts = trace(model, [unit.modules[0] for unit in plan.units if unit.kind == "layer"], batch, time)
     except Exception as error:  # whatever a model does that needs data
@@ -155,5 +155,5 @@ def model_facts(config: PretrainedConfig, batch: int, time: int, dtype: torch.dt
         )
         for unit, parameters, part in zip(plan.units, owned, counted, strict=True)
     )
-    tied_bytes = 0 if tied is None else tied.numel() * tied.element_size()
+    tied_bytes = sum(p.numel() * p.element_size() for p in tied)
     return ModelFacts(type(model).__name__, units, tied_bytes, plan.reason, batch, time, dtype)

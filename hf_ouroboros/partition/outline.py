@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
 from .families import find_family
-from .split import model_units, tied_parameter_name
+from .split import model_units, tied_parameter_names
 from .units import Unit
 
 
@@ -19,12 +19,12 @@ class Outline:
 
     Args:
         units: its parts in execution order.
-        tied_name: full name of the matrix that embedding and head share; None where there is none.
+        tied_names: full names of the matrices that embedding and head share.
         reason: why it can be planned but not trained here; None where it can be trained.
     """
 
     units: tuple[Unit, ...]
-    tied_name: str | None
+    tied_names: tuple[str, ...]
     reason: str | None
 
 
@@ -81,4 +81,4 @@ def outline(model: PreTrainedModel) -> Outline:
     except UnsupportedModelError as error:
         family, reason = LayerList(model), str(error)
     units = model_units(model, family)
-    return Outline(tuple(units), tied_parameter_name(model, units), reason)
+    return Outline(tuple(units), tied_parameter_names(model, units), reason)

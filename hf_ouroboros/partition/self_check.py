@@ -12,14 +12,14 @@ from ..errors import UnsupportedModelError
 
 @torch.no_grad()
 def sample_logits(model: PreTrainedModel, run: Callable[[dict[str, torch.Tensor]], torch.Tensor]) -> torch.Tensor:
-    """Logits of a small fixed batch whose second row is padded, in evaluation mode."""
+    """Logits (or log-probabilities) of a small fixed batch whose second row is padded, in evaluation mode."""
     modes = [(module, module.training) for module in model.modules()]
     length = min(16, getattr(model.config, "max_position_embeddings", 16))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (2, length), generator=generator)
     mask = torch.ones_like(ids)
     mask[1, length // 2 + 1 :] = 0
-    device = model.get_input_embeddings().weight.device
+    device = next(model.get_input_embeddings().parameters()).device
     try:
         model.eval()
         logits = run({"input_ids": ids.to(device), "attention_mask": mask.to(device)})

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import DeviceMapError
 from .device_map import parse_device_map, plan_stages
-from .families import Family, find_family
+from .families import Family, Memory, Targets, find_family
 from .mapping import check_module_names
 from .ownership import Owned, release_foreign
 from .plan import StagePlan, StageRow, torch_device
@@ -43,33 +43,47 @@ class Partition:
         model: the complete model; its parameters are the stages' parameters.
         stages: K stages in order, each on its device; those of other processes are on the meta device.
         plan: what is where.
-        tied_name: full name of the matrix that stage 0 owns and the last stage uses too; None where there is none.
+        tied_names: full names of the matrices that stage 0 owns and the last stage uses too.
         home: what this process runs; None for everything.
     """
 
     model: PreTrainedModel
     stages: tuple[Stage, ...]
     plan: StagePlan
-    tied_name: str | None
+    tied_names: tuple[str, ...]
     home: Home | None = None
 
     def is_here(self, stage: int) -> bool:
         """Whether this process runs a stage."""
         return self.home is None or self.plan.placement[stage] == self.home.device_index
 
+    @property
+    def remembers(self) -> bool:
+        """Whether layers remember a segment while they read the next one."""
+        return self.stages[0].family.remembers(self.model.config)
+
+    def evaluation_config(self, **options: int) -> PretrainedConfig:
+        """The configuration with which stages evaluate.
+
+        Raises:
+            UnsupportedOptionError: the architecture has no such option.
+        """
+        config = self.model.config
+        return self.stages[0].family.evaluation_config(config, **options) if options else config
+
     def owned(self, stage: int) -> dict[str, nn.Parameter]:
         """The parameters that belong to a stage, by their name in the model, in the model's order."""
-        tied = self.tied
+        tied = {id(parameter) for parameter in self.tied.values()}
         return {
             name: parameter
             for name, parameter in self.stages[stage].named_parameters()
-            if stage == 0 or parameter is not tied
+            if stage == 0 or id(parameter) not in tied
         }
 
     @property
-    def tied(self) -> nn.Parameter | None:
-        """The matrix that embedding and head share."""
-        return self.model.get_parameter(self.tied_name) if self.tied_name else None
+    def tied(self) -> dict[str, nn.Parameter]:
+        """The matrices that embedding and head share, by `tied_names`."""
+        return {name: self.model.get_parameter(name) for name in self.tied_names}
 
 
 def model_units(model: PreTrainedModel, family: Family) -> list[Unit]:
@@ -82,7 +96,9 @@ def model_units(model: PreTrainedModel, family: Family) -> list[Unit]:
         fresh = [p for p in parameters if id(p) not in seen]
         seen.update(id(p) for p in parameters)
         # An embedding is looked up, not multiplied: it costs next to nothing beside a layer.
-        cost = sum(p.numel() for p in parameters if p.dim() > 1) if kind != "embedding" else 0
+        known = family.cost(model, modules[0])
+        counted = sum(p.numel() for p in parameters if p.dim() > 1) if kind != "embedding" else 0
+        cost = counted if known is None else known
         return Unit(modules, kind, float(cost), sum(p.numel() * p.element_size() for p in fresh))
 
     embedding = unit(family.embedding(model), "embedding")
@@ -90,16 +106,17 @@ def model_units(model: PreTrainedModel, family: Family) -> list[Unit]:
     return [embedding, *layers, *(unit([name], "head") for name in family.head(model))]
 
 
-def tied_parameter_name(model: PreTrainedModel, units: Sequence[Unit]) -> str | None:
-    """Name, on the embedding side, of the matrix that embedding and head share."""
+def tied_parameter_names(model: PreTrainedModel, units: Sequence[Unit]) -> tuple[str, ...]:
+    """Names, on the embedding side, of the matrices that embedding and head share."""
     head = {
         id(p) for u in units if u.kind == "head" for name in u.modules for p in model.get_submodule(name).parameters()
     }
-    for name in units[0].modules:
-        for parameter_name, parameter in model.get_submodule(name).named_parameters():
-            if id(parameter) in head:
-                return f"{name}.{parameter_name}"
-    return None
+    return tuple(
+        f"{name}.{parameter_name}"
+        for name in units[0].modules
+        for parameter_name, parameter in model.get_submodule(name).named_parameters()
+        if id(parameter) in head
+    )
 
 
 def split_model(
@@ -138,11 +155,11 @@ def split_model(
     if device_map == "auto" and dispatched and len(set(map(str, dispatched.values()))) > 1:
         device_map = dispatched
     units = model_units(model, family)
-    tied_name = tied_parameter_name(model, units)
+    tied_names = tied_parameter_names(model, units)
     device_map = parse_device_map(device_map)
     if isinstance(device_map, Mapping):
         check_module_names(device_map, model)
-    spans = plan_stages(device_map, units, devices, tied_name is not None, num_stages, max_memory)
+    spans = plan_stages(device_map, units, devices, bool(tied_names), num_stages, max_memory)
     used = sorted({span.device for span in spans})
     num_workers = len(used)
     if home is not None and num_workers < len(devices):
@@ -177,10 +194,10 @@ def split_model(
         elif span.device == home.device_index:
             _check_loaded(stage, model)
             _place(stage, home.device)
-    tied = model.get_parameter(tied_name) if tied_name else None
+    tied = {id(model.get_parameter(name)) for name in tied_names}
     rows = []
     for span, stage in zip(spans, stages, strict=True):
-        parameters = [p for p in stage.parameters() if span.index == 0 or p is not tied]
+        parameters = [p for p in stage.parameters() if span.index == 0 or id(p) not in tied]
         rows.append(
             StageRow(
                 span.index,
@@ -193,12 +210,12 @@ def split_model(
                 sum(unit.cost for unit in units[span.start : span.stop]),
             )
         )
-    plan = StagePlan(tuple(rows), tuple(devices[d] for d in used), tied is not None, num_workers)
+    plan = StagePlan(tuple(rows), tuple(devices[d] for d in used), bool(tied_names), num_workers)
     if check and home is None:
         compare_logits(expected, sample_logits(model, lambda batch: compose(stages, batch)), model)
     for stage in stages:
         stage.train(model.training)
-    return Partition(model, stages, plan, tied_name, home)
+    return Partition(model, stages, plan, tied_names, home)
 
 
 def plan_ownership(
@@ -219,7 +236,7 @@ def plan_ownership(
     device_map = parse_device_map(device_map)
     if isinstance(device_map, Mapping):
         check_module_names(device_map, model)
-    tied = tied_parameter_name(model, units) is not None
+    tied = bool(tied_parameter_names(model, units))
     return ownership(units, plan_stages(device_map, units, devices, tied, num_stages, max_memory), device_index)
 
 
@@ -244,21 +261,35 @@ def _check_loaded(stage: Stage, model: PreTrainedModel) -> None:
             )
 
 
-def compose(stages: Sequence[Stage], batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def compose(
+    stages: Sequence[Stage],
+    batch: dict[str, torch.Tensor],
+    memories: Sequence[Memory | None] | None = None,
+    targets: Targets | None = None,
+) -> torch.Tensor:
     """Runs all stages in turn, as the unsplit model would, moving the batch and hidden state along.
 
     Args:
         stages: all of them, with weights.
         batch: what the family takes, e.g. `input_ids` [batch, time].
+        memories: of each stage, as in `Stage.forward`; None for no memory.
+        targets: as in `Stage.forward`, on any device.
 
     Returns:
-        Logits [batch, time, vocabulary] on the last stage's device.
+        Logits [batch, time, vocabulary] on the last stage's device; with targets the loss.
     """
     hidden = None
-    for stage in stages:
+    for stage, memory in zip(stages, memories or [None] * len(stages), strict=True):
         device = next(stage.parameters()).device
-        hidden = stage(select(stage.family, batch, device), hidden if hidden is None else hidden.to(device))
+        given = hidden if hidden is None else hidden.to(device)
+        last = to_device(targets, device) if stage.is_last and targets is not None else None
+        hidden = stage(select(stage.family, batch, device), given, memory, last)
     return hidden
+
+
+def to_device(values: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Tensors among the values moved to a device, everything else as it is."""
+    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in values.items()}
 
 
 def select(family: Family, batch: Mapping[str, Any], device: torch.device) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
-from .families import Family
+from .families import Family, Memory, Targets
 from .units import StageSpan, Unit
 
 
@@ -44,22 +44,37 @@ class Stage(nn.Module):
             for name in unit.modules:
                 _attach(self, name, _shadow(model.get_submodule(name), shadows))
 
-    def forward(self, batch: dict[str, torch.Tensor], hidden: torch.Tensor | None = None) -> torch.Tensor:
+    @property
+    def layers(self) -> dict[str, nn.Module]:
+        """The stage's layers by name, in execution order."""
+        return {name: self.get_submodule(name) for name in self.layer_names}
+
+    def forward(
+        self,
+        batch: dict[str, torch.Tensor],
+        hidden: torch.Tensor | None = None,
+        memory: Memory | None = None,
+        targets: Targets | None = None,
+    ) -> torch.Tensor:
         """Runs the stage's units.
 
         Args:
             batch: the micro-batch: `input_ids` [batch, time] and what the family takes besides (masks, positions).
             hidden: output of the stage before, [batch, time, width]; None on the first stage.
+            memory: what the stage's layers remember of the segment before, empty at the beginning of a text; is
+                overwritten with what they remember of this one, by new tensors. None: nothing is remembered.
+            targets: on the last stage, of a family whose head computes the loss: what it computes it from.
 
         Returns:
-            The hidden state for the next stage, or the logits [batch, time, vocabulary] on the last one.
+            The hidden state for the next stage; on the last one the logits [batch, time, vocabulary], or with targets
+            the loss, a scalar.
         """
         if self.is_first:
             hidden = self.family.embed(self, batch)
         if self.layer_names:
-            context = self.family.context(self, hidden, batch)
-            for name in self.layer_names:
-                hidden = self.family.run_layer(self.get_submodule(name), hidden, context)
+            hidden = self.family.run_layers(self, hidden, batch, memory)
+        if targets is not None:
+            return self.family.loss(self, hidden, targets)
         for name in self.head_names:
             hidden = self.get_submodule(name)(hidden)
         return hidden

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ..engine.engine import Engine, Site
-from ..engine.settings import EngineSettings, FinishedLoss, LossFunction
+from ..engine.losses import LossFunction
+from ..engine.settings import EngineSettings, FinishedLoss
 from ..engine.worker import StepDone
 from ..partition import Partition
 from ..simulate.timeline import Timeline

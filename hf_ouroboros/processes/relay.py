@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from ..partition import Partition, select
+from ..engine.streams import Reading, Segment
+from ..partition import Partition, Targets, select, to_device
 from .grid import ProcessGrid
 from .wires import HiddenSpec, Wires
 
@@ -24,6 +25,9 @@ class Relay:
         partition: the split model.
         grid: the processes.
         specs: what each stage but the last puts out.
+
+    Attributes:
+        reading: what stages remember of the batches before; None for nothing.
     """
 
     def __init__(self, partition: Partition, grid: ProcessGrid, specs: Sequence[HiddenSpec]):
@@ -33,38 +37,55 @@ class Relay:
         self._specs = specs
         self._wires = Wires(grid, placement)
         self._own = [k for k, device in enumerate(placement) if device == grid.device_index]
-        self._begun: deque[torch.Tensor | None] = deque()
-        self._kept: torch.Tensor | None = None
+        # A first stage that is the last one, too, has to know what `run` wants of it.
+        self._ahead = {0} if self._own[0] == 0 and len(placement) > 1 else set()
+        self._begun: deque[tuple[Segment | None, torch.Tensor | None]] = deque()
+        self.reading: Reading | None = None
         self.has_logits = placement[-1] == grid.device_index
         self.depth = grid.num_devices
 
-    def run(self, batch: Mapping[str, Any]) -> torch.Tensor | None:
+    def run(self, batch: Mapping[str, Any], targets: Targets | None = None) -> torch.Tensor | None:
         """Passes a batch through the stages of this process; all processes of the replica do so, in the same order.
 
         Args:
             batch: what the family takes, e.g. `input_ids` [batch, time].
+            targets: as in `Stage.forward`.
 
         Returns:
-            Logits [batch, time, vocabulary] where the last stage is, None elsewhere.
+            Logits [batch, time, vocabulary], with targets the loss, where the last stage is; None elsewhere.
         """
         if not self._begun:
             self.begin(batch)
-        hidden = self._begun.popleft()
+        segment, hidden = self._begun.popleft()
         for stage in self._own:
-            if stage > 0:
-                hidden = self._stage(stage, batch, hidden)
+            if stage not in self._ahead:
+                hidden = self._stage(stage, batch, hidden, segment, targets)
         return hidden if self.has_logits else None
 
     def begin(self, batch: Mapping[str, Any]) -> None:
         """Runs the first stage, where it is here, for a batch that `run` will be called with later."""
-        self._begun.append(self._stage(0, batch, None) if self._own[0] == 0 else None)
+        segment = None if self.reading is None else self.reading.streams.enter(batch)
+        self._begun.append((segment, self._stage(0, batch, None, segment) if 0 in self._ahead else None))
 
-    def _stage(self, stage: int, batch: Mapping[str, Any], hidden: torch.Tensor | None) -> torch.Tensor | None:
+    @torch.no_grad()
+    def _stage(
+        self,
+        stage: int,
+        batch: Mapping[str, Any],
+        hidden: torch.Tensor | None,
+        segment: Segment | None,
+        targets: Targets | None = None,
+    ) -> torch.Tensor | None:
         module = self._partition.stages[stage]
         if stage > 0 and not self._wires.is_local("hidden", stage):
             spec = self._specs[stage - 1]
             hidden = self._wires.post("hidden", stage, spec.shape(batch), spec.dtype).wait()
-        output = module(select(module.family, batch, self._grid.device), hidden)
+        memories = None if self.reading is None else self.reading.memories[stage]
+        memory = None if memories is None else memories.recall(segment)
+        last = to_device(targets, self._grid.device) if module.is_last and targets is not None else None
+        output = module(select(module.family, batch, self._grid.device), hidden, memory, last)
+        if memories is not None:
+            memories.keep(segment, memory)
         if not module.is_last and not self._wires.is_local("hidden", stage + 1):
             self._wires.send("hidden", stage + 1, output)
             return None

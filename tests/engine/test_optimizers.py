@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 from hf_ouroboros.engine.optimizers import StageOptimizer, check_optimizer, snapshot_hyperparameters
 from hf_ouroboros.errors import UnsupportedOptionError
+from hf_ouroboros.optim import StageUpdate
 from hf_ouroboros.partition import split_model
 
+ON_TIME = StageUpdate(0.0, 0)
 OPTIMIZERS = ["sgd", "adamw", "nadam", "adafactor"]
 
 
@@ -33,7 +35,7 @@ def staged(name: str, stages: int) -> tuple[torch.nn.Module, torch.optim.Optimiz
 
 
 def step_stage(slice_: StageOptimizer, owned: dict[str, Any], gradients: dict[str, Any], hyper: Any) -> None:
-    slice_.step([(p, gradients[name].clone()) for name, p in owned.items() if name in gradients], hyper)
+    slice_.step([(p, gradients[name].clone()) for name, p in owned.items() if name in gradients], hyper, ON_TIME)
 
 
 @settings(max_examples=25, deadline=None)

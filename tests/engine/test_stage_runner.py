@@ -29,7 +29,7 @@ def make(
     model = tiny_gpt2(tied, dropout=dropout).train()
     partition = split_model(model, cpu_devices(len(counts)), list(counts), check=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.5)
-    link = TiedLink(partition.tied_name) if tied else None
+    link = TiedLink(partition.tied_names) if tied else None
     stages = range(len(counts))
     runners = [StageRunner(partition, k, CPU, causal_loss, EngineSettings(**settings), link) for k in stages]
     for k, runner in enumerate(runners):
@@ -58,7 +58,7 @@ def backward(runners: list[StageRunner], tick: int) -> dict[str, torch.Tensor]:
 
 def step(runners: list[StageRunner], optimizer: torch.optim.Optimizer) -> None:
     for runner in runners:
-        runner.step(snapshot_hyperparameters(optimizer))
+        runner.step(snapshot_hyperparameters(optimizer), 0)
 
 
 def exact(model: torch.nn.Module, tick: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -209,7 +209,7 @@ def test_tied_matrix_stays_at_the_version_of_stage_0() -> None:
     expected, gradients = exact(partition.model, 0)
     hidden = runners[0].forward(0, make_batch(0), None, None)
     runners[0].accumulate({n: torch.ones_like(p) for n, p in partition.owned(0).items()})
-    runners[0].step(snapshot_hyperparameters(optimizer))
+    runners[0].step(snapshot_hyperparameters(optimizer), 0)
     hidden = runners[1].forward(0, make_batch(0), None, hidden)
     assert torch.equal(runners[2].forward(0, make_batch(0), None, hidden), expected)
     assert_equal(gradients, backward(runners, 0))
@@ -239,7 +239,7 @@ def test_frozen_parts(frozen: str, tied: bool, recompute: bool) -> None:
     if tied and frozen == "transformer":
         model.transformer.ln_f.requires_grad_(True)
     partition = split_model(model, cpu_devices(3), [2, 1, 2], check=False)
-    link = TiedLink(partition.tied_name) if tied else None
+    link = TiedLink(partition.tied_names) if tied else None
     settings = EngineSettings(recompute=recompute)
     runners = [StageRunner(partition, k, CPU, causal_loss, settings, link) for k in range(3)]
     loss, gradients = exact(model, 0)

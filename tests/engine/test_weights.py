@@ -65,6 +65,33 @@ def test_a_version_in_use_keeps_its_storage() -> None:
         assert leaf.requires_grad is not frozen
 
 
+def test_predicted_weights_have_storage_of_their_own() -> None:
+    module, versions = make()
+    before = {name: p.data_ptr() for name, p in module.named_parameters()}
+    predicted = torch.full((3, 5), 2.0)
+    versions.predict({"3.weight": predicted})
+    leaves = versions.leaves()
+    assert torch.equal(leaves["3.weight"], predicted) and leaves["3.weight"].requires_grad
+    assert leaves["0.weight"].data_ptr() == before["0.weight"]
+    versions.advance(in_use=True)
+    moved = {name for name, p in module.named_parameters() if p.data_ptr() != before[name]}
+    assert moved == before.keys() - {"3.weight"}  # a step can't write into what only predictions are used of
+    assert versions.leaves()["3.weight"].data_ptr() == before["3.weight"]
+
+
+def test_real_weights_in_use_outlive_a_prediction_without_a_step_between() -> None:
+    """The first update after a delay warm-up has no step: its forwards are real ones, those of the next one predicted."""
+    module, versions = make()
+    real = versions.leaves()["3.weight"]
+    value = real.detach().clone()
+    versions.predict({"3.weight": torch.zeros(3, 5)})
+    versions.leaves()
+    versions.advance(in_use=True)
+    with torch.no_grad():
+        module[3].weight.add_(1)
+    assert torch.equal(real, value)
+
+
 @pytest.mark.parametrize("delay", [1, 2, 5])
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
 def test_gradients_under_pending_graphs(delay: int, kind: type[torch.optim.Optimizer]) -> None:

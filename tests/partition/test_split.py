@@ -57,8 +57,8 @@ def test_parameters_are_the_models_own(tied: bool, stages: int) -> None:
             assert parameter is named[name]
     owned = [name for k in range(stages) for name in partition.owned(k)]
     assert sorted(owned) == sorted(dict(model.named_parameters()))  # each exactly once, tied or not
-    assert partition.tied_name == ("transformer.wte.weight" if tied else None)
-    assert partition.tied is (model.lm_head.weight if tied else None)
+    assert partition.tied_names == (("transformer.wte.weight",) if tied else ())
+    assert all(p is model.lm_head.weight for p in partition.tied.values())
     assert sum(row.parameters for row in partition.plan.rows) == model.num_parameters()
 
 
@@ -260,10 +260,13 @@ def test_cross_attention_and_checkpointing_are_refused() -> None:
 
 
 def test_wrong_stages_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def forgets_the_mask(self: Any, stage: Any, hidden: Any, batch: Any) -> dict[str, Any]:
-        return {"attention_mask": None, "use_cache": False}
+    def forgets_the_mask(self: Any, stage: Any, hidden: Any, batch: Any, memory: Any) -> torch.Tensor:
+        for block in stage.layers.values():
+            output = block(hidden, attention_mask=None, use_cache=False)
+            hidden = output[0] if isinstance(output, tuple) else output
+        return hidden
 
-    monkeypatch.setattr(GPT2Family, "context", forgets_the_mask)
+    monkeypatch.setattr(GPT2Family, "run_layers", forgets_the_mask)
     model = tiny_gpt2(attn_implementation="eager").train()
     with pytest.raises(UnsupportedModelError, match="GPT2LMHeadModel don't compute what the model computes"):
         split(model, 3)
@@ -272,7 +275,7 @@ def test_wrong_stages_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nan_logits_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(GPT2Family, "run_layer", lambda self, layer, hidden, context: hidden * float("nan"))
+    monkeypatch.setattr(GPT2Family, "run_layers", lambda self, stage, hidden, batch, memory: hidden * float("nan"))
     with pytest.raises(UnsupportedModelError, match="differ by nan"):
         split(tiny_gpt2(), 3)
 

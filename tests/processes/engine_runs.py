@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from helpers import Case, Run, causal_loss, clone
+from helpers import Case, Run, clone
 from rig import in_processes
 
 from hf_ouroboros.processes import ProcessGrid
@@ -25,19 +25,16 @@ class ProcessRun(Run):
     def make_engine(self, partition: Any, settings: Any) -> ProcessEngine:
         specs = hidden_specs(partition, self.grid, self.grid.row_group(), None)
         self.partition = partition
-        return ProcessEngine(partition, self.optimizer, self.loss, settings, None, self.grid, specs)
-
-    def loss(self, logits: torch.Tensor, batch: dict, targets: int) -> torch.Tensor:
-        """As Trainer scales it among replicas: their mean is the loss of the whole batch."""
-        return causal_loss(logits, batch, targets) * self.grid.replicas
+        loss = self.case.loss(self.grid.replicas)  # as Trainer scales it: the mean of all is that of the whole batch
+        return ProcessEngine(partition, self.optimizer, loss, settings, None, self.grid, specs)
 
     def update(self, u: int, look: str | None = None) -> None:
         """Each replica has its rows of every micro-batch."""
         super().update(u, look)
 
     def batch(self, batch: dict) -> dict:
-        rows = torch.arange(len(batch["input_ids"])) % self.grid.replicas == self.grid.replica
-        return {k: v[rows] for k, v in batch.items()}
+        share = len(batch["input_ids"]) // self.grid.replicas
+        return {k: v[self.grid.replica * share :][:share] for k, v in batch.items()}
 
     def result(self) -> dict[str, Any]:
         """What this process knows at the end."""

@@ -13,7 +13,7 @@ from trainer_runs import made
 
 from hf_ouroboros.errors import UnsupportedOptionError
 from hf_ouroboros.processes import ProcessGrid
-from hf_ouroboros.processes.replica_mean import BUCKET_BYTES, GroupMean, _buckets
+from hf_ouroboros.processes.replica_mean import GroupMean
 from hf_ouroboros.processes.reports import Reports, fingerprint
 from hf_ouroboros.processes.wires import HiddenSpec, Wires
 
@@ -73,24 +73,18 @@ def test_wires() -> None:
 
 def average(rank: int) -> list[torch.Tensor]:
     mean = GroupMean(grid_of(rank, 3, 3).column_group())
-    tensors = [torch.full((3, 2), float(rank)), torch.arange(4.0).to(torch.bfloat16) * rank, torch.ones(())]
-    wait = mean.start(tensors)
-    wait()
+    tensors = [torch.full((3, 2), float(rank)), torch.ones(()), torch.arange(4.0).to(torch.bfloat16) * rank]
+    waits = [mean.start(tensors[:2]), mean.start(tensors[2:])]
+    for wait in waits:
+        wait()
     return tensors
 
 
 def test_mean_over_replicas() -> None:
     for tensors in in_processes(3, average):
         assert torch.equal(tensors[0], torch.ones(3, 2))
-        assert torch.equal(tensors[1], torch.arange(4.0).to(torch.bfloat16))
-        assert torch.equal(tensors[2], torch.ones(()))
-
-
-def test_buckets() -> None:
-    big, small, half = torch.empty(BUCKET_BYTES // 8), torch.empty(10), torch.empty(10, dtype=torch.bfloat16)
-    sizes = [[t.numel() for t in bucket] for bucket in _buckets([small, big, small, big, big, half, half])]
-    assert sizes == [[10, big.numel(), 10], [big.numel(), big.numel()], [10, 10]]
-    assert list(_buckets([])) == []
+        assert torch.equal(tensors[1], torch.ones(()))
+        assert torch.equal(tensors[2], torch.arange(4.0).to(torch.bfloat16))
 
 
 def report(rank: int, different: bool) -> Any:

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 from rig import in_processes
+from stream_helpers import tiny_xl
+from stream_trainer_helpers import OPTIONS as STREAM_OPTIONS
+from stream_trainer_helpers import StreamRows
 from trainer_helpers import Rows, complete_optimizer, copied, ouroboros, tiny_model
 
 from hf_ouroboros import OuroborosTrainer
@@ -71,8 +74,14 @@ def accuracy(prediction: Any) -> dict[str, float]:
 
 
 def made(folder: str, run: dict[str, Any]) -> OuroborosTrainer:
-    """The trainer of a run; `sgd` stands for an optimizer that the script makes from the model."""
-    given = {"model": tiny_model(**run.get("model", {}))} | run.get("trainer", {})
+    """The trainer of a run; `stream` for a Transformer-XL, `sgd` for an optimizer that the script makes from the model."""
+    if "stream" in run:
+        model = tiny_xl(**run["stream"])
+        run = {**run, "options": STREAM_OPTIONS | run.get("options", {})}
+        rows = {"train_dataset": StreamRows(), "eval_dataset": StreamRows(seed=1, segments=4, tail=3)}
+        given = {"model": model} | rows | run.get("trainer", {})
+    else:
+        given = {"model": tiny_model(**run.get("model", {}))} | run.get("trainer", {})
     if run.get("sgd"):
         given["optimizers"] = torch.optim.SGD(given["model"].parameters(), lr=0.05, momentum=0.9), None
     if "model_init" in given:

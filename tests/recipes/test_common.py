@@ -22,7 +22,8 @@ def test_stdlib_config_spells_out_the_defaults() -> None:
     script, args = parse([])
     from_file, file_args = parse(["--config", str(RECIPES / "configs/gpt2_stdlib.yaml")])
     assert from_file.max_train_bytes == pretrain_lm.CORPUS_BYTES
-    from_file.max_train_bytes = None
+    assert from_file.config_overrides == pretrain_lm.OVERRIDES["gpt2"]
+    from_file.max_train_bytes = from_file.config_overrides = None
     assert from_file == script
     assert {**file_args.to_dict(), "logging_dir": None} == {**args.to_dict(), "logging_dir": None}
 

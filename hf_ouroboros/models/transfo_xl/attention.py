@@ -32,6 +32,7 @@ class RelativeAttention(nn.Module):
         self.o_net = nn.Linear(inner, config.d_model, bias=False)
         self.r_net = nn.Linear(config.d_model, inner, bias=False)
         self.drop = nn.Dropout(config.dropout)
+        self.drop_attention = nn.Dropout(config.dropatt)  # inside the kernel; a module, so that dropout is found
         self.layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
         if config.untie_r:
             self.r_w_bias = nn.Parameter(torch.empty(config.n_head, config.d_head))
@@ -67,7 +68,7 @@ class RelativeAttention(nn.Module):
             r_w_bias, r_r_bias = self.r_w_bias, self.r_r_bias
         scale = self.config.d_head**-0.5
         bias = _position_scores((q + r_r_bias[:, None]) * scale, r, context.hidden_keys)
-        dropout = self.config.dropatt if self.training else 0.0
+        dropout = self.drop_attention.p if self.training else 0.0
         if self.config._attn_implementation == "eager" or context.output_attentions:
             output, probabilities = _eager(q + r_w_bias[:, None], k, v, bias, scale, dropout)
         else:

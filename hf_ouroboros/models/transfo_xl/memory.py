@@ -67,6 +67,31 @@ def initial_memory(
     return TransfoXLMemory((zeros,) * num_layers, valid)
 
 
+def first_memory(
+    config: TransfoXLConfig, batch: int, num_layers: int, dtype: torch.dtype, device: torch.device
+) -> TransfoXLMemory:
+    """As `initial_memory`, for a segment at the start of a text: masked rows change nothing and are left out."""
+    memory = initial_memory(config, batch, num_layers, dtype, device)
+    if config.mem_init == "masked":
+        memory = TransfoXLMemory(tuple(state[:, :0] for state in memory), memory.valid[:, :0])
+    return memory
+
+
+def next_memory(
+    memory: TransfoXLMemory, inputs: Sequence[torch.Tensor], valid: torch.Tensor | None, mem_len: int
+) -> TransfoXLMemory:
+    """The memory after a segment.
+
+    Args:
+        memory: before it.
+        inputs: of each layer, [batch, time, d_model].
+        valid: bool [batch, rows + time], see `valid_keys`; None if every key may be attended to.
+        mem_len: rows to keep.
+    """
+    states = tuple(extended(old, new, mem_len) for old, new in zip(memory, inputs, strict=True))
+    return TransfoXLMemory(states, None if valid is None else extended(valid[:, :0], valid, mem_len))
+
+
 def checked_memory(
     mems: TransfoXLMemory | Sequence[torch.Tensor], config: TransfoXLConfig, batch: int
 ) -> TransfoXLMemory:

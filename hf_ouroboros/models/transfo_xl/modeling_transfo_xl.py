@@ -7,8 +7,9 @@ own layers, a stage needs nothing of the others but the hidden state:
     valid = valid_keys(hidden, memory.rows, memory.valid, attention_mask)              # on every stage
     context = attention_context(config, hidden, memory.rows, valid, training=training)
     for layer, state in zip(own_layers, memory):
-        new_states.append(extended(state, hidden, config.mem_len))                     # a layer's input is its memory
+        inputs.append(hidden)                                                          # a layer's input is its memory
         hidden, _ = layer(hidden, context, state)
+    memory = next_memory(memory, inputs, valid, config.mem_len)
     loss, losses = model.crit(model.transformer.final_drop(hidden), labels=labels)     # or log-probabilities
 """
 
@@ -30,7 +31,7 @@ from .cache import TransfoXLCache
 from .configuration_transfo_xl import TransfoXLConfig
 from .context import attention_context, valid_keys
 from .layer import TransfoXLLayer
-from .memory import TransfoXLMemory, checked_memory, extended, initial_memory
+from .memory import TransfoXLMemory, checked_memory, first_memory, next_memory
 from .outputs import TransfoXLLMHeadModelOutput, TransfoXLModelOutput
 
 
@@ -121,7 +122,7 @@ class TransfoXLModel(TransfoXLPreTrainedModel):
         keeps_memory = cache is None and use_cache is not False and self.config.mem_len > 0
         output = TransfoXLModelOutput(
             last_hidden_state=hidden,
-            mems=self._next_memory(memory, inputs, valid) if keeps_memory else None,
+            mems=next_memory(memory, inputs, valid, self.config.mem_len) if keeps_memory else None,
             past_key_values=cache,
             hidden_states=(*inputs, hidden) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
@@ -144,19 +145,7 @@ class TransfoXLModel(TransfoXLPreTrainedModel):
             return None
         if mems is not None:
             return checked_memory(mems, self.config, hidden.shape[0])
-        memory = initial_memory(self.config, hidden.shape[0], len(self.layers), hidden.dtype, hidden.device)
-        if self.config.mem_init == "masked":
-            # Masked rows change nothing, so the start of a text needn't pay for them.
-            memory = TransfoXLMemory(tuple(state[:, :0] for state in memory), memory.valid[:, :0])
-        return memory
-
-    def _next_memory(
-        self, memory: TransfoXLMemory, inputs: list[torch.Tensor], valid: torch.Tensor | None
-    ) -> TransfoXLMemory:
-        states = tuple(extended(old, new, self.config.mem_len) for old, new in zip(memory, inputs, strict=True))
-        if valid is not None:
-            valid = extended(valid[:, :0], valid, self.config.mem_len)
-        return TransfoXLMemory(states, valid)
+        return first_memory(self.config, hidden.shape[0], len(self.layers), hidden.dtype, hidden.device)
 
 
 class TransfoXLLMHeadModel(TransfoXLPreTrainedModel, GenerationMixin):
@@ -203,6 +192,22 @@ class TransfoXLLMHeadModel(TransfoXLPreTrainedModel, GenerationMixin):
             if not missing_keys & {target, source} and ends[0].device.type != "meta" and torch.equal(*ends):
                 missing_keys.add(target)
         super().tie_weights(missing_keys=missing_keys, **kwargs)
+
+    def untie_r_biases(self) -> None:
+        """Turns a model whose layers share their relative biases (`untie_r=False`) into one where each has its own.
+
+        Each layer gets a copy: the same function, which training is free to take apart. Stages need it. To be called
+        before an optimizer is made; does nothing to a model with `untie_r=True`.
+        """
+        if self.config.untie_r:
+            return
+        for name in ("r_w_bias", "r_r_bias"):
+            shared = self.transformer.get_parameter(name)
+            for layer in self.transformer.layers:
+                own = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
+                setattr(layer.dec_attn, name, own)
+            delattr(self.transformer, name)
+        self.config.untie_r = True
 
     def get_output_embeddings(self) -> None:
         """None: there is no single output table."""

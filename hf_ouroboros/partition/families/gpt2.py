@@ -6,10 +6,10 @@ import inspect
 
 import torch
 from torch import nn
-from transformers import GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.masking_utils import create_causal_mask
 
-from ...errors import UnsupportedModelError
+from ...errors import UnsupportedModelError, UnsupportedOptionError
 
 
 class GPT2Family:
@@ -17,16 +17,12 @@ class GPT2Family:
 
     model_class = GPT2LMHeadModel
     batch_keys = frozenset({"input_ids", "attention_mask", "position_ids", "token_type_ids"})
+    computes_loss = False
 
     def check(self, model: GPT2LMHeadModel) -> None:
-        """Refuses cross attention and activation checkpointing."""
+        """Refuses cross attention."""
         if model.config.add_cross_attention:
             raise UnsupportedModelError("GPT-2 with config.add_cross_attention=True can't be split into stages")
-        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-            raise UnsupportedModelError(
-                "the model has gradient checkpointing enabled, which would recompute with the weights of now; call "
-                "model.gradient_checkpointing_disable() and use OuroborosArguments(recompute=True)"
-            )
 
     def embedding(self, model: GPT2LMHeadModel) -> tuple[str, ...]:
         """Names of the embedding modules."""
@@ -40,6 +36,9 @@ class GPT2Family:
         """Final norm and output projection."""
         return ["transformer.ln_f", "lm_head"]
 
+    def cost(self, model: GPT2LMHeadModel, name: str) -> None:
+        """None: every matrix is multiplied with every token."""
+
     def embed(self, stage: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Token + position (+ token type) embeddings, then dropout: [batch, time, width]."""
         ids = batch["input_ids"]
@@ -49,8 +48,10 @@ class GPT2Family:
             hidden = hidden + wte(batch["token_type_ids"])
         return stage.get_submodule("transformer.drop")(hidden)
 
-    def context(self, stage: nn.Module, hidden: torch.Tensor, batch: dict[str, torch.Tensor]) -> dict:
-        """The causal mask, built from the 2-D attention mask or the packed position ids on every stage."""
+    def run_layers(
+        self, stage: nn.Module, hidden: torch.Tensor, batch: dict[str, torch.Tensor], memory: None = None
+    ) -> torch.Tensor:
+        """Blocks under the causal mask, built from the 2-D attention mask or packed position ids on every stage."""
         # Without given position ids nothing is packed; looking for it would cost a device synchronization per stage.
         position_ids = batch.get("position_ids")
         mask = create_causal_mask(
@@ -61,12 +62,21 @@ class GPT2Family:
             position_ids=position_ids,
             **_extra_mask_arguments(hidden),
         )
-        return {"attention_mask": mask, "use_cache": False, "position_ids": position_ids}
+        for block in stage.layers.values():
+            output = block(hidden, attention_mask=mask, use_cache=False, position_ids=position_ids)
+            hidden = output[0] if isinstance(output, tuple) else output  # a tuple in some releases of transformers
+        return hidden
 
-    def run_layer(self, layer: nn.Module, hidden: torch.Tensor, context: dict) -> torch.Tensor:
-        """One block; some releases of transformers return a tuple."""
-        output = layer(hidden, **context)
-        return output[0] if isinstance(output, tuple) else output
+    def remembers(self, config: GPT2Config) -> bool:
+        """False: every micro-batch stands for itself."""
+        return False
+
+    def evaluation_config(self, config: GPT2Config, **options: int) -> GPT2Config:
+        """Refuses: there is no memory to configure."""
+        raise UnsupportedOptionError(
+            f"{', '.join(f'eval_{name}={value}' for name, value in options.items())}: a GPT-2 has no memory that carries "
+            "over from segment to segment; leave it out (models that do: Transformer-XL)"
+        )
 
 
 def _position_ids(sample: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:

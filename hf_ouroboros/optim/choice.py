@@ -1,0 +1,122 @@
+"""From `delay_compensation` to what a run does: names, their options, and which of them go together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from ..errors import UnsupportedOptionError
+from .basis_rotation import BasisRotation
+from .compensation import Compensation
+from .error_feedback import ErrorFeedback
+from .gap_aware import GapAware
+from .lr_rescale import LearningRateRescaling
+from .muon import Muon
+from .nesterov import Nesterov
+from .weight_prediction import WeightPrediction
+
+OptimizerChoice = Nesterov | Muon | BasisRotation
+OPTIMIZERS: dict[str, type[OptimizerChoice]] = {kind.name: kind for kind in (Nesterov, Muon, BasisRotation)}
+# In the order in which they are applied.
+COMPENSATIONS: dict[str, type[Compensation]] = {
+    kind.name: kind for kind in (WeightPrediction, GapAware, ErrorFeedback, LearningRateRescaling)
+}
+NAMES = (*OPTIMIZERS, *COMPENSATIONS)
+
+_EXCLUDED: dict[frozenset[str], str] = {
+    **{
+        frozenset(pair): "each of them is an optimizer of its own"
+        for pair in (("nesterov", "muon"), ("nesterov", "basis_rotation"), ("muon", "basis_rotation"))
+    },
+    frozenset({"nesterov", "weight_prediction"}): "both look ahead by the delay, so it would be compensated twice",
+    frozenset({"nesterov", "error_feedback"}): "both extrapolate over the delay, so it would be compensated twice",
+    frozenset(
+        {"weight_prediction", "error_feedback"}
+    ): "both extrapolate over the delay, so it would be compensated twice",
+    frozenset(
+        {"weight_prediction", "gap_aware"}
+    ): "the gap would be measured from weights at which no gradient was taken",
+    frozenset({"error_feedback", "gap_aware"}): "one adds to late gradients what the other takes away",
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a run does about its delays.
+
+    Args:
+        optimizer: makes the run's optimizer; None for the one that the run has anyway.
+        compensations: in the order in which they are applied.
+    """
+
+    optimizer: OptimizerChoice | None = None
+    compensations: tuple[Compensation, ...] = ()
+
+    def __str__(self) -> str:
+        names = [self.optimizer.name] if self.optimizer else []
+        return "+".join([*names, *(c.name for c in self.compensations)]) or "none"
+
+    def check(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raises UnsupportedOptionError where a compensation has no meaning with the optimizer."""
+        for compensation in self.compensations:
+            compensation.check(optimizer)
+
+
+def choose(text: str | Sequence[str], options: str | None = None) -> Choice:
+    """Reads `delay_compensation` and `delay_compensation_args`.
+
+    Args:
+        text: "none", or names joined by "+", or a list of names.
+        options: "name=value" joined by ","; each belongs to the one named compensation that has it.
+
+    Raises:
+        UnsupportedOptionError: unknown names, or names that don't go together.
+    """
+    names = [name.strip() for name in (text.split("+") if isinstance(text, str) else text)]
+    if names == ["none"]:
+        names = []
+    for name in names:
+        if name not in NAMES:
+            raise UnsupportedOptionError(
+                f"delay_compensation={text!r}: {name!r} is unknown; use none, auto, or one or several of "
+                f"{', '.join(NAMES)}, joined by '+'"
+            )
+        if names.count(name) > 1:
+            raise UnsupportedOptionError(f"delay_compensation={text!r} names {name!r} twice")
+    for pair, reason in _EXCLUDED.items():
+        if pair <= set(names):
+            raise UnsupportedOptionError(
+                f"delay_compensation={text!r}: {' and '.join(n for n in NAMES if n in pair)} don't go together: {reason}; "
+                "use one of them"
+            )
+    kinds = {name: OPTIMIZERS.get(name) or COMPENSATIONS[name] for name in NAMES if name in names}
+    values = _read_options(options, kinds)
+    made = {name: kind(**values[name]) for name, kind in kinds.items()}
+    return Choice(
+        next((made[name] for name in OPTIMIZERS if name in made), None),
+        tuple(made[name] for name in COMPENSATIONS if name in made),
+    )
+
+
+def _read_options(text: str | None, kinds: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The options of each compensation, of the types of their defaults."""
+    values: dict[str, dict[str, Any]] = {name: {} for name in kinds}
+    known = {field.name: (name, type(field.default)) for name, kind in kinds.items() for field in fields(kind)}
+    for item in filter(None, (part.strip() for part in (text or "").split(","))):
+        option, _, written = (part.strip() for part in item.partition("="))
+        if option not in known:
+            raise UnsupportedOptionError(
+                f"delay_compensation_args: {item!r} is no option of delay_compensation={'+'.join(kinds) or 'none'!r}; its "
+                f"options are {', '.join(f'{name}=...' for name in known) or 'none at all'}"
+            )
+        owner, kind = known[option]
+        try:
+            values[owner][option] = kind(written)
+        except ValueError:
+            raise UnsupportedOptionError(
+                f"delay_compensation_args: {option}={written!r} must be {'a whole number' if kind is int else 'a number'}"
+            ) from None
+    return values

@@ -1,0 +1,98 @@
+"""Two optimizers as one: one for the matrices inside the layers, AdamW for everything else."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from ..partition.stages import Stage
+
+_ALGORITHM = "algorithm"
+
+
+class MatricesAndAdamW(torch.optim.Optimizer):
+    """`matrix_optimizer` for some matrices and `torch.optim.AdamW` for all other parameters.
+
+    Every group given is split in two, so learning rates, schedules and weight decay stay the groups'.
+
+    Args:
+        params: parameters or groups, as for any optimizer.
+        matrices: the parameters for `matrix_optimizer`, each with two dimensions.
+        own: further arguments of `matrix_optimizer`.
+        lr: learning rate of both.
+        weight_decay: decoupled, of both.
+        betas: AdamW's.
+        eps: AdamW's.
+    """
+
+    algorithm: str
+    matrix_optimizer: type[torch.optim.Optimizer]
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        matrices: Iterable[nn.Parameter],
+        own: Mapping[str, Any],
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ):
+        chosen = {id(parameter) for parameter in matrices}
+        adamw = torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps)
+        split: list[dict[str, Any]] = []
+        for group in adamw.param_groups:
+            mine = [p for p in group["params"] if id(p) in chosen]
+            rest = [p for p in group["params"] if id(p) not in chosen]
+            if mine:
+                made = self.matrix_optimizer(mine, lr=group["lr"], weight_decay=group["weight_decay"], **own)
+                split.append({**made.param_groups[0], _ALGORITHM: self.algorithm})
+            if rest:
+                split.append({**group, "params": rest, _ALGORITHM: "adamw"})
+        super().__init__(split, {})
+        self.defaults = adamw.defaults
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step of both, over the parameters that have a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for algorithm, kind in ((self.algorithm, self.matrix_optimizer), ("adamw", torch.optim.AdamW)):
+            # The other optimizer on our groups and our state: a shallow view, as the engine cuts out its stages. Wrappers
+            # and hooks around a step belong to this one.
+            view = object.__new__(kind)
+            view.__dict__.update(self.__dict__)
+            view.__dict__.pop("step", None)
+            view._optimizer_step_pre_hooks = OrderedDict()
+            view._optimizer_step_post_hooks = OrderedDict()
+            view.param_groups = [group for group in self.param_groups if group[_ALGORITHM] == algorithm]
+            kind.step(view)
+        return loss
+
+
+def algorithm_of(group: Mapping[str, Any]) -> str | None:
+    """What steps a group of `MatricesAndAdamW`; None for a group of any other optimizer."""
+    return group.get(_ALGORITHM)
+
+
+def hidden_matrices(stages: Iterable[Stage], decayed: Iterable[str]) -> list[nn.Parameter]:
+    """The two-dimensional weights inside the stages' layers.
+
+    Args:
+        stages: of the model.
+        decayed: names of the parameters that weight decay is meant for, which leaves out biases of two dimensions.
+    """
+    names = set(decayed)
+    return [
+        parameter
+        for stage in stages
+        for layer in stage.layer_names
+        for name, parameter in stage.get_submodule(layer).named_parameters(prefix=layer)
+        if parameter.ndim == 2 and name in names
+    ]

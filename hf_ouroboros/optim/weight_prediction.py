@@ -1,0 +1,101 @@
+"""weight_prediction: forwards with the weights that a stage is expected to have when the gradient is applied."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import UnsupportedOptionError
+from .basis_rotation import RotatedAdamW, rotated_direction
+from .compensation import Compensation, StageUpdate
+from .matrices import algorithm_of
+from .muon import MuonAdamW
+
+
+@dataclass(frozen=True)
+class WeightPrediction(Compensation):
+    """The forwards of update u use w - s * (the step that the optimizer's momentum would make), s = horizon * tau_k.
+
+        SGD          s * lr * m                                   m: momentum buffer
+        Adam, AdamW  s * lr * (m^ / (sqrt(v^) + eps) + decay * w)  ^: bias-corrected; decay: AdamW's, decoupled
+        Muon         s * (lr * decay * w + lr' * NS(m))           NS: Newton-Schulz, lr': adjusted to the shape
+        rotated      as AdamW, in the rotated basis               see basis_rotation
+
+    The momentum stands for the gradients to come: the s steps are taken to be equal. Each stage predicts with its own
+    delay and from its own weights of now; all ticks of an update use the same prediction, with the learning rates as
+    they were when the update opened. No prediction: before a parameter's first step, in synchronous updates, for frozen
+    parameters. The real weights are what is stepped, evaluated and saved.
+
+    Chen, Yang, Cheng, "Efficient and Robust Parallel DNN Training through Model Parallelism on Multi-GPU Platform"
+    (SpecTrain, 2018); Guan, Yin, Li, Lu, "XPipe" (2019) and "PipeOptim" (2023).
+
+    Costs a copy of a stage's weights per update in flight, which a pending backward keeps anyway; Muon's orthogonalisation
+    runs once more per update.
+
+    Args:
+        horizon: share of the delay to predict over.
+    """
+
+    name = "weight_prediction"
+    predicts = True
+    horizon: float = 1.0
+
+    def check(self, optimizer: torch.optim.Optimizer) -> None:
+        """Only optimizers whose momentum tells the coming step."""
+        kind = type(optimizer)
+        if kind not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, MuonAdamW, RotatedAdamW):
+            raise UnsupportedOptionError(
+                f"delay_compensation='weight_prediction' knows how SGD with momentum, Adam, AdamW, muon and "
+                f"basis_rotation go on, not {kind.__name__}; use optim='adamw_torch' or 'sgd' with momentum"
+            )
+        if any(group.get("momentum") == 0 for group in optimizer.param_groups):
+            raise UnsupportedOptionError(
+                "delay_compensation='weight_prediction' predicts from momentum, and SGD has none here; set "
+                "optim_args='momentum=0.9'"
+            )
+        if any(group.get("maximize") for group in optimizer.param_groups):
+            raise UnsupportedOptionError(
+                "delay_compensation='weight_prediction' does not know maximize=True; leave it off"
+            )
+
+    def predict(
+        self, parameter: torch.Tensor, state: Mapping[str, Any], group: Mapping[str, Any], update: StageUpdate
+    ) -> torch.Tensor | None:
+        """See the class."""
+        steps = self.horizon * update.delay
+        if steps == 0 or not state:
+            return None
+        if algorithm_of(group) == "muon":
+            return parameter + steps * _muon_step(parameter, state["momentum_buffer"], group)
+        if algorithm_of(group) == "rotated":
+            if state["step"] == 0:
+                return None
+            direction = rotated_direction(state, group) + group["weight_decay"] * parameter
+            return parameter - (steps * group["lr"]) * direction
+        if "exp_avg" in state:
+            return parameter - (steps * group["lr"]) * _adam_direction(parameter, state, group)
+        return parameter - (steps * group["lr"]) * state["momentum_buffer"]
+
+
+def _adam_direction(parameter: torch.Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> torch.Tensor:
+    (beta1, beta2), count = group["betas"], state["step"]
+    if count.device.type == "cpu":
+        count = float(count)  # elsewhere a read would make the device wait
+    variance = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
+    direction = state["exp_avg"] / (1 - beta1**count)
+    direction = direction / ((variance / (1 - beta2**count)).sqrt() + group["eps"])
+    return direction + group["weight_decay"] * parameter if group["decoupled_weight_decay"] else direction
+
+
+def _muon_step(parameter: torch.Tensor, momentum: torch.Tensor, group: Mapping[str, Any]) -> torch.Tensor:
+    """What Muon adds to the weights when the gradient equals its momentum, which then stays as it is."""
+    twin = torch.nn.Parameter(parameter.clone())
+    twin.grad = momentum.clone()
+    optimizer = torch.optim.Muon([twin])
+    optimizer.param_groups[0].update({key: value for key, value in group.items() if key != "params"})
+    optimizer.state[twin]["momentum_buffer"] = momentum.clone()
+    optimizer.step()
+    return twin.detach() - parameter

@@ -1,0 +1,86 @@
+"""One run of one contender: what it trains, and with which arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import GPT2Config, GPT2LMHeadModel, set_seed
+
+from .contenders import Contender
+from .options import BenchmarkArguments
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the processes of one run are told.
+
+    Args:
+        options: the benchmark's.
+        contender: who runs.
+        seed: of weights and order of the text.
+        data: file of `write_blocks`.
+        folder: where results, messages and timelines go.
+        updates: how many, at most.
+        target: end at the first evaluation with this validation loss; None to run all updates and evaluate at the end.
+        evaluate: whether to evaluate every `options.eval_every` updates.
+    """
+
+    options: BenchmarkArguments
+    contender: Contender
+    seed: int
+    data: Path
+    folder: Path
+    updates: int
+    target: float | None = None
+    evaluate: bool = False
+
+    @property
+    def rows_per_micro_batch(self) -> int:
+        """Rows of a micro-batch of this contender."""
+        return self.options.global_batch // self.contender.micro_batches
+
+
+def build_model(job: Job) -> GPT2LMHeadModel:
+    """The same GPT-2 for every contender, without dropout."""
+    options = job.options
+    set_seed(job.seed)
+    config = GPT2Config(
+        vocab_size=options.vocab_size,
+        n_positions=options.block_size,
+        n_embd=options.n_embd,
+        n_layer=options.n_layer,
+        n_head=max(1, options.n_embd // 64),
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+        tie_word_embeddings=not options.untied,
+    )
+    model = GPT2LMHeadModel(config)
+    model.loss_type = "ForCausalLM"  # otherwise Trainer counts one label too many per row
+    return model
+
+
+def common_arguments(job: Job) -> dict[str, Any]:
+    """Options of TrainingArguments that all contenders share; the contender's own settings come on top."""
+    options = job.options
+    return {
+        "output_dir": str(job.folder / "scratch"),
+        "per_device_train_batch_size": job.rows_per_micro_batch,
+        "per_device_eval_batch_size": job.rows_per_micro_batch,
+        "gradient_accumulation_steps": job.contender.micro_batches,
+        "max_steps": job.updates,
+        "learning_rate": options.learning_rate,
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": options.warmup_updates,
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": options.on_cpu,
+        "disable_tqdm": True,
+        "seed": job.seed,
+    }

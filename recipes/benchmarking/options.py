@@ -1,0 +1,133 @@
+"""The benchmark's options, checked before any work starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .contenders import Contender, ContenderError, parse_contender
+
+SETTLING_TICKS = 10
+THROUGHPUT = (
+    "naive",
+    "ddp",
+    *(f"{peer}{micro_batches}" for peer in ("torch-gpipe", "torch-1f1b", "torch-zb") for micro_batches in ("", ":M=8")),
+    *("pipelined@processes", "pipelined:M=8@processes", "pipelined", "lockstep@processes", "lockstep"),
+    *("1f1b@processes", "1f1b:M=8@processes", "1f1b"),
+)
+TIME_TO_LOSS = ("naive", "torch-1f1b", "1f1b@processes", "pipelined@processes", "pipelined:M=8@processes")
+
+
+@dataclass
+class BenchmarkArguments:
+    """What to measure."""
+
+    contenders: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "In the order in which they run: naive, ddp, torch-gpipe, torch-1f1b, torch-zb, our schedules, and "
+            "schedule@processes; settings behind a colon, as in pipelined:M=8,learning_rate=5e-4@processes. "
+            f"Default: {' '.join(THROUGHPUT)}; with --until_loss: {' '.join(TIME_TO_LOSS)}."
+        },
+    )
+    devices: list[str] = field(
+        default_factory=lambda: ["cpu:0", "cpu:1"], metadata={"help": "Devices of the pipeline, a core each on CPU."}
+    )
+    device_map: str = field(default="auto", metadata={"help": "Split of ours, as in OuroborosArguments."})
+    repetitions: int = field(default=3, metadata={"help": "How often all contenders run, each time with another seed."})
+    updates: int = field(default=16, metadata={"help": "Optimizer steps per run."})
+    micro_batches: int = field(default=4, metadata={"help": "Micro-batches per update, M, of contenders without M=."})
+    batch_size: int = field(
+        default=4, metadata={"help": "Rows per micro-batch; M times it is everyone's global batch."}
+    )
+    block_size: int = field(default=256, metadata={"help": "Tokens per row."})
+    n_embd: int = field(default=256, metadata={"help": "Width of the GPT-2."})
+    n_layer: int = field(default=8, metadata={"help": "Layers of the GPT-2."})
+    vocab_size: int = field(default=257, metadata={"help": "Vocabulary of the GPT-2; the text is bytes."})
+    untied: bool = field(
+        default=False,
+        metadata={"help": "Give the head a matrix of its own, for all contenders; ours then has K = devices."},
+    )
+    learning_rate: float = field(default=1e-3, metadata={"help": "AdamW's, constant after the warm-up."})
+    warmup_updates: int = field(default=10, metadata={"help": "Updates of linear learning rate warm-up."})
+    train_file: str | None = field(default=None, metadata={"help": "Text; default: Python's standard library."})
+    seed: int = field(default=0, metadata={"help": "Seed of weights and data of the first repetition."})
+    time_limit: float = field(
+        default=3600.0, metadata={"help": "Seconds after which a run is ended and counts as failed."}
+    )
+    until_loss: str | None = field(
+        default=None,
+        metadata={
+            "help": "Measure time and tokens to a validation loss instead: a number (nats per token), or 'naive' for what "
+            "the naive run reaches in --updates updates."
+        },
+    )
+    eval_every: int = field(default=10, metadata={"help": "With --until_loss: updates between evaluations."})
+    at_most: float = field(default=2.0, metadata={"help": "With --until_loss: give up after so many times --updates."})
+    output_dir: str = field(default="runs/benchmark", metadata={"help": "Where results, plots and timelines go."})
+
+    @property
+    def global_batch(self) -> int:
+        """Rows per update."""
+        return self.micro_batches * self.batch_size
+
+    @property
+    def tokens_per_update(self) -> int:
+        """Tokens per update, the same for all contenders."""
+        return self.global_batch * self.block_size
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the devices are CPU cores."""
+        return self.devices[0].startswith("cpu")
+
+    @property
+    def most_updates(self) -> int:
+        """Updates of the longest run."""
+        return self.updates if self.until_loss is None else round(self.updates * self.at_most)
+
+    def parsed_contenders(self) -> list[Contender]:
+        """The contenders, in the order in which they run.
+
+        Raises:
+            ContenderError: an unknown or impossible one.
+        """
+        names = self.contenders or list(THROUGHPUT if self.until_loss is None else TIME_TO_LOSS)
+        return [parse_contender(n, self.micro_batches, self.global_batch, len(self.devices)) for n in names]
+
+    def check(self) -> None:
+        """Refuses what can't be measured.
+
+        Raises:
+            ContenderError: with the option, what was found and what to do.
+        """
+        contenders = self.parsed_contenders()
+        if len({c.label for c in contenders}) < len(contenders):
+            raise ContenderError(f"--contenders names one twice: {' '.join(c.label for c in contenders)}")
+        if not self.on_cpu and self.devices != [f"cuda:{i}" for i in range(len(self.devices))]:
+            raise ContenderError(f"--devices {' '.join(self.devices)}: use cpu:0 cpu:1 ... or cuda:0 cuda:1 ...")
+        if self.vocab_size < 256:
+            raise ContenderError(f"--vocab_size {self.vocab_size} can't hold bytes; use 256 or more")
+        if self.until_loss is None:
+            for contender in contenders:
+                first = settling_updates(contender)
+                if self.updates < first + 4:
+                    raise ContenderError(
+                        f"--updates {self.updates} leaves no steady state after {SETTLING_TICKS} ticks of "
+                        f"{contender.label}; use {first + 4} or more"
+                    )
+            return
+        if self.updates % self.eval_every:  # the naive run's last evaluation, which may set the target, is at its end
+            raise ContenderError(f"--updates {self.updates} must be a multiple of --eval_every {self.eval_every}")
+        if self.until_loss == "naive":
+            if contenders[0].label != "naive":
+                raise ContenderError("--until_loss naive takes the target from the naive run: name naive first")
+        else:
+            try:
+                float(self.until_loss)
+            except ValueError:
+                raise ContenderError(f"--until_loss {self.until_loss!r} must be a number or 'naive'") from None
+
+
+def settling_updates(contender: Contender) -> int:
+    """Updates at the start of a run that the throughput leaves out."""
+    return -(-SETTLING_TICKS // contender.micro_batches)

@@ -1,0 +1,262 @@
+"""Tables and pictures of the staleness study: final losses, and tokens to reach the synchronous run's loss."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# What a row of the table is about; the learning rate is chosen, seeds are averaged, everything else is the family.
+_ROW = ("stages", "micro_batches", "compensation", "compensation_args", "delay_warmup_updates", "optim", "optim_args")
+_FREE = (*_ROW, "learning_rate", "seed", "updates", "adam_beta1", "adam_beta2", "weight_decay")
+_OPTIMIZERS = ("nesterov", "muon", "basis_rotation")
+# Two-sided 95 % quantiles of Student's t by degrees of freedom.
+_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+Run = Mapping[str, Any]
+Key = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and half the width of its 95 % interval; no width for a single value."""
+
+    mean: float
+    half: float | None
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Interval:
+        """Student's t interval."""
+        mean = statistics.fmean(values)
+        if len(values) == 1 or not all(map(math.isfinite, values)):
+            return cls(mean, None, len(values))
+        quantile = _T[min(len(values) - 1, max(_T))]
+        return cls(mean, quantile * statistics.stdev(values) / math.sqrt(len(values)), len(values))
+
+    def text(self, form: str = ".3f", unit: str = "") -> str:
+        """As it stands in a table."""
+        if not math.isfinite(self.mean):
+            return "diverged"
+        return f"{self.mean:{form}}{unit}" + ("" if self.half is None else f" ± {self.half:{form.lstrip('+')}}")
+
+
+@dataclass
+class Row:
+    """All runs of one combination of K, M and compensation.
+
+    Args:
+        key: values of `_ROW`.
+        test: {updates: {seed: bits per byte on test text at the best learning rate}}.
+        rates: {updates: learning rate that is best on validation text}.
+    """
+
+    key: Key
+    test: dict[int, dict[int, float]]
+    rates: dict[int, float]
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _ROW:
+            raise AttributeError(name)
+        return self.key[_ROW.index(name)]
+
+    @property
+    def delay(self) -> float:
+        """Of the first stage, in updates."""
+        return (self.stages - 1) / self.micro_batches
+
+    @property
+    def optimizer(self) -> Key:
+        """What a synchronous run has to share to be compared with."""
+        own = next((name for name in _OPTIMIZERS if name in self.compensation.split("+")), "none")
+        return own, self.optim, self.optim_args
+
+    @property
+    def label(self) -> str:
+        """Compensation, with everything that is not as usual."""
+        extra = [f"({self.compensation_args})"] if self.compensation_args else []
+        extra += [f"delay warm-up {self.delay_warmup_updates}"] if self.delay_warmup_updates else []
+        extra += [f"{self.optim} {self.optim_args}".strip()] if self.optim != "adamw_torch" else []
+        return " ".join([self.compensation, *extra])
+
+
+def read_runs(folder: Path) -> list[Run]:
+    """All results in a folder."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("K*.json"))]
+
+
+def rows_of(runs: Iterable[Run]) -> list[Row]:
+    """Runs by combination; of each length the hyper-parameters that are best on the seeds that all of them have."""
+    found: dict[Key, dict[int, dict[Key, dict[int, Run]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
+    tuned = [name for name in _FREE if name not in (*_ROW, "seed", "updates")]
+    for run in runs:
+        setting = run["setting"]
+        values = tuple(setting[name] for name in tuned)
+        found[tuple(setting[n] for n in _ROW)][setting["updates"]][values][setting["seed"]] = run
+    rows = []
+    for key, lengths in found.items():
+        test, rates = {}, {}
+        for updates, tried in lengths.items():
+            common = set.intersection(*(set(seeds) for seeds in tried.values())) or set()
+
+            def score(values: Key, tried: dict = tried, common: set = common) -> float:
+                seeds = common or set(tried[values])
+                return statistics.fmean(_number(tried[values][s]["validation"]) for s in seeds)
+
+            best = min(tried, key=score)
+            test[updates] = {seed: _number(run["test"]) for seed, run in tried[best].items()}
+            rates[updates] = best[tuned.index("learning_rate")]
+        rows.append(Row(key, test, rates))
+    return sorted(rows, key=lambda row: (row.optimizer, row.stages, -row.micro_batches, row.label))
+
+
+def _number(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
+def tokens_to_reach(lengths: Mapping[int, float], target: float, nominal: int) -> tuple[float, str]:
+    """How long a run has to be to end at a loss, relative to the nominal length.
+
+    Args:
+        lengths: {updates: final loss}; each is a run of its own, whose learning rate goes to 0.
+        target: the loss to reach.
+        nominal: updates of the synchronous run.
+
+    Returns:
+        The ratio, linear in the logarithm of the length between runs, and "" or, where the runs don't enclose the target,
+        "<" or ">" that ratio.
+    """
+    points = sorted(lengths.items())
+    if points[0][1] <= target:
+        return points[0][0] / nominal, "" if points[0][1] == target else "<"
+    for (shorter, above), (longer, below) in zip(points, points[1:], strict=False):
+        if below <= target:
+            share = 1.0 if math.isinf(above) else (above - target) / (above - below)
+            return math.exp(math.log(shorter) + share * math.log(longer / shorter)) / nominal, ""
+    return points[-1][0] / nominal, ">"
+
+
+def ratio_text(row: Row, baseline: Row, nominal: int) -> tuple[str, Interval | None]:
+    """Tokens to reach the synchronous loss, over the seeds that both have; a bound where it was not enclosed."""
+    target = statistics.fmean(baseline.test[nominal].values())
+    if not math.isfinite(target):
+        return "-", None
+    seeds = set.intersection(*(set(found) for found in row.test.values()))
+    found = [tokens_to_reach({u: t[s] for u, t in row.test.items()}, target, nominal) for s in sorted(seeds)]
+    if not found:
+        return "-", None
+    bounds = {bound for _, bound in found}
+    if bounds == {""}:
+        interval = Interval.of([ratio for ratio, _ in found])
+        return interval.text(".2f"), interval
+    if bounds == {"<"} or bounds == {">"}:
+        return f"{bounds.pop()} {found[0][0]:.2f}", None
+    return " / ".join(f"{bound}{ratio:.2f}" for ratio, bound in found), None
+
+
+def costs(row: Row, baseline: Row, updates: int) -> Interval | None:
+    """Relative loss against a synchronous run of the same length, in per cent, seed by seed."""
+    if updates not in row.test or updates not in baseline.test:
+        return None
+    mine, theirs = row.test[updates], baseline.test[updates]
+    seeds = sorted(mine.keys() & theirs.keys())
+    return Interval.of([100 * (mine[s] / theirs[s] - 1) for s in seeds]) if seeds else None
+
+
+def table(rows: Sequence[Row], nominal: int) -> list[str]:
+    """Markdown: every combination against the synchronous runs of its own optimizer and of AdamW."""
+    synchronous = {row.optimizer: row for row in rows if row.stages == 1 and nominal in row.test}
+    adamw = synchronous.get(("none", "adamw_torch", ""))
+    lines = [
+        "| compensation | K | M | learning rate | seeds | test bits per byte | against its synchronous run | against "
+        "synchronous AdamW | tokens to its synchronous loss | tokens to synchronous AdamW's |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in (row for row in rows if nominal in row.test):
+        own = synchronous.get(row.optimizer)
+        losses = Interval.of(list(row.test[nominal].values()))
+        cells = [row.label, row.stages, row.micro_batches, f"{row.rates[nominal]:g}", losses.count, losses.text()]
+        for baseline in (own, adamw):
+            cost = None if baseline in (None, row) else costs(row, baseline, nominal)
+            cells.append("-" if cost is None else cost.text("+.1f", " %"))
+        for baseline in (own, adamw):
+            cells.append("-" if baseline in (None, row) else ratio_text(row, baseline, nominal)[0])
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
+def draw(rows: Sequence[Row], nominal: int, path: Path, title: str) -> bool:
+    """Cost and tokens by delay, one line per compensation; returns whether there was anything to draw."""
+    from matplotlib.figure import Figure
+
+    synchronous = {row.optimizer: row for row in rows if row.stages == 1 and nominal in row.test}
+    cost: dict[str, dict[tuple[float, int], Interval]] = defaultdict(dict)
+    ratio: dict[str, dict[tuple[float, int], Interval]] = defaultdict(dict)
+    for row in rows:
+        baseline = synchronous.get(row.optimizer)
+        if row.stages == 1 or baseline is None or nominal not in row.test:
+            continue
+        found = costs(row, baseline, nominal), ratio_text(row, baseline, nominal)[1]
+        for values, interval in zip((cost, ratio), found, strict=True):
+            if interval is not None and math.isfinite(interval.mean):
+                values[row.label][row.delay, row.stages] = interval
+    panels = [("final loss over the synchronous run's (%)", cost, 0.0), ("tokens to its loss (ratio)", ratio, 1.0)]
+    panels = [panel for panel in panels if panel[1]]
+    if not panels:
+        return False
+    figure = Figure(figsize=(1 + 5 * len(panels), 5), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    labels = sorted(cost.keys() | ratio.keys())
+    for axes, (name, values, level) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for i, label in enumerate(labels):
+            points = sorted(values[label].items())
+            # Side by side, so that intervals at the same delay can be told apart.
+            places = [delay + 0.02 * (i - (len(labels) - 1) / 2) for (delay, _), _ in points]
+            means = [interval.mean for _, interval in points]
+            halves = [interval.half or 0.0 for _, interval in points]
+            style = {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--", "linewidth": 1, "label": label}
+            axes.errorbar(places, means, halves, marker="o", markersize=4, capsize=2, **style)
+            for x, y, ((_, stages), _) in zip(places, means, points, strict=True):
+                axes.annotate(f"K{stages}", (x, y), xytext=(3, 3), textcoords="offset points", fontsize=6)
+        axes.axhline(level, color="black", linewidth=0.8)
+        axes.set(xlabel="delay of the first stage (K-1)/M, updates", ylabel=name)
+        axes.grid(alpha=0.3)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    figure.savefig(path, dpi=150)
+    return True
+
+
+def write_report(folder: Path) -> str:
+    """Writes `report.md` and a picture per family of runs into the folder; returns the report."""
+    families: dict[tuple, list[Run]] = defaultdict(list)
+    for run in read_runs(folder):
+        fixed = {name: value for name, value in run["setting"].items() if name not in _FREE}
+        families[run["data"], tuple(sorted(fixed.items()))].append(run)
+    lines = ["# Staleness study", ""]
+    for number, ((data, fixed), runs) in enumerate(sorted(families.items(), key=str), 1):
+        described = ", ".join(f"{name}={value}" for name, value in fixed if value != "")
+        rows = rows_of(runs)
+        lengths = [updates for row in rows if row.stages == 1 for updates in row.test]
+        lines += [f"## {number}. {data}", "", described, f"{len(runs)} runs.", ""]
+        if not lengths:
+            lines += ["No synchronous run (stages: 1) to compare with yet.", ""]
+            lengths = [updates for row in rows for updates in row.test]
+        nominal = statistics.mode(lengths)
+        per_update = runs[0]["tokens_per_update"]
+        lines += [
+            f"{nominal} updates of {per_update} tokens; ± are 95 % intervals over seeds.",
+            "",
+            *table(rows, nominal),
+        ]
+        picture = folder / f"cost-{number}.png"
+        if draw(rows, nominal, picture, f"{data}: {nominal} updates of {per_update} tokens"):
+            lines += ["", f"![Cost by delay]({picture.name})"]
+        lines.append("")
+    text = "\n".join(lines)
+    (folder / "report.md").write_text(text + "\n", encoding="utf-8")
+    return text

@@ -1,0 +1,319 @@
+"""What does delay cost, and what helps? Many small runs over stages, micro-batches, compensations and learning rates.
+
+    python recipes/staleness_study.py --grid recipes/configs/staleness_screen.yaml --jobs 2    # runs what is missing
+    python recipes/staleness_study.py --report                                                 # tables and pictures
+
+Every run is an `OuroborosTrainer` with `schedule="reference"` on one device and one thread: the numbers are those of every
+other schedule. A run leaves one JSON file in `output_dir`, named by its settings; runs that are there are not repeated, so the
+study can be stopped and started, and extended, at any time. Learning rates are chosen on validation text, what is reported
+is the loss on test text.
+
+A grid is a YAML file: `defaults` for all runs, and `runs`, a list of mappings from fields of `Setting` to a value or a list of
+values; each mapping stands for all combinations of its lists. To fine-tune, give `start_from`, a byte-level checkpoint of
+another corpus (recipes/pretrain_lm.py makes one).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging as python_logging
+import math
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, fields
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from common import OptionError
+from staleness_report import write_report
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    HfArgumentParser,
+    PreTrainedModel,
+    PrinterCallback,
+    default_data_collator,
+    set_seed,
+)
+from transformers.utils import logging
+
+import hf_ouroboros
+from hf_ouroboros import OuroborosArguments, OuroborosTrainer
+from hf_ouroboros.data import BYTE_VOCAB_SIZE, PackedBlocks, default_corpus
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One run.
+
+    Args:
+        stages: K; 1 is the synchronous run.
+        micro_batches: M; divides `rows`.
+        compensation: `delay_compensation`.
+        compensation_args: `delay_compensation_args`.
+        updates: length of the run, over which the learning rate goes to 0.
+        rows: sequences per update, over all micro-batches.
+        start_from: checkpoint to fine-tune; none for a model from scratch.
+    """
+
+    stages: int = 1
+    micro_batches: int = 1
+    compensation: str = "none"
+    compensation_args: str = ""
+    learning_rate: float = 1e-3
+    seed: int = 0
+    updates: int = 1000
+    warmup_updates: int = 100
+    delay_warmup_updates: int = 0
+    optim: str = "adamw_torch"
+    optim_args: str = ""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    tied_gradient: str = "joint"
+    model: str = "gpt2"
+    layers: int = 6
+    width: int = 128
+    heads: int = 4
+    rows: int = 16
+    block_size: int = 64
+    start_from: str = ""
+
+    def __post_init__(self) -> None:
+        if self.rows % self.micro_batches:
+            raise OptionError(f"micro_batches={self.micro_batches} does not divide rows={self.rows}")
+
+    def name(self, data: str) -> str:
+        """File name: what one looks for, and a checksum of everything, `data` included."""
+        digest = hashlib.sha256(json.dumps([asdict(self), data], sort_keys=True).encode()).hexdigest()[:10]
+        return (
+            f"K{self.stages}-M{self.micro_batches}-{self.compensation}-lr{self.learning_rate:g}-u{self.updates}-"
+            f"s{self.seed}-{digest}.json"
+        )
+
+
+@dataclass
+class StudyArguments:
+    """Which runs, where, how many at once."""
+
+    grid: list[str] = field(default_factory=list, metadata={"help": "YAML files of runs."})
+    report: bool = field(default=False, metadata={"help": "Write tables and pictures of the runs that are there."})
+    dry_run: bool = field(default=False, metadata={"help": "Only say what would be run."})
+    train_file: str | None = field(
+        default=None,
+        metadata={"help": "Text: 90 % for training, 5 % validation, 5 % test. Default: Python's standard library."},
+    )
+    output_dir: str = field(default="runs/staleness_study", metadata={"help": "Where the runs' JSON files are."})
+    jobs: int = field(default=1, metadata={"help": "Runs at the same time, one thread each."})
+    device: str = field(default="cpu:0", metadata={"help": "Device of all runs, e.g. cuda:0."})
+    eval_updates: int = field(default=100, metadata={"help": "Updates between evaluations."})
+    eval_tokens: int = field(default=16384, metadata={"help": "Validation tokens of an evaluation."})
+    test_tokens: int = field(default=131072, metadata={"help": "Test tokens at the end of a run."})
+
+
+# ---- the grid ----
+
+
+def read_grid(path: str) -> Iterator[Setting]:
+    """The runs of a YAML file.
+
+    Raises:
+        OptionError: the file is missing or not of this form, or has an unknown key or a value of a wrong type.
+    """
+    try:
+        grid = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        defaults, entries = grid.get("defaults") or {}, grid["runs"]
+    except (OSError, yaml.YAMLError, KeyError, AttributeError, TypeError) as error:
+        raise OptionError(f"grid={path!r} is no YAML file with a list 'runs': {error}") from error
+    for entry in entries:
+        values = defaults | entry
+        lists = [value if isinstance(value, list) else [value] for value in values.values()]
+        for combination in itertools.product(*lists):
+            yield _setting(path, dict(zip(values, combination, strict=True)))
+
+
+def _setting(path: str, values: dict[str, Any]) -> Setting:
+    kinds = {f.name: type(f.default) for f in fields(Setting)}
+    if unknown := values.keys() - kinds.keys():
+        raise OptionError(f"grid={path!r}: {min(unknown)!r} is no field of a run; there are {', '.join(kinds)}")
+    try:
+        return Setting(**{name: kinds[name](value) for name, value in values.items()})
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"grid={path!r}: {values}: {error}") from error
+
+
+# ---- one run ----
+
+
+def read_text(train_file: str | None) -> tuple[bytes, bytes, bytes]:
+    """Training, validation and test text."""
+    if train_file is not None:
+        text = Path(train_file).read_bytes()
+        first, second = len(text) * 90 // 100, len(text) * 95 // 100
+        return text[:first], text[first:second], text[second:]
+    corpus = default_corpus(4_000_000)
+    held_out = "".join(corpus.validation_texts).encode()
+    return "".join(corpus.train_texts).encode(), held_out[: len(held_out) // 2], held_out[len(held_out) // 2 :]
+
+
+def blocks(text: bytes, length: int, tokens: int | None = None) -> PackedBlocks:
+    """Text as blocks of bytes, the first `tokens` of them."""
+    return PackedBlocks(torch.frombuffer(bytearray(text[:tokens]), dtype=torch.uint8), length)
+
+
+def make_model(setting: Setting) -> PreTrainedModel:
+    """The model to be trained."""
+    if setting.start_from:
+        return AutoModelForCausalLM.from_pretrained(setting.start_from, dtype="float32")
+    config = AutoConfig.for_model(
+        setting.model,
+        vocab_size=BYTE_VOCAB_SIZE,
+        n_layer=setting.layers,
+        n_embd=setting.width,
+        n_head=setting.heads,
+        n_positions=setting.block_size,
+        activation_function="gelu_pytorch_tanh",
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+def run(setting: Setting, options: StudyArguments) -> dict[str, Any]:
+    """Trains and returns losses in bits per byte; None where the run diverged."""
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    python_logging.getLogger("hf_ouroboros").setLevel(python_logging.ERROR)  # about the delay: it is what is studied
+    train, validation, test = read_text(options.train_file)
+    set_seed(setting.seed)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        args = OuroborosArguments(
+            output_dir=folder,
+            schedule="reference",
+            num_stages=setting.stages,
+            devices=[options.device],
+            use_cpu=options.device.startswith("cpu"),
+            gradient_accumulation_steps=setting.micro_batches,
+            per_device_train_batch_size=setting.rows // setting.micro_batches,
+            per_device_eval_batch_size=64,
+            max_steps=setting.updates,
+            learning_rate=setting.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=setting.warmup_updates,
+            delay_warmup_steps=setting.delay_warmup_updates,
+            delay_compensation=setting.compensation,
+            delay_compensation_args=setting.compensation_args or None,
+            optim=setting.optim,
+            optim_args=setting.optim_args or None,
+            adam_beta1=setting.adam_beta1,
+            adam_beta2=setting.adam_beta2,
+            weight_decay=setting.weight_decay,
+            max_grad_norm=setting.max_grad_norm,
+            tied_gradient=setting.tied_gradient,
+            seed=setting.seed,
+            eval_strategy="steps",
+            eval_steps=min(options.eval_updates, setting.updates),
+            logging_steps=options.eval_updates,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        trainer = OuroborosTrainer(
+            model=make_model(setting),
+            args=args,
+            train_dataset=blocks(train, setting.block_size),
+            eval_dataset=blocks(validation, setting.block_size, options.eval_tokens),
+            data_collator=default_data_collator,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        seconds = time.perf_counter() - start
+        evaluated = [e for e in trainer.state.log_history if "eval_loss" in e]
+        end = trainer.evaluate(blocks(test, setting.block_size, options.test_tokens), metric_key_prefix="test")
+    return {
+        "setting": asdict(setting),
+        "data": data_name(options.train_file),
+        "tokens_per_update": setting.rows * setting.block_size,
+        "curve": [(entry["step"], bits(entry["eval_loss"])) for entry in evaluated],
+        "validation": bits(evaluated[-1]["eval_loss"]),
+        "test": bits(end["test_loss"]),
+        "seconds": round(seconds, 1),
+        "versions": {"hf_ouroboros": hf_ouroboros.__version__, "torch": torch.__version__},
+    }
+
+
+def bits(nats: float) -> float | None:
+    """Bits per byte; None if it is no number."""
+    return nats / math.log(2) if math.isfinite(nats) else None
+
+
+def data_name(train_file: str | None) -> str:
+    """What tells one corpus from another in the results."""
+    return "standard library" if train_file is None else Path(train_file).name
+
+
+# ---- all runs ----
+
+
+def missing_runs(options: StudyArguments) -> dict[Path, Setting]:
+    """The runs of the grids that have left no result yet."""
+    folder, data = Path(options.output_dir), data_name(options.train_file)
+    wanted = {folder / s.name(data): s for path in options.grid for s in read_grid(path)}
+    return {path: setting for path, setting in wanted.items() if not path.exists()}
+
+
+def run_all(options: StudyArguments) -> int:
+    """Runs what is missing; returns how many failed."""
+    missing = missing_runs(options)
+    print(f"{len(missing)} runs to do", flush=True)
+    if options.dry_run:
+        print(*sorted(path.name for path in missing), sep="\n")
+        return 0
+    Path(options.output_dir).mkdir(parents=True, exist_ok=True)
+    failed = 0
+    # Threads of numeric libraries are counted when a process starts.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        futures: dict[Future, Path] = {pool.submit(run, setting, options): path for path, setting in missing.items()}
+        for done, future in enumerate(as_completed(futures), 1):
+            path = futures[future]
+            try:
+                result = future.result()
+            except Exception as error:  # one run's failure must not end the study
+                failed += 1
+                print(f"[{done}/{len(futures)}] {path.stem} FAILED: {type(error).__name__}: {error}", flush=True)
+                continue
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            partial.rename(path)
+            value = "diverged" if result["test"] is None else f"{result['test']:.4f} bits per byte"
+            print(f"[{done}/{len(futures)}] {path.stem}: {value} in {result['seconds']:.0f} s", flush=True)
+    return failed
+
+
+def main() -> None:
+    """Runs and reports."""
+    (options,) = HfArgumentParser(StudyArguments, description=__doc__).parse_args_into_dataclasses()
+    if not options.grid and not options.report:
+        raise SystemExit("nothing to do: give --grid FILE.yaml to run, --report to see what was run")
+    failed = run_all(options) if options.grid else 0
+    if options.report:
+        print(write_report(Path(options.output_dir)))
+    if failed:
+        raise SystemExit(f"{failed} runs failed; start again to repeat them")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Names, options and combinations of delay compensations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_ouroboros.errors import UnsupportedOptionError
+from hf_ouroboros.optim import choose
+from hf_ouroboros.optim.advice import COSTLY, MEASURED, automatic, warning
+from hf_ouroboros.optim.choice import COMPENSATIONS, NAMES, OPTIMIZERS
+
+
+def test_nothing() -> None:
+    choice = choose("none")
+    assert (choice.optimizer, choice.compensations, str(choice)) == (None, (), "none")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_alone(name: str) -> None:
+    choice = choose(name)
+    assert str(choice) == name
+    assert (choice.optimizer is not None) == (name in OPTIMIZERS)
+    assert len(choice.compensations) == (name in COMPENSATIONS)
+
+
+def test_order_of_names_is_of_no_matter() -> None:
+    assert choose("lr_rescale + muon") == choose(["muon", "lr_rescale"])
+    assert str(choose("lr_rescale+gap_aware+nesterov")) == "nesterov+gap_aware+lr_rescale"
+
+
+def test_options_reach_their_owner_with_their_type() -> None:
+    choice = choose("muon+weight_prediction+lr_rescale", "momentum=0.9, adjust_lr_fn=original,anneal=7,horizon=.5")
+    assert (choice.optimizer.momentum, choice.optimizer.adjust_lr_fn) == (0.9, "original")
+    assert (choice.compensations[0].horizon, choice.compensations[1].anneal) == (0.5, 7)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("nesterov+magic", None, "'magic' is unknown; use none, auto, or one or several of nesterov, muon"),
+        ("muon+none", None, "'none' is unknown"),
+        ("", None, "'' is unknown"),
+        ("muon+muon", None, "names 'muon' twice"),
+        ("nesterov+muon", None, "nesterov and muon don't go together: each of them is an optimizer"),
+        ("nesterov+weight_prediction", None, "nesterov and weight_prediction don't go together: both look ahead"),
+        ("nesterov+error_feedback", None, "don't go together: both extrapolate"),
+        ("weight_prediction+error_feedback", None, "don't go together: both extrapolate"),
+        ("gap_aware+weight_prediction", None, "don't go together: the gap would be measured from"),
+        ("gap_aware+error_feedback+muon", None, "don't go together: one adds"),
+        ("none", "anneal=3", "'anneal=3' is no option of delay_compensation='none'; its options are none at all"),
+        ("lr_rescale", "momentum=3", "its options are anneal=..."),
+        ("lr_rescale", "anneal", "anneal='' must be a whole number"),
+        ("lr_rescale", "anneal=0.5", "anneal='0.5' must be a whole number"),
+        ("lr_rescale", "anneal=0", "anneal=0 must be at least 1"),
+        ("muon+basis_rotation", None, "muon and basis_rotation don't go together"),
+        ("basis_rotation", "refresh=0", "refresh=0 must be at least 1"),
+        ("muon", "momentum=much", "momentum='much' must be a number"),
+        ("muon", "adjust_lr_fn=magic", "adjust_lr_fn='magic' is unknown; use one of match_rms_adamw, original"),
+    ],
+)
+def test_refused(text: str, options: str | None, message: str) -> None:
+    with pytest.raises(UnsupportedOptionError, match=message):
+        choose(text, options)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: torch.optim.Adagrad(p), "not Adagrad"),
+        (lambda p: torch.optim.NAdam(p), "not NAdam"),
+        (lambda p: torch.optim.SGD(p, lr=0.1), "SGD has none here; set optim_args='momentum=0.9'"),
+        (lambda p: torch.optim.AdamW(p, maximize=True), "maximize=True"),
+    ],
+)
+def test_weight_prediction_needs_a_momentum_that_it_knows(make: object, message: str) -> None:
+    with pytest.raises(UnsupportedOptionError, match=message):
+        choose("weight_prediction").check(make([torch.nn.Parameter(torch.zeros(1))]))
+
+
+# ---- advice ----
+
+
+def test_auto_does_nothing_where_less_than_one_update_is_late() -> None:
+    assert automatic(1, 1, "adamw") == automatic(3, 4, "adamw") == automatic(9, 16, "adamw") == "none"
+    assert automatic(3, 1, "adamw") == automatic(5, 4, "adamw") == "nesterov"
+    assert automatic(3, 1, "another") == "none"
+
+
+def test_warning_has_a_measured_number() -> None:
+    text = warning(3, 1, "adamw")
+    assert (
+        "up to 2 update(s) late" in text and "cost 20%" in text and "gradient_accumulation_steps to 2 or more" in text
+    )
+    assert "cost 9%" in warning(9, 1, "muon")
+
+
+def test_no_warning_without_knowledge_or_cost() -> None:
+    assert warning(1, 1, "adamw") is None
+    assert warning(3, 4, "adamw") is None
+    assert warning(9, 1, "Adafactor") is None
+    assert all(m.cost > 0 for m in MEASURED) and any(m.cost < COSTLY for m in MEASURED)

@@ -1,0 +1,90 @@
+"""MuonAdamW: torch's two optimizers on their parameters, and which parameters those are."""
+
+from __future__ import annotations
+
+import torch
+from helpers import clone, cpu_devices, differences, make_optimizer, tiny_gpt2
+
+from hf_ouroboros.optim.matrices import algorithm_of, hidden_matrices
+from hf_ouroboros.optim.muon import MuonAdamW
+from hf_ouroboros.partition import split_model
+
+
+def set_gradients(model: torch.nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def test_is_torchs_muon_and_torchs_adamw() -> None:
+    model, expected = tiny_gpt2(), tiny_gpt2()
+    optimizer = make_optimizer("muon", model)
+    named = dict(expected.named_parameters())
+    matrices = [p for n, p in named.items() if p.dim() == 2 and ".h." in n]
+    rest = [p for n, p in named.items() if p.dim() == 2 and ".h." not in n]
+    biases = [p for p in named.values() if p.dim() < 2]
+    muon = torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW([{"params": rest, "weight_decay": 0.1}, {"params": biases, "weight_decay": 0.0}], lr=1e-2)
+    assert len(matrices) == 20
+    for step in range(3):
+        for twin in (model, expected):
+            set_gradients(twin, step)
+        optimizer.step()
+        muon.step()
+        adamw.step()
+    assert differences(expected.state_dict(), model.state_dict()) == []
+
+
+def test_parameters_without_gradient_are_left_alone() -> None:
+    model = tiny_gpt2()
+    optimizer = make_optimizer("muon", model)
+    set_gradients(model, 0)
+    for parameter in model.transformer.h[0].parameters():
+        parameter.grad = None
+    before = clone(model.transformer.h[0].state_dict())
+    optimizer.step()
+    assert differences(before, model.transformer.h[0].state_dict()) == []
+    assert not any(p in optimizer.state for p in model.transformer.h[0].parameters())
+
+
+def test_schedulers_and_state_dict() -> None:
+    """Groups, learning rates and state survive the round trip; a scheduler moves all groups."""
+    model, other = tiny_gpt2(), tiny_gpt2()
+    optimizer, loaded = make_optimizer("muon", model), make_optimizer("muon", other)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    for step in range(2):
+        set_gradients(model, step)
+        optimizer.step()
+        scheduler.step()
+    assert {group["lr"] for group in optimizer.param_groups} == {0.0025}
+    other.load_state_dict(model.state_dict())
+    loaded.load_state_dict(clone(optimizer.state_dict()))
+    for twin in (model, other):
+        set_gradients(twin, 9)
+    optimizer.step()
+    loaded.step()
+    assert differences(model.state_dict(), other.state_dict()) == []
+    assert differences(optimizer.state_dict(), loaded.state_dict()) == []
+
+
+def test_groups_are_split_and_keep_their_decay() -> None:
+    model = tiny_gpt2()
+    optimizer = make_optimizer("muon", model)
+    assert [(algorithm_of(g), g["weight_decay"], len(g["params"])) for g in optimizer.param_groups] == [
+        ("muon", 0.1, 20),
+        ("adamw", 0.1, 2),
+        ("adamw", 0.0, 42),
+    ]
+    frozen = [p for p in model.parameters() if p.dim() > 1]
+    assert {algorithm_of(g) for g in MuonAdamW(frozen).param_groups} == {"adamw"}
+
+
+def test_hidden_matrices_are_those_inside_layers() -> None:
+    model = tiny_gpt2(tied=False)
+    partition = split_model(model, cpu_devices(3), num_stages=3, check=False)
+    names = {id(p): n for n, p in model.named_parameters()}
+    decayed = [n for n in names.values() if "bias" not in n and "ln" not in n]
+    found = {names[id(p)] for p in hidden_matrices(partition.stages, decayed)}
+    parts = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert found == {f"transformer.h.{i}.{part}.weight" for i in range(5) for part in parts}
+    assert len(hidden_matrices(partition.stages, list(found)[:3])) == 3

@@ -1,0 +1,184 @@
+"""benchmark.py: its contenders, its tables, and tiny runs end to end."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import benchmark
+import psutil
+import pytest
+import torch
+from benchmarking import launch, report
+from benchmarking.contenders import ContenderError, parse_contender
+from benchmarking.job import Job
+from benchmarking.options import THROUGHPUT, TIME_TO_LOSS, BenchmarkArguments
+from benchmarking.text import read_blocks, write_blocks
+from running import RECIPES, run
+
+TINY = {"n_embd": 32, "n_layer": 4, "block_size": 32, "batch_size": 2, "repetitions": 1}
+
+
+def contender(text: str):
+    return parse_contender(text, micro_batches=4, global_batch=16, num_devices=2)
+
+
+def command(folder: Path, contenders: list[str], values: dict[str, object]) -> list[str]:
+    """A command line of a tiny benchmark on a text that it writes."""
+    (folder / "text.txt").write_text("The snake bites its tail, and the tail does not mind. " * 400)
+    values = TINY | {"train_file": folder / "text.txt", "output_dir": folder / "out"} | values
+    return [str(RECIPES / "benchmark.py"), "--contenders", *contenders, *(f"--{k}={v}" for k, v in values.items())]
+
+
+def test_contenders_are_read() -> None:
+    plain = contender("naive")
+    assert (plain.kind, plain.in_processes, plain.micro_batches, plain.settings) == ("naive", False, 4, ())
+    given = contender("pipelined:M=8,learning_rate=5e-4@processes")
+    assert (given.kind, given.in_processes, given.micro_batches) == ("pipelined", True, 8)
+    assert given.settings == (("learning_rate", "5e-4"),) and given.is_ours and not given.is_synchronous
+    assert contender("torch-zb").in_processes and contender("torch-zb:M=8").is_synchronous
+    assert not contender("1f1b:learning_rate=1").is_synchronous  # it trains something else than the naive run
+    for name in THROUGHPUT + TIME_TO_LOSS:
+        contender(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("navie", "unknown"),
+        ("pipelined@threads", "unknown"),
+        ("naive@processes", "@processes is for"),
+        ("reference@processes", "@processes is for"),
+        ("pipelined:M=3", "does not divide the 16 rows"),
+        ("pipelined:M=x", "does not divide"),
+        ("ddp:M=1", "use a multiple of 2"),
+        ("pipelined:optm=sgd", "'optm=sgd' is no setting"),
+        ("naive:schedule=1f1b", "option of TrainingArguments"),
+    ],
+)
+def test_impossible_contenders_are_named(text: str, words: str) -> None:
+    with pytest.raises(ContenderError, match=re.escape(words)):
+        contender(text)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"updates": 5}, "use 7 or more"),
+        ({"contenders": ["naive", "naive"]}, "twice"),
+        ({"vocab_size": 100}, "bytes"),
+        ({"devices": ["cuda:1", "cuda:0"]}, "cuda:0 cuda:1"),
+        ({"until_loss": "low", "updates": 20}, "a number or 'naive'"),
+        ({"until_loss": "naive", "contenders": ["1f1b", "naive"], "updates": 20}, "name naive first"),
+        ({"until_loss": "naive", "updates": 15}, "multiple of --eval_every"),
+    ],
+)
+def test_impossible_measurements_are_named(values: dict[str, object], words: str) -> None:
+    with pytest.raises(ContenderError, match=words):
+        BenchmarkArguments(**values).check()
+
+
+def test_rows_of_a_run_begin_like_those_of_a_longer_one(tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes(bytes(range(256)) * 8)
+    options = BenchmarkArguments(train_file=str(tmp_path / "text"), block_size=16, batch_size=1, micro_batches=2)
+    write_blocks(options, tmp_path / "blocks")
+    long, short = (
+        read_blocks(Job(options, contender("naive"), 0, tmp_path / "blocks", tmp_path, updates)) for updates in (100, 7)
+    )
+    assert long[0].shape == (200, 16) and torch.equal(long[0][:14], short[0])
+    assert set(long[0][:, 0].tolist()) == set(range(0, 256, 16))
+
+
+def made_up(name: str, speed: float, loss: float = 3.0, **more: object) -> dict[str, object]:
+    return {
+        "contender": name,
+        "tokens_per_second": speed,
+        "peak_memory_mib": [10.0],
+        "training_loss": loss,
+        "eval_loss": loss,
+        "losses": [loss],
+        **more,
+    }
+
+
+def test_ratios_are_taken_within_a_repetition() -> None:
+    contenders = [contender(name) for name in ("naive", "pipelined", "1f1b", "ddp")]
+    results = [
+        [made_up("naive", 10.0), made_up("pipelined", 19.0, loss=3.1, busy_shares=[1.0, 0.9]), made_up("1f1b", 15.0)],
+        [made_up("naive", 20.0), made_up("pipelined", 36.0, loss=3.1, busy_shares=[1.0, 0.9]), made_up("1f1b", 30.0)],
+        [made_up("naive", 5.0), made_up("pipelined", 10.0, loss=3.1, busy_shares=[1.0, 0.9])],
+    ]
+    results[2].append(made_up("1f1b", 9.0, loss=3.0004))
+    results[2].append({"contender": "ddp", "failed": "rank 1 raised\nValueError: a|b"})
+    lines = report.throughput_table(contenders, results, num_devices=2).splitlines()[2:]
+    assert "1.90 (1.80 - 2.00) | 95% | 100%, 90% | +0.0%" in lines[1]  # 1.9 / (19/10) is the median of the three
+    assert "1.50 (1.50 - 1.80) | 75%" in lines[2] and "losses differ from naive by 1.3e-04" in lines[2]
+    assert "differ" not in lines[1]  # delayed: it has losses of its own
+    assert "failed: rank 1 raised ValueError: a\\|b" in lines[3]
+
+
+def test_targets_are_crossed_between_evaluations() -> None:
+    found = {"target": 2.0, "tokens_per_update": 100, "evaluations": [(10, 5.0, 3.0), (20, 9.0, 1.0), (30, 13.0, 0.5)]}
+    assert report.crossing(found) == (7.0, 15.0) and report.tokens_to_target(found) == 1500.0
+    assert report.crossing(found | {"target": 3.5}) == (5.0, 10)
+    assert report.crossing(found | {"target": 0.1}) is None
+
+
+@pytest.mark.slow
+def test_synchronous_contenders_agree_and_failures_are_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing = "pipelined:optim=lomo@processes"  # a named error in both processes
+    contenders = ["naive", "ddp", "torch-gpipe", "torch-1f1b", "torch-zb:M=8", failing, "1f1b@processes", "pipelined"]
+    monkeypatch.setattr("sys.argv", command(tmp_path, contenders, {"updates": 7}))
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")  # otherwise it starts itself anew
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    benchmark.main()
+    printed, found = capsys.readouterr().out, json.loads((tmp_path / "out/results.json").read_text())
+    runs = {result["contender"]: result for result in found["results"][0]}
+    assert list(runs) == contenders
+    assert "UnsupportedOptionError" in runs[failing]["failed"]
+    assert "failed: rank" in printed and "losses differ" not in printed
+    differences = found["loss_differences"]
+    assert differences.keys() == {"naive", "ddp", "torch-gpipe", "torch-1f1b", "torch-zb:M=8", "1f1b@processes"}
+    assert max(differences.values()) < 1e-6  # another order of summation
+    assert runs["pipelined"]["eval_loss"] != pytest.approx(runs["naive"]["eval_loss"], rel=1e-6)  # it is delayed
+    assert [len(runs[name]["peak_memory_mib"]) for name in ("naive", "ddp", "pipelined")] == [1, 2, 1]
+    for name in ("torch-zb:M=8", "1f1b@processes", "pipelined"):
+        assert len(runs[name]["busy_shares"]) == 2 and all(0.0 < share <= 1.0 for share in runs[name]["busy_shares"])
+    assert (tmp_path / "out/runs/pipelined/timeline-pipelined.png").exists()
+    assert (tmp_path / "out/results.png").stat().st_size > 10_000
+    assert (tmp_path / "out/results.md").read_text().strip() in printed
+
+
+@pytest.mark.slow
+def test_time_to_the_loss_of_the_naive_run(tmp_path: Path) -> None:
+    contenders = ["naive", "torch-1f1b", "pipelined:M=2"]
+    values = {"until_loss": "naive", "updates": 8, "eval_every": 4, "untied": True}
+    printed = run(command(tmp_path, contenders, values), tmp_path).stdout
+    naive, peer, ours = json.loads((tmp_path / "out/results.json").read_text())["results"][0]
+    assert [update for update, _, _ in naive["evaluations"]] == [4, 8]
+    assert naive["target"] == naive["evaluations"][-1][2] == peer["target"] == ours["target"]
+    assert [loss for _, _, loss in peer["evaluations"][:2]] == pytest.approx(
+        [loss for _, _, loss in naive["evaluations"]], rel=1e-6
+    )
+    seconds = [second for _, second, _ in ours["evaluations"]]
+    assert seconds == sorted(seconds) and ours["evaluations"][0][0] == 4
+    (row,) = (line for line in printed.splitlines() if line.startswith("| naive |"))
+    assert "| 4 | 1 of 1 |" in row and "| 2,048 | 1.00 (1.00 - 1.00) |" in row  # 8 updates of 8 rows of 32
+    assert (tmp_path / "out/results.png").stat().st_size > 10_000
+
+
+def test_a_late_run_is_ended_with_its_processes(tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes(bytes(range(256)) * 200)
+    options = BenchmarkArguments(
+        train_file=str(tmp_path / "text"), block_size=32, batch_size=1, n_embd=32, n_layer=4, time_limit=3.0
+    )
+    write_blocks(options, tmp_path / "blocks")
+    job = Job(options, contender("torch-1f1b"), 0, tmp_path / "blocks", tmp_path / "run", updates=20_000)
+    with pytest.raises(launch.RunFailed, match=r"rank 0, 1 did not end within 3 s"):
+        launch.run(job)
+    servers = psutil.Process().children()
+    workers = [p for p in psutil.Process().children(recursive=True) if p not in servers]
+    assert not psutil.wait_procs(workers, timeout=10)[1]
