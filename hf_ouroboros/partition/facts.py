@@ -119,6 +119,11 @@ def model_facts(config: PretrainedConfig, batch: int, time: int, dtype: torch.dt
             f"{type(model).__name__} has {experts}={getattr(config, experts)}: what a mixture of experts computes depends "
             "on the data and can't be counted; plan a dense model"
         )
+    if getattr(config, "mem_len", 0):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} attends to a memory of mem_len={config.mem_len}, which is not counted; plan it without "
+            "(--config_overrides mem_len=0: the layers weigh as much beside each other), or train with device_map=auto"
+        )
     plan = outline(model)
     seen: set[int] = set()
     owned = []

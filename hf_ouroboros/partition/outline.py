@@ -69,6 +69,10 @@ class LayerList:
         """Names of the modules after the layers."""
         return list(self._after)
 
+    def cost(self, model: PreTrainedModel, name: str) -> float | None:
+        """None: a module's matrices say what it multiplies."""
+        return None
+
 
 def outline(model: PreTrainedModel) -> Outline:
     """The units of a model, which may be on the meta device.

@@ -69,18 +69,20 @@ class _Tracer:
         handles = [layer.register_forward_pre_hook(self._enter(i + 1)) for i, layer in enumerate(self.layers)]
         handles += [layer.register_forward_hook(self._leave) for layer in self.layers]
         ids = torch.zeros(batch, time, dtype=torch.long, device="meta")
-        # Four dimensions: a mask of two would be inspected, which needs data. It is the same for all layers.
-        mask = torch.ones(batch, 1, time, time, dtype=torch.bool, device="meta")
-        self._known[mask.untyped_storage()._cdata] = mask.untyped_storage()
-        placed = {}
+        given = {}
         if "position_ids" in inspect.signature(self.model.forward).parameters:
-            placed["position_ids"] = torch.zeros(batch, time, dtype=torch.long, device="meta")
+            # Without positions, and with a mask of two dimensions, transformers looks for packed and padded rows, which
+            # needs data. A mask of four dimensions is taken as it is; it is the same for all layers.
+            given["position_ids"] = torch.zeros(batch, time, dtype=torch.long, device="meta")
+            given["attention_mask"] = torch.ones(batch, 1, time, time, dtype=torch.bool, device="meta")
+            mask = given["attention_mask"].untyped_storage()
+            self._known[mask._cdata] = mask
         self.model.train()
         self.model.loss_type = "ForCausalLM"  # some configurations name none and would be warned of
         saving = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
         try:
             with self._counter, _FusedAttention(self._book), saving:
-                self.model(input_ids=ids, labels=ids, use_cache=False, attention_mask=mask, **placed)
+                self.model(input_ids=ids, labels=ids, use_cache=False, **given)
         finally:
             for handle in handles:
                 handle.remove()

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from hf_ouroboros.errors import UnsupportedModelError
+from hf_ouroboros.models.transfo_xl import TransfoXLConfig
 from hf_ouroboros.partition.facts import model_facts
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 64}
@@ -112,14 +113,28 @@ def test_layers_that_differ_are_counted_one_by_one() -> None:
     assert sliding.layers == 3
 
 
+def transfo_xl(**options: object) -> TransfoXLConfig:
+    """A small Transformer-XL with a plain softmax."""
+    sizes = {"d_model": 32, "d_embed": 32, "n_head": 4, "d_head": 8, "d_inner": 48, "n_layer": 3, "vocab_size": 64}
+    return TransfoXLConfig(**sizes | {"cutoffs": [], "div_val": 1, "tie_projs": [False], "mem_len": 0} | options)
+
+
+def test_transformer_xl_without_memory() -> None:
+    facts = model_facts(transfo_xl(), 2, 16)
+    assert facts.untrainable is None and facts.layers == 3
+    assert facts.parameters == sum(unit.parameters for unit in facts.units) > 0
+    assert facts.units[1].flops > 2 * (32 * 32 * 4 + 2 * 32 * 48) * 32  # its weights, and the attention
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
+        (transfo_xl(mem_len=16), "attends to a memory of mem_len=16, which is not counted; plan it without"),
         (T5Config(), "model_type 't5' is no causal language model"),
         (MixtralConfig(**SMALL, num_key_value_heads=2), "num_local_experts=8: what a mixture of experts computes"),
         (BertConfig(**SMALL, is_decoder=True), "neither in its embedding, its layers nor its head"),
     ],
-    ids=["no causal model", "experts", "no plain row of layers"],
+    ids=["memory", "no causal model", "experts", "no plain row of layers"],
 )
 def test_what_cannot_be_counted(config: PretrainedConfig, message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
