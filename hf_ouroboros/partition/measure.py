@@ -148,7 +148,7 @@ class _DeviceRun:
     ):
         self.model, self.family, self.facts, self.device, self.gate = model, family, facts, device, gate
         generator = torch.Generator().manual_seed(SEED)
-        vocabulary = model.get_input_embeddings().num_embeddings
+        vocabulary = model.config.vocab_size
         shape = (facts.batch, facts.time)
         self.batch = {"input_ids": torch.randint(vocabulary, shape, generator=generator).to(device)}
         self.width = int(facts.units[0].output_bytes / facts.batch / facts.time / facts.dtype.itemsize)

@@ -11,6 +11,7 @@ from helpers import tiny_gpt2
 from transformers import LlamaConfig
 
 from hf_ouroboros.errors import UnsupportedModelError
+from hf_ouroboros.models.transfo_xl import TransfoXLConfig
 from hf_ouroboros.partition import measure
 from hf_ouroboros.partition.facts import model_facts
 from hf_ouroboros.partition.measure import measured
@@ -40,6 +41,13 @@ def test_every_unit_gets_times(tied: bool) -> None:
         assert min(layers[0].forward, layers[0].backward, layers[0].step, embedding.forward, head.backward) > 0
         assert (norm.forward, norm.backward, norm.step) == (0, 0, 0)  # measured with the head
         assert (head.step == 0) is tied  # the embedding steps a tied matrix
+
+
+def test_transformer_xl_without_memory() -> None:
+    sizes = {"d_model": 32, "d_embed": 32, "n_head": 4, "d_head": 8, "d_inner": 48, "n_layer": 3, "vocab_size": 64}
+    config = TransfoXLConfig(**sizes, cutoffs=[], div_val=1, tie_projs=[False], mem_len=0)
+    (device,) = measured(config, model_facts(config, 2, 8), ["cpu:0"], cache=None)
+    assert min(device.times[1].forward, device.times[1].backward, device.times[-1].forward) > 0
 
 
 def test_results_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
