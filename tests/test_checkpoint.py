@@ -22,7 +22,15 @@ from trainer_helpers import (
 )
 
 from hf_ouroboros import CheckpointError
-from hf_ouroboros.checkpoint import STATE_META, STATE_TENSORS, appearing_whole, load_run_state, save_run_state
+from hf_ouroboros.checkpoint import (
+    STATE_META,
+    STATE_TENSORS,
+    appearing_whole,
+    load_run_state,
+    save_run_state,
+    save_state_part,
+    write_manifest,
+)
 from hf_ouroboros.engine.state import RunState
 
 
@@ -63,6 +71,26 @@ def test_non_contiguous_and_half_precision_gradients(tmp_path: Path) -> None:
     save_run_state(tmp_path, RunState(2, "joint", 0, 1, 1, 0, {0: {0: {"w": gradient}}, 1: {}}))
     found = load_run_state(tmp_path).pending[0][0]["w"]
     assert found.dtype == torch.bfloat16 and torch.equal(found, gradient)
+
+
+def remembering(streams: dict[int, tuple[int, int]], value: float) -> RunState:
+    memories = {group: {"layer": torch.full((width, 2), value)} for group, (width, _) in streams.items()}
+    return RunState(1, "joint", 0, 4, 2, None, {0: {}}, streams, {0: memories})
+
+
+def test_memories_of_replicas(tmp_path: Path) -> None:
+    """Each replica gets its own; for another R, of columns that several hold, what was read last."""
+    first = remembering({0: (2, 9), 2: (1, 5), 3: (1, 5)}, 1.0)  # 2 and 3 went to the other replica after segment 5
+    second = remembering({2: (2, 9), 0: (1, 5), 1: (1, 5)}, 2.0)
+    parts = [save_state_part(tmp_path, state, replica, 0) for replica, state in enumerate((first, second))]
+    write_manifest(tmp_path, parts, replicas=2)
+    for replica, expected in enumerate((first, second)):
+        found = load_run_state(tmp_path, replica=replica, replicas=2)
+        assert found.streams == expected.streams
+        assert_same(found.memories, expected.memories)
+    merged = load_run_state(tmp_path, replicas=1)
+    assert merged.streams == {0: (2, 9), 2: (2, 9)}
+    assert_same(merged.memories, {0: {0: first.memories[0][0], 2: second.memories[0][2]}})
 
 
 META_GARBAGE = ["", "{", "null", "[]", "3", "{}", '{"format": 3}', "\x00\x01", '{"format": 3, "files": {"x": 3}}']
