@@ -58,6 +58,7 @@ class OuroborosTrainer(BatchHooks, EvaluationHooks, CheckpointHooks, Trainer):
     Attributes:
         engine: the engine of the present or last `train()`; None before.
         stage_plan: stages, devices, delays, parameters and bytes; prints as a table.
+        delay_compensation: what is done about the delay, "auto" being resolved.
         timeline: executed instructions of the last `train()` with `timeline=...`; None otherwise.
 
     Raises:

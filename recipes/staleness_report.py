@@ -53,12 +53,13 @@ class Row:
     Args:
         key: values of `_ROW`.
         test: {updates: {seed: bits per byte on test text at the best learning rate}}.
-        rates: {updates: learning rate that is best on validation text}.
+        rates: {updates: learning rate that is best on validation text; "(edge)" if it is the largest or smallest of those
+            tried, so that a better one may lie beyond}.
     """
 
     key: Key
     test: dict[int, dict[int, float]]
-    rates: dict[int, float]
+    rates: dict[int, str]
 
     def __getattr__(self, name: str) -> Any:
         if name not in _ROW:
@@ -110,7 +111,10 @@ def rows_of(runs: Iterable[Run]) -> list[Row]:
 
             best = min(tried, key=score)
             test[updates] = {seed: _number(run["test"]) for seed, run in tried[best].items()}
-            rates[updates] = best[tuned.index("learning_rate")]
+            tried_rates = sorted({values[tuned.index("learning_rate")] for values in tried})
+            rate = best[tuned.index("learning_rate")]
+            edge = len(tried_rates) > 1 and rate in (tried_rates[0], tried_rates[-1])
+            rates[updates] = f"{rate:g}" + " (edge)" * edge
         rows.append(Row(key, test, rates))
     return sorted(rows, key=lambda row: (row.optimizer, row.stages, -row.micro_batches, row.label))
 
@@ -180,7 +184,7 @@ def table(rows: Sequence[Row], nominal: int) -> list[str]:
     for row in (row for row in rows if nominal in row.test):
         own = synchronous.get(row.optimizer)
         losses = Interval.of(list(row.test[nominal].values()))
-        cells = [row.label, row.stages, row.micro_batches, f"{row.rates[nominal]:g}", losses.count, losses.text()]
+        cells = [row.label, row.stages, row.micro_batches, row.rates[nominal], losses.count, losses.text()]
         for baseline in (own, adamw):
             cost = None if baseline in (None, row) else costs(row, baseline, nominal)
             cells.append("-" if cost is None else cost.text("+.1f", " %"))

@@ -91,6 +91,8 @@ class Setting:
     def __post_init__(self) -> None:
         if self.rows % self.micro_batches:
             raise OptionError(f"micro_batches={self.micro_batches} does not divide rows={self.rows}")
+        if self.model != "gpt2":
+            raise OptionError(f"model={self.model!r} is not known to the study; use gpt2")
 
     def name(self, data: str) -> str:
         """File name: what one looks for, and a checksum of everything, `data` included."""

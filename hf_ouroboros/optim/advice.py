@@ -86,8 +86,8 @@ def warning(stages: int, micro_batches: int, optimizer: str) -> str | None:
         return None
     return (
         f"num_stages={stages} with gradient_accumulation_steps={micro_batches} applies gradients up to {delay:g} update(s) late. "
-        f"With {optimizer}, {worst.delay:g} update(s) (K={worst.stages}, M={worst.micro_batches}) cost {worst.cost:.0%} in bits per "
-        f"character in a small run from scratch. Set gradient_accumulation_steps to {stages - 1} or more (with "
+        f"With {optimizer}, a delay of {worst.delay:g} update(s) cost {worst.cost:.0%} in bits per character (K={worst.stages}, "
+        f"M={worst.micro_batches}, a small model from scratch). Set gradient_accumulation_steps to {stages - 1} or more (with "
         "smaller micro-batches: same tokens per update, same throughput)"
-        + (", or delay_compensation='nesterov' or 'muon'." if optimizer == "adamw" else ".")
+        + (", or delay_compensation to 'nesterov' or 'muon'." if optimizer == "adamw" else ".")
     )

@@ -88,3 +88,13 @@ def test_hidden_matrices_are_those_inside_layers() -> None:
     parts = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     assert found == {f"transformer.h.{i}.{part}.weight" for i in range(5) for part in parts}
     assert len(hidden_matrices(partition.stages, list(found)[:3])) == 3
+
+
+def test_a_step_hook_is_called_once_a_step() -> None:
+    model = tiny_gpt2()
+    optimizer = make_optimizer("muon", model)
+    seen = []
+    optimizer.register_step_pre_hook(lambda found, *_: seen.append(found))
+    set_gradients(model, 0)
+    optimizer.step()
+    assert seen == [optimizer]

@@ -42,6 +42,7 @@ def test_grid_is_all_combinations_over_defaults(tmp_path: Path) -> None:
         ({"runs": [{"stage": 3}]}, "'stage' is no field of a run; there are stages, micro_batches"),
         ({"runs": [{"stages": "three"}]}, "invalid literal"),
         ({"runs": [{"micro_batches": 5}]}, "micro_batches=5 does not divide rows=16"),
+        ({"runs": [{"model": "llama"}]}, "model='llama' is not known to the study; use gpt2"),
         ({"run": []}, "no YAML file with a list 'runs'"),
         ([], "no YAML file with a list 'runs'"),
     ],
@@ -106,7 +107,9 @@ def test_learning_rate_is_the_best_on_common_seeds() -> None:
     runs = [result(1, 3.0, seed=0), result(1, 2.0, seed=1), result(1, 2.9, seed=1, learning_rate=1e-2)]
     runs += [result(1, None, seed=0, learning_rate=1e-1), result(1, None, seed=1, learning_rate=1e-1)]
     (row,) = rows_of(runs)
-    assert row.rates == {1000: 1e-3} and row.test == {1000: {0: 3.0, 1: 2.0}}
+    assert row.rates == {1000: "0.001 (edge)"} and row.test == {1000: {0: 3.0, 1: 2.0}}
+    (row,) = rows_of([*runs, result(1, 4.0, seed=1, learning_rate=1e-4)])
+    assert row.rates == {1000: "0.001"}
 
 
 def test_costs_are_paired_by_seed() -> None:
