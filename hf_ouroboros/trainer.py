@@ -7,32 +7,27 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import dispatch_model
-from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalPrediction, TrainOutput
-from transformers.utils import logging
 
 from .arguments import OuroborosArguments
 from .engine.engine import Engine
 from .engine.optimizers import check_optimizer
-from .errors import UnsupportedOptionError
 from .hooks.batches import BatchHooks
+from .hooks.card import CardHooks
 from .hooks.checkpoints import CheckpointHooks
 from .hooks.evaluation import EvaluationHooks
 from .hooks.loss import LossContext, TrainerLoss
+from .hooks.optimizer import OptimizerHooks
 from .hooks.preemption import SaveOnSigterm
-from .hub.facts import TAG, collect_facts
+from .hub.facts import TAG
 from .ledger import LossLedger
-from .optim import Choice, choose
-from .optim.advice import automatic, warning
-from .optim.matrices import hidden_matrices
 from .partition import Home, Partition, StagePlan, split_model, torch_device
 from .processes import ProcessGrid
 from .processes.clocks import record_of_all
@@ -43,12 +38,10 @@ from .processes.relay import Relay
 from .processes.watch import Watch
 from .reference import Reference
 from .simulate.timeline import Timeline
-from .staged import StagedModel, StagedOptimizer, refuse_forward
-
-logger = logging.get_logger(__name__)
+from .staged import StagedModel, refuse_forward
 
 
-class OuroborosTrainer(BatchHooks, EvaluationHooks, CheckpointHooks, Trainer):
+class OuroborosTrainer(BatchHooks, OptimizerHooks, EvaluationHooks, CheckpointHooks, CardHooks, Trainer):
     """A `Trainer` that splits the model into stages and trains them with delayed gradients, all devices busy.
 
     Same signature as `transformers.Trainer`. A plain `TrainingArguments` is taken with the defaults of
@@ -237,60 +230,6 @@ class OuroborosTrainer(BatchHooks, EvaluationHooks, CheckpointHooks, Trainer):
         if len({torch_device(name) for name in device_map.values()}) > 1 and not hasattr(self.model, "hf_device_map"):
             dispatch_model(self.model, {name: torch_device(device) for name, device in device_map.items()})
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The complete optimizer, as Trainer makes it, behind a face that tells the engine about updates."""
-        if self._staged_optimizer is not None:
-            return self.optimizer
-        choice, given = self.delay_compensation, self.optimizer_cls_and_kwargs
-        if choice.optimizer is not None:
-            matrices = hidden_matrices(self._partition.stages, self.get_decay_parameter_names(self.model))
-            self.optimizer_cls_and_kwargs = choice.optimizer.optimizer(self.args, matrices)
-        super().create_optimizer()
-        self.optimizer_cls_and_kwargs = given
-        check_optimizer(self.optimizer, self.model.parameters())
-        choice.check(self.optimizer)
-        self.optimizer = StagedOptimizer(self.optimizer, str(choice))
-        return self.optimizer
-
-    @property
-    def delay_compensation(self) -> Choice:
-        """What the run does about its delays, "auto" being resolved by K, M and optimizer."""
-        if self.args.delay_compensation != "auto":
-            return choose(self.args.delay_compensation, self.args.delay_compensation_args)
-        default = self.args.has_default_optimizer and not self._own_optimizer
-        return choose(automatic(*self._delays, "adamw" if default else "another"))
-
-    @property
-    def _delays(self) -> tuple[int, int]:
-        """K, or 1 where nothing is late; and M."""
-        stages = 1 if self.args.schedule == "1f1b" else self.stage_plan.num_stages
-        return stages, self.args.gradient_accumulation_steps
-
-    def _check_compensation(self) -> None:
-        choice = self.delay_compensation
-        if self._own_optimizer and choice.optimizer is not None:
-            raise UnsupportedOptionError(
-                f"delay_compensation={self.args.delay_compensation!r} brings its own optimizer, but this trainer was given "
-                "another one; leave out optimizers= and optimizer_cls_and_kwargs=, or choose another compensation"
-            )
-        if self.optimizer is not None:
-            choice.check(self.optimizer)
-
-    def _warn_of_delay(self, optimizer: torch.optim.Optimizer) -> None:
-        choice = self.delay_compensation
-        if choice.compensations or not self.is_world_process_zero():
-            return
-        name = "adamw" if type(optimizer) is torch.optim.AdamW else type(optimizer).__name__
-        text = warning(*self._delays, choice.optimizer.name if choice.optimizer else name)
-        if text is not None:
-            logger.warning(text)
-
-    @property
-    def _staged_optimizer(self) -> StagedOptimizer | None:
-        """Our face of the optimizer, which accelerate wraps once more; None before it was made."""
-        optimizer = self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
-        return optimizer if isinstance(optimizer, StagedOptimizer) else None
-
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         # Anything that is not self.model keeps Trainer from preparing it (DDP, device placement, gradient zeroing).
         if self._partition.model is not self.model:
@@ -340,12 +279,6 @@ class OuroborosTrainer(BatchHooks, EvaluationHooks, CheckpointHooks, Trainer):
             total += loss
         return total
 
-    def _clip_grad_norm(self, model: nn.Module) -> None:
-        """Nothing: the workers clip."""
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
-        """Nothing: gradients are the workers'; the norm is logged from what they report."""
-
     def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         control = self.control
         if self.engine.update_open:  # an epoch of data without a length may end within an update
@@ -377,45 +310,6 @@ class OuroborosTrainer(BatchHooks, EvaluationHooks, CheckpointHooks, Trainer):
             else:
                 logs["loss"] = mean
         super().log(logs, start_time)
-
-    # ---- the Hub ----
-
-    def create_model_card(
-        self,
-        language: str | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
-        finetuned_from: str | None = None,
-        tasks: str | list[str] | None = None,
-        dataset_tags: str | list[str] | None = None,
-        dataset: str | list[str] | None = None,
-        dataset_args: str | list[str] | None = None,
-        **facts: Any,
-    ) -> None:
-        """Writes `README.md` into the output directory: method, split, delays, data, results, citation.
-
-        Args:
-            facts: further fields of `hf_ouroboros.hub.CardFacts`, which win over what the trainer knows.
-        """
-        from .hub.card import build_card
-
-        if not self.is_world_process_zero():
-            return
-        known = collect_facts(
-            self,
-            language=language,
-            license=license,
-            tags=tags,
-            model_name=model_name,
-            base_model=finetuned_from,
-            dataset_id=dataset_tags,
-            dataset_name=dataset,
-            **facts,
-        )
-        path = Path(self.args.output_dir) / "README.md"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        build_card(known).save(path)
 
 
 def _grid_of(args: OuroborosArguments) -> ProcessGrid | None:

@@ -18,7 +18,7 @@ from trainer_helpers import (
     trained,
 )
 
-import hf_ouroboros.trainer
+import hf_ouroboros.hooks.optimizer
 from hf_ouroboros.errors import CheckpointError, UnsupportedOptionError
 from hf_ouroboros.optim.muon import MuonAdamW
 
@@ -105,7 +105,7 @@ def test_auto(tmp_path: Path) -> None:
 
 def test_costly_delays_are_told_with_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
-    monkeypatch.setattr(hf_ouroboros.trainer.logger, "warning", told.append)
+    monkeypatch.setattr(hf_ouroboros.hooks.optimizer.logger, "warning", told.append)
     options = SPLIT | {"max_steps": 1}
     trained(tmp_path, **options)
     assert len(told) == 1 and "cost 20% in bits per character" in told[0]

@@ -1,0 +1,88 @@
+"""The optimizer: Trainer's own, or that of a delay compensation, behind a face that tells the engine about updates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+from transformers import Trainer
+from transformers.utils import logging
+
+from ..engine.optimizers import check_optimizer
+from ..errors import UnsupportedOptionError
+from ..optim import Choice, choose
+from ..optim.advice import automatic, warning
+from ..optim.matrices import hidden_matrices
+from ..partition import Partition
+from ..staged import StagedOptimizer
+
+logger = logging.get_logger(__name__)
+
+
+class OptimizerHooks(Trainer):
+    """Makes the optimizer whose stages step on their own, and says what is done about delays."""
+
+    _partition: Partition
+    _own_optimizer: bool
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The complete optimizer, as Trainer makes it, behind a face that tells the engine about updates."""
+        if self._staged_optimizer is not None:
+            return self.optimizer
+        choice, given = self.delay_compensation, self.optimizer_cls_and_kwargs
+        if choice.optimizer is not None:
+            matrices = hidden_matrices(self._partition.stages, self.get_decay_parameter_names(self.model))
+            self.optimizer_cls_and_kwargs = choice.optimizer.optimizer(self.args, matrices)
+        super().create_optimizer()
+        self.optimizer_cls_and_kwargs = given
+        check_optimizer(self.optimizer, self.model.parameters())
+        choice.check(self.optimizer)
+        self.optimizer = StagedOptimizer(self.optimizer, str(choice))
+        return self.optimizer
+
+    @property
+    def delay_compensation(self) -> Choice:
+        """What the run does about its delays, "auto" being resolved by K, M and optimizer."""
+        if self.args.delay_compensation != "auto":
+            return choose(self.args.delay_compensation, self.args.delay_compensation_args)
+        default = self.args.has_default_optimizer and not self._own_optimizer
+        return choose(automatic(*self._delays, "adamw" if default else "another"))
+
+    @property
+    def _delays(self) -> tuple[int, int]:
+        """K, or 1 where nothing is late; and M."""
+        stages = 1 if self.args.schedule == "1f1b" else self.stage_plan.num_stages
+        return stages, self.args.gradient_accumulation_steps
+
+    def _check_compensation(self) -> None:
+        choice = self.delay_compensation
+        if self._own_optimizer and choice.optimizer is not None:
+            raise UnsupportedOptionError(
+                f"delay_compensation={self.args.delay_compensation!r} brings its own optimizer, but this trainer was given "
+                "another one; leave out optimizers= and optimizer_cls_and_kwargs=, or choose another compensation"
+            )
+        if self.optimizer is not None:
+            choice.check(self.optimizer)
+
+    def _warn_of_delay(self, optimizer: torch.optim.Optimizer) -> None:
+        choice = self.delay_compensation
+        if choice.compensations or not self.is_world_process_zero():
+            return
+        name = "adamw" if type(optimizer) is torch.optim.AdamW else type(optimizer).__name__
+        text = warning(*self._delays, choice.optimizer.name if choice.optimizer else name)
+        if text is not None:
+            logger.warning(text)
+
+    @property
+    def _staged_optimizer(self) -> StagedOptimizer | None:
+        """Our face of the optimizer, which accelerate wraps once more; None before it was made."""
+        optimizer = self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
+        return optimizer if isinstance(optimizer, StagedOptimizer) else None
+
+    def _clip_grad_norm(self, model: nn.Module) -> None:
+        """Nothing: the workers clip."""
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
+        """Nothing: gradients are the workers'; the norm is logged from what they report."""
