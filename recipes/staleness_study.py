@@ -1,6 +1,6 @@
 """What does delay cost, and what helps? Many small runs over stages, micro-batches, compensations and learning rates.
 
-    python recipes/staleness_study.py --grid recipes/configs/staleness_screen.yaml --jobs 2    # runs what is missing
+    python recipes/staleness_study.py --grid recipes/staleness_grids/screen.yaml --jobs 2    # runs what is missing
     python recipes/staleness_study.py --report                                                 # tables and pictures
 
 Every run is an `OuroborosTrainer` with `schedule="reference"` on one device and one thread: the numbers are those of every

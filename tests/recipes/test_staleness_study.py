@@ -54,7 +54,7 @@ def test_grids_that_are_refused(tmp_path: Path, content: Any, message: str) -> N
 
 @pytest.mark.parametrize("name", ["screen", "confirm", "finetune", "smoke"])
 def test_grids_of_the_repository(name: str) -> None:
-    settings = list(read_grid(str(RECIPES / "configs" / f"staleness_{name}.yaml")))
+    settings = list(read_grid(str(RECIPES / "staleness_grids" / f"{name}.yaml")))
     assert settings and len({s.name("text") for s in settings}) == len(settings)
     assert {s.stages for s in settings} > {1}, "a synchronous run to compare with"
 
