@@ -4,7 +4,7 @@
     python recipes/benchmark.py --devices cuda:0 cuda:1 --n_embd 1024 --n_layer 24 --vocab_size 50304
     python recipes/benchmark.py --until_loss naive --updates 400 --contenders naive 1f1b@processes pipelined:M=8@processes
 
-All contenders (see `benchmarking/contenders.py`) train the same GPT-2 on the same global batches with the same optimizer,
+All contenders (see `benchmarking/contenders.py`) train the same model on the same global batches with the same optimizer,
 one after the other, in processes of their own; a contender that fails or hangs is reported and the others go on. Ratios are
 taken within a repetition. On CPU, "naive" computes with one core, which is what devices that take turns amount to; on
 accelerators it is the model dispatched over the devices.

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import GPT2Config, GPT2LMHeadModel, set_seed
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, set_seed
+
+from hf_ouroboros.models.transfo_xl import TransfoXLConfig, TransfoXLLMHeadModel
 
 from .contenders import Contender
 from .options import BenchmarkArguments
@@ -42,10 +45,17 @@ class Job:
         return self.options.global_batch // self.contender.micro_batches
 
 
-def build_model(job: Job) -> GPT2LMHeadModel:
-    """The same GPT-2 for every contender, without dropout."""
+def build_model(job: Job) -> PreTrainedModel:
+    """The same model for every contender, without dropout."""
     options = job.options
     set_seed(job.seed)
+    build = {"gpt2": _gpt2, "transfo-xl": _transfo_xl}[options.model_type]
+    model = build(options)
+    model.loss_type = "ForCausalLM"  # otherwise Trainer counts one label too many per row
+    return model
+
+
+def _gpt2(options: BenchmarkArguments) -> GPT2LMHeadModel:
     config = GPT2Config(
         vocab_size=options.vocab_size,
         n_positions=options.block_size,
@@ -59,9 +69,36 @@ def build_model(job: Job) -> GPT2LMHeadModel:
         eos_token_id=0,
         tie_word_embeddings=not options.untied,
     )
-    model = GPT2LMHeadModel(config)
-    model.loss_type = "ForCausalLM"  # otherwise Trainer counts one label too many per row
-    return model
+    return GPT2LMHeadModel(config)
+
+
+def _transfo_xl(options: BenchmarkArguments) -> TransfoXLLMHeadModel:
+    """With a plain softmax, and without memory: what it costs is attention, which peers can't carry from batch to batch."""
+    config = TransfoXLConfig(
+        vocab_size=options.vocab_size,
+        cutoffs=[],
+        div_val=1,
+        d_model=options.n_embd,
+        d_embed=options.n_embd,
+        n_head=max(1, options.n_embd // 64),
+        d_head=64,
+        d_inner=4 * options.n_embd,
+        n_layer=options.n_layer,
+        mem_len=0,
+        clamp_len=0,
+        same_length=False,
+        dropout=0.0,
+        eos_token_id=0,
+        tie_word_embeddings=not options.untied,
+    )
+    return TransfoXLLMHeadModel(config)
+
+
+def tables(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
+    """The modules whose `weight` is the input and the output embedding, [vocabulary, width]."""
+    if isinstance(model, TransfoXLLMHeadModel):
+        return model.transformer.word_emb.emb_layers[0], model.crit.out_layers[0]
+    return model.transformer.wte, model.lm_head
 
 
 def common_arguments(job: Job) -> dict[str, Any]:

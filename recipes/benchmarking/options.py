@@ -40,9 +40,16 @@ class BenchmarkArguments:
         default=4, metadata={"help": "Rows per micro-batch; M times it is everyone's global batch."}
     )
     block_size: int = field(default=256, metadata={"help": "Tokens per row."})
-    n_embd: int = field(default=256, metadata={"help": "Width of the GPT-2."})
-    n_layer: int = field(default=8, metadata={"help": "Layers of the GPT-2."})
-    vocab_size: int = field(default=257, metadata={"help": "Vocabulary of the GPT-2; the text is bytes."})
+    model_type: str = field(
+        default="gpt2",
+        metadata={
+            "help": "Architecture; a Transformer-XL reads every row by itself, without memory.",
+            "choices": ["gpt2", "transfo-xl"],
+        },
+    )
+    n_embd: int = field(default=256, metadata={"help": "Width of the model."})
+    n_layer: int = field(default=8, metadata={"help": "Layers of the model."})
+    vocab_size: int = field(default=257, metadata={"help": "Vocabulary of the model; the text is bytes."})
     untied: bool = field(
         default=False,
         metadata={"help": "Give the head a matrix of its own, for all contenders; ours then has K = devices."},

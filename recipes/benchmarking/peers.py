@@ -23,7 +23,7 @@ from hf_ouroboros import split_model
 from hf_ouroboros.partition import Stage
 
 from .clock import Clock
-from .job import Job, build_model, common_arguments
+from .job import Job, build_model, common_arguments, tables
 from .measure import gather, peak_memory_mib, steady_state
 from .options import settling_updates
 from .text import read_blocks
@@ -84,9 +84,10 @@ class Peer:
         self.device = torch.device("cpu") if job.options.on_cpu else torch.device(job.options.devices[self.rank])
         self.num_stages = world_size * STAGES_PER_DEVICE.get(kind, 1)
         model = build_model(job)
-        tied = model.lm_head.weight is model.transformer.wte.weight
+        inputs, outputs = tables(model)
+        tied = outputs.weight is inputs.weight
         if tied:
-            model.lm_head.weight = nn.Parameter(model.transformer.wte.weight.detach().clone())
+            outputs.weight = nn.Parameter(inputs.weight.detach().clone())
             model.config.tie_word_embeddings = False
         names = [f"cpu:{i}" for i in range(self.num_stages)]  # only a split: no weight moves
         all_stages = split_model(model, names, num_stages=self.num_stages, check=False).stages
@@ -99,10 +100,10 @@ class Peer:
         if tied:
             self.copies_group = dist.new_group(sorted({0, world_size - 1}))
             if self.owns_first:
-                self.copies.append(model.transformer.wte.weight)
+                self.copies.append(inputs.weight)
             if self.owns_last:
-                self.copies.append(model.lm_head.weight)
-        self.counted_twice = {id(model.lm_head.weight)} if tied else set()
+                self.copies.append(outputs.weight)
+        self.counted_twice = {id(outputs.weight)} if tied else set()
         self.stages = [TimedStage(part, s, self.num_stages, self.device) for s, part in self.parts.items()]
         self.schedule = SCHEDULES[kind](
             self.stages if kind in STAGES_PER_DEVICE else self.stages[0], micro_batches, loss_fn=next_token_loss
@@ -122,7 +123,7 @@ class Peer:
         self.lr_scheduler = get_scheduler(
             self.arguments.lr_scheduler_type, self.optimizer, self.arguments.warmup_steps, job.updates
         )
-        self.width = model.config.n_embd
+        self.width = model.config.hidden_size
         self.optimizer_seconds = 0.0
 
     def update(self, ids: torch.Tensor) -> float | None:

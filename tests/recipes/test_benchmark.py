@@ -12,7 +12,7 @@ import pytest
 import torch
 from benchmarking import launch, report
 from benchmarking.contenders import ContenderError, parse_contender
-from benchmarking.job import Job
+from benchmarking.job import Job, build_model, tables
 from benchmarking.options import THROUGHPUT, TIME_TO_LOSS, BenchmarkArguments
 from benchmarking.text import read_blocks, write_blocks
 from running import RECIPES, run
@@ -152,10 +152,22 @@ def test_synchronous_contenders_agree_and_failures_are_reported(
     assert (tmp_path / "out/results.md").read_text().strip() in printed
 
 
+@pytest.mark.parametrize("untied", [True, False])
+@pytest.mark.parametrize("model_type", ["gpt2", "transfo-xl"])
+def test_models_of_contenders(tmp_path: Path, model_type: str, untied: bool) -> None:
+    options = BenchmarkArguments(model_type=model_type, n_embd=64, n_layer=2, block_size=16, untied=untied)
+    job = Job(options, contender("naive"), 0, tmp_path / "blocks", tmp_path, updates=1)
+    first, second = (build_model(job) for _ in range(2))
+    inputs, outputs = tables(first)
+    assert inputs.weight.shape == outputs.weight.shape == (257, 64) and (inputs.weight is outputs.weight) != untied
+    ids = torch.arange(12).view(1, 12)
+    assert torch.equal(first(input_ids=ids, labels=ids).loss, second(input_ids=ids, labels=ids).loss)
+
+
 @pytest.mark.slow
 def test_time_to_the_loss_of_the_naive_run(tmp_path: Path) -> None:
     contenders = ["naive", "torch-1f1b", "pipelined:M=2"]
-    values = {"until_loss": "naive", "updates": 8, "eval_every": 4, "untied": True}
+    values = {"until_loss": "naive", "updates": 8, "eval_every": 4, "untied": True, "model_type": "transfo-xl"}
     printed = run(command(tmp_path, contenders, values), tmp_path).stdout
     naive, peer, ours = json.loads((tmp_path / "out/results.json").read_text())["results"][0]
     assert [update for update, _, _ in naive["evaluations"]] == [4, 8]
