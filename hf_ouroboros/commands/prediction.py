@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from ..partition.planner import SplitPlan, plan_split
+from ..partition.planner import PlannedStage, SplitPlan, plan_split
 from ..simulate.links import Links
 from ..simulate.peers import PEERS, peer_placement
 from ..simulate.simulator import Simulation, StageCost, ideal_speedup, simulate
@@ -19,12 +19,19 @@ def stage_costs(plan: SplitPlan) -> list[StageCost]:
             stage.backward,
             stage.step,
             stage.units[-1].output_bytes,
-            sum(unit.activation_bytes for unit in stage.units),
+            _kept_bytes(plan, stage),
             sum(unit.parameter_bytes for unit in stage.units),
             plan_cost=sum(unit.plan_cost for unit in stage.units),
         )
         for stage in plan.stages
     ]
+
+
+def _kept_bytes(plan: SplitPlan, stage: PlannedStage) -> float:
+    """What a stage keeps of a micro-batch from its forward to its backward; with recompute, its input."""
+    if plan.options.recompute and stage is not plan.stages[-1]:
+        return stage.units[0].output_bytes if stage.stage else 0.0
+    return sum(unit.activation_bytes for unit in stage.units)
 
 
 def predict(plan: SplitPlan, schedule: str, links: Links, replicas: int = 1) -> Simulation:
