@@ -181,8 +181,8 @@ class StageRunner:
         Args:
             tick: the micro-batch's number.
             gradient: of the loss with respect to this stage's output; None on the last stage.
-            closing: whether the open update ends with this micro-batch. Its gradients then go straight to the window,
-                and where there are replicas their mean begins layer by layer while the backward is still running.
+            closing: whether the open update ends with this micro-batch. Where there are replicas, its gradients then go
+                straight to the window, and their mean begins layer by layer while the backward is still running.
 
         Returns:
             The stage's parameter gradients as far as they are not in the window yet, and the gradient for the stage
@@ -194,7 +194,8 @@ class StageRunner:
         if gradient is not None:
             gradient = gradient.to(self.device, non_blocking=True)
         if item.output.requires_grad and (gradient is not None or self.stage.is_last):
-            with self._averaging_meanwhile(item.leaves) if closing else contextlib.nullcontext():
+            averaging = closing and self.has_replicas
+            with self._averaging_meanwhile(item.leaves) if averaging else contextlib.nullcontext():
                 torch.autograd.backward(item.output, gradient)
         gradients: Gradients = {}
         for name, leaf in item.leaves.items():
@@ -216,12 +217,12 @@ class StageRunner:
             self.accumulate({name: gradient})
             self._mean.ready(name, self.window)
 
-        hooks = []
-        if self._mean is not None:
-            for name, leaf in leaves.items():
-                # A tied matrix is complete only with the other side's gradient.
-                if leaf.requires_grad and (self._link is None or name not in self._link.names):
-                    hooks.append(leaf.register_post_accumulate_grad_hook(partial(take, name)))
+        tied = () if self._link is None else self._link.names  # complete only with the other side's gradient
+        hooks = [
+            leaf.register_post_accumulate_grad_hook(partial(take, name))
+            for name, leaf in leaves.items()
+            if leaf.requires_grad and name not in tied
+        ]
         try:
             yield
         finally:

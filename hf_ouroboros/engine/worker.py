@@ -159,7 +159,8 @@ class Worker(threading.Thread):
                         self._transport.expect_hidden(stage, item.slot.tick, item.batch)
                 if item.slot.update is not None:
                     self._hyperparameters[stage][item.slot.update] = item.hyperparameters
-                    self._closing[stage].add(item.slot.trail[self._num_stages - 1 - stage])
+                    if (tick := item.slot.trail[self._num_stages - 1 - stage]) is not None:
+                        self._closing[stage].add(tick)
             yield item.slot
 
     def _execute(self, instruction: Instruction) -> None:
