@@ -82,6 +82,12 @@ def loss_difference(contender: Contender, results: list[list[Run]]) -> float | N
     return max(differences, default=None)
 
 
+def _failed_row(contender: Contender, message: str) -> str:
+    """A row of either table for a contender without figures."""
+    shown = " ".join(message.split()).replace("|", "\\|")[:200]
+    return f"| {contender.label} | {contender.micro_batches} | failed: {shown} |  |  |  |  |  |  |"
+
+
 def throughput_table(contenders: list[Contender], results: list[list[Run]], num_devices: int) -> str:
     """Markdown table: medians over the repetitions, ratios within each repetition."""
     lines = [
@@ -92,8 +98,7 @@ def throughput_table(contenders: list[Contender], results: list[list[Run]], num_
     wrong = disagreements(contenders, results)
     for contender in contenders:
         if message := failure(contender, results):
-            shown = " ".join(message.split()).replace("|", "\\|")[:200]
-            lines.append(f"| {contender.label} | {contender.micro_batches} | failed: {shown} |  |  |  |  |  |  |")
+            lines.append(_failed_row(contender, message))
             continue
         runs = runs_of(contender, results)
         speedups = ratios(contender, results, lambda run: run["tokens_per_second"])
@@ -156,8 +161,7 @@ def time_to_loss_table(contenders: list[Contender], results: list[list[Run]]) ->
     ]
     for contender in contenders:
         if message := failure(contender, results):
-            shown = " ".join(message.split()).replace("|", "\\|")[:200]
-            lines.append(f"| {contender.label} | {contender.micro_batches} | failed: {shown} |  |  |  |  |  |  |")
+            lines.append(_failed_row(contender, message))
             continue
         runs = runs_of(contender, results)
         reached = [run for run in runs if crossing(run)]
