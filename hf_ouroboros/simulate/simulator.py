@@ -114,8 +114,11 @@ def simulate(
     programs = run_programs(schedule, placement, costs, micro_batches, updates, recompute=recompute, exchange=exchange)
     executed = execute(programs, placement, costs, links or Links(), replicas)
     timeline = as_timeline(executed, devices, device_names)
-    start, end = timeline.steady_interval(warm * micro_batches, multiple_of=micro_batches)
-    ticks = sum(start < done <= end for done in timeline.forward_ends().values())
+    # Seen from the busiest device, which is the last to find its steady pace: others may be catching up with it.
+    loads = device_loads(placement, costs, micro_batches)
+    pacing = list(placement).index(max(loads, key=loads.__getitem__))
+    start, end = timeline.steady_interval(warm * micro_batches, multiple_of=micro_batches, stage=pacing)
+    ticks = sum(start < done <= end for done in timeline.forward_ends(pacing).values())
     held = [in_flight([e for e in executed if e.device == d], costs) for d in range(devices)]
     return Simulation(
         schedule,
@@ -236,8 +239,16 @@ def in_flight(own: Sequence[Executed], costs: Sequence[StageCost]) -> tuple[int,
     return most_ticks, most_size
 
 
+def device_loads(placement: Sequence[int], costs: Sequence[StageCost], micro_batches: int) -> dict[int, float]:
+    """Seconds that each device computes per micro-batch."""
+    work = [cost.per_tick(micro_batches) for cost in costs]
+    return {
+        device: math.fsum(w for w, d in zip(work, placement, strict=True) if d == device)
+        for device in sorted(set(placement))
+    }
+
+
 def ideal_speedup(placement: Sequence[int], costs: Sequence[StageCost], micro_batches: int) -> float:
     """Speed-up of this split if no device ever waited: all work / that of the busiest device."""
-    work = [cost.per_tick(micro_batches) for cost in costs]
-    loads = [math.fsum(w for w, d in zip(work, placement, strict=True) if d == device) for device in set(placement)]
+    loads = device_loads(placement, costs, micro_batches).values()
     return math.fsum(loads) / max(loads)

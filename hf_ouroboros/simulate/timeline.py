@@ -138,15 +138,15 @@ class Timeline:
                 work[e.device].append((max(e.start, start), min(e.end, end)))
         return [min(1.0, math.fsum(b - a for a, b in _merged(own)) / (end - start)) for own in work]
 
-    def forward_ends(self) -> dict[int, float]:
-        """Tick -> when its forward had passed every stage, in seconds; ticks in ascending order."""
+    def forward_ends(self, stage: int | None = None) -> dict[int, float]:
+        """Tick -> when its forward had passed `stage`, or every stage, in seconds; ticks in ascending order."""
         ends: dict[int, float] = {}
         for e in self._events.copy():
-            if e.kind == "forward":
+            if e.kind == "forward" and stage in (None, e.stage):
                 ends[e.index] = max(e.end, ends.get(e.index, e.end))
         return dict(sorted(ends.items()))
 
-    def steady_interval(self, after_tick: int, multiple_of: int = 1) -> tuple[float, float]:
+    def steady_interval(self, after_tick: int, multiple_of: int = 1, stage: int | None = None) -> tuple[float, float]:
         """The part of the run that neither filling nor draining distorts, in whole ticks.
 
         It begins when tick `after_tick - 1` has been forward through every stage. Draining begins when some
@@ -157,11 +157,13 @@ class Timeline:
         Args:
             after_tick: how many ticks to leave out at the start; K is enough to fill a pipeline of K stages.
             multiple_of: the number of ticks in it is a multiple of this; M where the period is an update.
+            stage: the one through which ticks have been, instead of all; the device of this stage has done
+                whole ticks of its program in the interval, even where others are still catching up.
 
         Raises:
             ValueError: if the run is too short to hold such an interval.
         """
-        ends = self.forward_ends()
+        ends = self.forward_ends(stage)
         last_of_stage: dict[int | None, float] = {}
         for e in self._events.copy():
             if e.kind == "forward":

@@ -90,6 +90,14 @@ def test_steady_interval_keeps_whole_updates_where_asked() -> None:
         timeline.steady_interval(2, multiple_of=8)
 
 
+def test_steady_interval_seen_from_one_stage() -> None:
+    timeline = two_devices(10)
+    first = timeline.forward_ends(0)
+    assert first != timeline.forward_ends(1) == timeline.forward_ends()
+    assert timeline.steady_interval(2, stage=0) == (first[1], first[9])
+    assert timeline.steady_interval(2, stage=1) == timeline.steady_interval(2)
+
+
 @pytest.mark.parametrize("ticks", [0, 1, 2, 3])
 def test_steady_interval_refuses_a_short_run(ticks: int) -> None:
     with pytest.raises(ValueError, match="No steady interval"):
