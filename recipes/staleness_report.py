@@ -145,13 +145,29 @@ def tokens_to_reach(lengths: Mapping[int, float], target: float, nominal: int) -
     return points[-1][0] / nominal, ">"
 
 
+def token_ratio(row: Row, baseline: Row, nominal: int, seed: int) -> tuple[float, str]:
+    """Tokens to a loss, over those of the synchronous run to the same loss, with the same seed.
+
+    Where the row has runs of several lengths, it is the loss of the synchronous run of the nominal length; where it has
+    one length, it is its own final loss, and synchronous runs of several lengths tell when they would have been there.
+
+    Returns:
+        The ratio, and "" or, where the runs don't enclose it, "<" or ">" that ratio.
+    """
+    if len(row.test) > 1:
+        lengths = {updates: losses[seed] for updates, losses in row.test.items() if seed in losses}
+        return tokens_to_reach(lengths, baseline.test[nominal][seed], nominal)
+    lengths = {updates: losses[seed] for updates, losses in baseline.test.items() if seed in losses}
+    share, bound = tokens_to_reach(lengths, row.test[nominal][seed], nominal)
+    return 1 / share, bound.translate(str.maketrans("<>", "><"))
+
+
 def ratio_text(row: Row, baseline: Row, nominal: int) -> tuple[str, Interval | None]:
     """Tokens to reach the synchronous loss, over the seeds that both have; a bound where it was not enclosed."""
-    target = statistics.fmean(baseline.test[nominal].values())
-    if not math.isfinite(target):
+    seeds = sorted(row.test[nominal].keys() & baseline.test[nominal].keys())
+    if not all(math.isfinite(baseline.test[nominal][seed]) for seed in seeds):
         return "-", None
-    seeds = set.intersection(*(set(found) for found in row.test.values()))
-    found = [tokens_to_reach({u: t[s] for u, t in row.test.items()}, target, nominal) for s in sorted(seeds)]
+    found = [token_ratio(row, baseline, nominal, seed) for seed in seeds]
     if not found:
         return "-", None
     bounds = {bound for _, bound in found}

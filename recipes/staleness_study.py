@@ -47,7 +47,10 @@ from transformers.utils import logging
 
 import hf_ouroboros
 from hf_ouroboros import OuroborosArguments, OuroborosTrainer
-from hf_ouroboros.data import BYTE_VOCAB_SIZE, PackedBlocks, default_corpus
+from hf_ouroboros.data import BYTE_VOCAB_SIZE, PackedBlocks, StreamCollator, StreamSegments, default_corpus
+from hf_ouroboros.models.transfo_xl import TransfoXLConfig
+
+EVAL_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,9 @@ class Setting:
         compensation: `delay_compensation`.
         compensation_args: `delay_compensation_args`.
         updates: length of the run, over which the learning rate goes to 0.
+        model: "gpt2" on blocks of text in random order, "transfo-xl" on contiguous columns with memory.
+        init_std: of the weights. 0.02, as is usual for models ten times as wide, keeps small ones on the plateau of single
+            letters' frequencies for most of a short run.
         rows: sequences per update, over all micro-batches.
         start_from: checkpoint to fine-tune; none for a model from scratch.
     """
@@ -84,6 +90,7 @@ class Setting:
     layers: int = 6
     width: int = 128
     heads: int = 4
+    init_std: float = 0.05
     rows: int = 16
     block_size: int = 64
     start_from: str = ""
@@ -91,12 +98,16 @@ class Setting:
     def __post_init__(self) -> None:
         if self.rows % self.micro_batches:
             raise OptionError(f"micro_batches={self.micro_batches} does not divide rows={self.rows}")
-        if self.model != "gpt2":
-            raise OptionError(f"model={self.model!r} is not known to the study; use gpt2")
+        if self.model not in ("gpt2", "transfo-xl"):
+            raise OptionError(f"model={self.model!r} is not known to the study; use gpt2 or transfo-xl")
 
     def name(self, data: str) -> str:
-        """File name: what one looks for, and a checksum of everything, `data` included."""
-        digest = hashlib.sha256(json.dumps([asdict(self), data], sort_keys=True).encode()).hexdigest()[:10]
+        """File name: what one looks for, and a checksum of `data` and of everything that is not as usual.
+
+        What is as usual is left out, so that a new field changes no name.
+        """
+        special = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
+        digest = hashlib.sha256(json.dumps([special, data], sort_keys=True).encode()).hexdigest()[:10]
         return (
             f"K{self.stages}-M{self.micro_batches}-{self.compensation}-lr{self.learning_rate:g}-u{self.updates}-"
             f"s{self.seed}-{digest}.json"
@@ -167,27 +178,92 @@ def read_text(train_file: str | None) -> tuple[bytes, bytes, bytes]:
     return "".join(corpus.train_texts).encode(), held_out[: len(held_out) // 2], held_out[len(held_out) // 2 :]
 
 
-def blocks(text: bytes, length: int, tokens: int | None = None) -> PackedBlocks:
-    """Text as blocks of bytes, the first `tokens` of them."""
-    return PackedBlocks(torch.frombuffer(bytearray(text[:tokens]), dtype=torch.uint8), length)
+def tokens_of(text: bytes) -> torch.Tensor:
+    """Its bytes, uint8 [tokens]."""
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a model is trained and measured on: blocks in random order, or contiguous columns where it has a memory.
+
+    Args:
+        setting: of the run; its model decides.
+    """
+
+    setting: Setting
+
+    @property
+    def in_columns(self) -> bool:
+        """Whether the text is read in its own order."""
+        return self.setting.model == "transfo-xl"
+
+    def train(self, text: bytes) -> PackedBlocks | StreamSegments:
+        """Rows for training."""
+        tokens = tokens_of(text)
+        if not self.in_columns:
+            return PackedBlocks(tokens, self.setting.block_size)
+        found = StreamSegments(tokens, self.setting.rows, self.setting.block_size)
+        if found.segments < self.setting.updates:
+            raise OptionError(
+                f"updates={self.setting.updates} is more than the {found.segments} segments of a column; give more text"
+            )
+        return found
+
+    def held_out(self, text: bytes, tokens: int) -> PackedBlocks | StreamSegments:
+        """Rows to measure the loss of the first `tokens`."""
+        if not self.in_columns:
+            return PackedBlocks(tokens_of(text[:tokens]), self.setting.block_size)
+        return StreamSegments(tokens_of(text[:tokens]), EVAL_ROWS, self.setting.block_size, keep_tail=True)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Trainer options that go with them."""
+        return {"train_sampling_strategy": "sequential", "dataloader_drop_last": True} if self.in_columns else {}
+
+    @property
+    def collator(self) -> Any:
+        """What makes batches of rows."""
+        return StreamCollator() if self.in_columns else default_data_collator
 
 
 def make_model(setting: Setting) -> PreTrainedModel:
-    """The model to be trained."""
+    """The model to be trained, without dropout."""
     if setting.start_from:
         return AutoModelForCausalLM.from_pretrained(setting.start_from, dtype="float32")
-    config = AutoConfig.for_model(
-        setting.model,
-        vocab_size=BYTE_VOCAB_SIZE,
-        n_layer=setting.layers,
-        n_embd=setting.width,
-        n_head=setting.heads,
-        n_positions=setting.block_size,
-        activation_function="gelu_pytorch_tanh",
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-    )
+    if setting.model == "transfo-xl":
+        config = TransfoXLConfig(
+            vocab_size=BYTE_VOCAB_SIZE,
+            cutoffs=[],
+            div_val=1,
+            d_model=setting.width,
+            d_embed=setting.width,
+            n_head=setting.heads,
+            d_head=setting.width // setting.heads,
+            d_inner=setting.width * 7 // 2,  # with the projection of positions: the weights of GPT-2
+            n_layer=setting.layers,
+            mem_len=setting.block_size,
+            clamp_len=2 * setting.block_size,
+            same_length=False,
+            dropout=0.0,
+            dropatt=0.0,
+            init_std=setting.init_std,
+            eos_token_id=None,
+        )
+    else:
+        config = AutoConfig.for_model(
+            setting.model,
+            vocab_size=BYTE_VOCAB_SIZE,
+            n_layer=setting.layers,
+            n_embd=setting.width,
+            n_head=setting.heads,
+            n_positions=setting.block_size,
+            activation_function="gelu_pytorch_tanh",
+            initializer_range=setting.init_std,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
     return AutoModelForCausalLM.from_config(config)
 
 
@@ -198,6 +274,7 @@ def run(setting: Setting, options: StudyArguments) -> dict[str, Any]:
     logging.disable_progress_bar()
     python_logging.getLogger("hf_ouroboros").setLevel(python_logging.ERROR)  # about the delay: it is what is studied
     train, validation, test = read_text(options.train_file)
+    examples = Examples(setting)
     set_seed(setting.seed)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -209,7 +286,8 @@ def run(setting: Setting, options: StudyArguments) -> dict[str, Any]:
             use_cpu=options.device.startswith("cpu"),
             gradient_accumulation_steps=setting.micro_batches,
             per_device_train_batch_size=setting.rows // setting.micro_batches,
-            per_device_eval_batch_size=64,
+            per_device_eval_batch_size=EVAL_ROWS,
+            **examples.options,
             max_steps=setting.updates,
             learning_rate=setting.learning_rate,
             lr_scheduler_type="cosine",
@@ -235,15 +313,15 @@ def run(setting: Setting, options: StudyArguments) -> dict[str, Any]:
         trainer = OuroborosTrainer(
             model=make_model(setting),
             args=args,
-            train_dataset=blocks(train, setting.block_size),
-            eval_dataset=blocks(validation, setting.block_size, options.eval_tokens),
-            data_collator=default_data_collator,
+            train_dataset=examples.train(train),
+            eval_dataset=examples.held_out(validation, options.eval_tokens),
+            data_collator=examples.collator,
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         seconds = time.perf_counter() - start
         evaluated = [e for e in trainer.state.log_history if "eval_loss" in e]
-        end = trainer.evaluate(blocks(test, setting.block_size, options.test_tokens), metric_key_prefix="test")
+        end = trainer.evaluate(examples.held_out(test, options.test_tokens), metric_key_prefix="test")
     return {
         "setting": asdict(setting),
         "data": data_name(options.train_file),

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from common import OptionError
 from running import RECIPES, run
-from staleness_report import Interval, costs, rows_of, tokens_to_reach, write_report
-from staleness_study import Setting, StudyArguments, blocks, missing_runs, read_grid, read_text
+from staleness_report import Interval, costs, rows_of, token_ratio, tokens_to_reach, write_report
+from staleness_study import Examples, Setting, StudyArguments, missing_runs, read_grid, read_text
 
 TINY = {"updates": 4, "warmup_updates": 1, "layers": 3, "width": 16, "heads": 2, "rows": 2, "block_size": 16}
 
@@ -42,7 +42,7 @@ def test_grid_is_all_combinations_over_defaults(tmp_path: Path) -> None:
         ({"runs": [{"stage": 3}]}, "'stage' is no field of a run; there are stages, micro_batches"),
         ({"runs": [{"stages": "three"}]}, "invalid literal"),
         ({"runs": [{"micro_batches": 5}]}, "micro_batches=5 does not divide rows=16"),
-        ({"runs": [{"model": "llama"}]}, "model='llama' is not known to the study; use gpt2"),
+        ({"runs": [{"model": "llama"}]}, "model='llama' is not known to the study; use gpt2 or transfo-xl"),
         ({"run": []}, "no YAML file with a list 'runs'"),
         ([], "no YAML file with a list 'runs'"),
     ],
@@ -73,8 +73,22 @@ def test_text_is_split_and_cut_into_blocks_of_bytes(tmp_path: Path) -> None:
     (tmp_path / "text").write_bytes(bytes(range(200)))
     train, validation, test = read_text(str(tmp_path / "text"))
     assert (train, validation, test) == (bytes(range(180)), bytes(range(180, 190)), bytes(range(190, 200)))
-    found = blocks(train, 8, 20)
+    found = Examples(Setting(block_size=8)).held_out(train, 20)
     assert len(found) == 2 and found[1]["input_ids"].tolist() == list(range(8, 16))
+
+
+def test_a_model_with_memory_reads_columns() -> None:
+    examples = Examples(Setting(model="transfo-xl", block_size=8, rows=4, updates=5))
+    found = examples.train(bytes(range(200)))
+    assert found[1].input_ids.tolist() == list(range(48, 56)) and (found[1].column, found[5].segment) == (1, 1)
+    assert examples.held_out(bytes(range(200)), 150).num_targets == 149
+    with pytest.raises(OptionError, match="updates=5 is more than the 3 segments of a column"):
+        examples.train(bytes(100))
+
+
+def test_names_say_only_what_is_special() -> None:
+    """A field that is added later changes no name of a run that is there."""
+    assert Setting(width=128).name("text") == Setting().name("text") != Setting(width=64).name("text")
 
 
 def test_interval_is_students() -> None:
@@ -99,6 +113,22 @@ def test_interval_is_students() -> None:
 )
 def test_tokens_to_reach(lengths: dict[int, float], expected: tuple[float, str]) -> None:
     ratio, bound = tokens_to_reach(lengths, 3.0, 1000)
+    assert (ratio, bound) == (pytest.approx(expected[0]), expected[1])
+
+
+@pytest.mark.parametrize(
+    ("late", "expected"),
+    [
+        ({1000: 2.9}, (1 / 0.75, "")),  # a synchronous run of 750 updates would have ended there
+        ({1000: 3.1}, (2.0, ">")),  # not even one of 500
+        ({1000: 2.7}, (1.0, "<")),
+        ({1000: 2.9, 1500: 2.7}, (1.0 * math.sqrt(1.5), "")),  # runs of its own come first
+    ],
+)
+def test_token_ratio_of_the_same_loss(late: dict[int, float], expected: tuple[float, str]) -> None:
+    runs = [result(1, loss, updates=u) for u, loss in {500: 3.0, 750: 2.9, 1000: 2.8}.items()]
+    synchronous, row = rows_of([*runs, *(result(3, loss, updates=u) for u, loss in late.items())])
+    ratio, bound = token_ratio(row, synchronous, 1000, 0)
     assert (ratio, bound) == (pytest.approx(expected[0]), expected[1])
 
 
@@ -136,14 +166,14 @@ def test_report_compares_with_the_same_optimizer_and_with_adamw(tmp_path: Path) 
 @pytest.mark.slow
 def test_a_study_from_end_to_end(tmp_path: Path) -> None:
     """A run that fails is named and leaves the others alone; what is there is reported."""
-    runs = [{"stages": [1, 3], "seed": [0]}, {"stages": 9}]
+    runs = [{"stages": [1, 3], "seed": [0]}, {"stages": 9}, {"stages": 3, "model": "transfo-xl", "micro_batches": 2}]
     command = [str(RECIPES / "staleness_study.py"), "--grid", grid(tmp_path, {"defaults": TINY, "runs": runs})]
-    command += ["--eval_tokens=64", "--test_tokens=64", "--eval_updates=2", "--output_dir=out", "--report"]
+    command += ["--eval_tokens=256", "--test_tokens=256", "--eval_updates=2", "--output_dir=out", "--report"]
     done = run(command, tmp_path, fails=True)
-    assert "3 runs to do" in done.stdout and "FAILED: DeviceMapError" in done.stdout, done.stdout
+    assert "4 runs to do" in done.stdout and "FAILED: DeviceMapError" in done.stdout, done.stdout
     assert "| none | 3 | 1 |" in done.stdout
     files = sorted((tmp_path / "out").glob("*.json"))
-    assert len(files) == 2
+    assert len(files) == 3
     found = json.loads(files[0].read_text())
     assert [step for step, _ in found["curve"]] == [2, 4]
     assert 5 < found["test"] < 9 and found["curve"][-1][1] == found["validation"]
