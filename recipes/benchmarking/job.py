@@ -6,10 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, set_seed
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, TrainingArguments, set_seed
 
+from hf_ouroboros import split_model
 from hf_ouroboros.models.transfo_xl import TransfoXLConfig, TransfoXLLMHeadModel
+from hf_ouroboros.optim.matrices import hidden_matrices
+from hf_ouroboros.optim.muon import Muon
 
 from .contenders import Contender
 from .options import BenchmarkArguments
@@ -43,6 +47,24 @@ class Job:
     def rows_per_micro_batch(self) -> int:
         """Rows of a micro-batch of this contender."""
         return self.options.global_batch // self.contender.micro_batches
+
+
+def muon_matrices(model: PreTrainedModel) -> list[str]:
+    """Names of the matrices that Muon steps, in every contender those that it steps in ours."""
+    stages = split_model(model, ["cpu:0"], check=False).stages  # only a split: no weight moves
+    decayed = [
+        name for name, _ in model.named_parameters() if not name.endswith("bias")
+    ]  # some biases have two dimensions
+    found = {id(parameter) for parameter in hidden_matrices(stages, decayed)}
+    return [name for name, parameter in model.named_parameters() if id(parameter) in found]
+
+
+def muon(
+    arguments: TrainingArguments, model: PreTrainedModel, names: list[str]
+) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """Class and arguments of Muon with AdamW, for the matrices of these names."""
+    named = dict(model.named_parameters())
+    return Muon().optimizer(arguments, [named[name] for name in names])
 
 
 def build_model(job: Job) -> PreTrainedModel:

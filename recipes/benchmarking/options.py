@@ -54,7 +54,11 @@ class BenchmarkArguments:
         default=False,
         metadata={"help": "Give the head a matrix of its own, for all contenders; ours then has K = devices."},
     )
-    learning_rate: float = field(default=1e-3, metadata={"help": "AdamW's, constant after the warm-up."})
+    optimizer: str = field(
+        default="adamw",
+        metadata={"help": "Optimizer of all contenders: AdamW, or Muon with AdamW.", "choices": ["adamw", "muon"]},
+    )
+    learning_rate: float = field(default=1e-3, metadata={"help": "The optimizer's, constant after the warm-up."})
     warmup_updates: int = field(default=10, metadata={"help": "Updates of linear learning rate warm-up."})
     train_file: str | None = field(default=None, metadata={"help": "Text; default: Python's standard library."})
     seed: int = field(default=0, metadata={"help": "Seed of weights and data of the first repetition."})

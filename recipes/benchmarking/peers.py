@@ -23,7 +23,7 @@ from hf_ouroboros import split_model
 from hf_ouroboros.partition import Stage
 
 from .clock import Clock
-from .job import Job, build_model, common_arguments, tables
+from .job import Job, build_model, common_arguments, muon, muon_matrices, tables
 from .measure import gather, peak_memory_mib, steady_state
 from .options import settling_updates
 from .text import read_blocks
@@ -84,6 +84,7 @@ class Peer:
         self.device = torch.device("cpu") if job.options.on_cpu else torch.device(job.options.devices[self.rank])
         self.num_stages = world_size * STAGES_PER_DEVICE.get(kind, 1)
         model = build_model(job)
+        matrices = muon_matrices(model) if job.options.optimizer == "muon" else []
         inputs, outputs = tables(model)
         tied = outputs.weight is inputs.weight
         if tied:
@@ -114,6 +115,8 @@ class Peer:
         self.arguments = arguments_of(TrainingArguments, common_arguments(job), job.contender.settings)
         self.parameters = [p for part in self.parts.values() for p in part.parameters()]
         optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(self.arguments)
+        if job.options.optimizer == "muon":
+            optimizer_class, options = muon(self.arguments, model, matrices)
         # As Trainer does: biases and norms don't decay.
         groups = [
             {"params": [p for p in self.parameters if p.dim() >= 2], "weight_decay": self.arguments.weight_decay},

@@ -14,7 +14,7 @@ from hf_ouroboros import OuroborosArguments, OuroborosTrainer, split_model
 
 from .clock import Clock
 from .contenders import ContenderError
-from .job import Job, build_model, common_arguments
+from .job import Job, build_model, common_arguments, muon, muon_matrices
 from .measure import peak_memory_mib, steady_state
 from .options import SETTLING_TICKS
 from .text import Blocks, read_blocks
@@ -70,9 +70,13 @@ def run(job: Job, world_size: int) -> dict[str, Any]:
     if contender.kind == "ddp":
         given["gradient_accumulation_steps"] = contender.micro_batches // world_size
     model = build_model(job)
+    # The names before the model is dispatched, which may exchange the parameters.
+    matrices = muon_matrices(model) if options.optimizer == "muon" else []
     train, validation = map(Blocks, read_blocks(job))
     if contender.is_ours:
         given |= {"schedule": contender.kind, "devices": options.devices, "device_map": options.device_map}
+        if options.optimizer == "muon":
+            given["delay_compensation"] = "muon"
         if contender.kind == "1f1b":
             given["clip_scope"] = "global"  # as the stock Trainer clips
         if records:
@@ -81,9 +85,11 @@ def run(job: Job, world_size: int) -> dict[str, Any]:
         model = _dispatch(model, job)
     clock = Clock()
     arguments = arguments_of(OuroborosArguments if contender.is_ours else TrainingArguments, given, contender.settings)
+    stock_muon = options.optimizer == "muon" and not contender.is_ours
     trainer = (MeasuredOuroborosTrainer if contender.is_ours else MeasuredTrainer)(
         model=model,
         args=arguments,
+        optimizer_cls_and_kwargs=muon(arguments, model, matrices) if stock_muon else None,
         train_dataset=train,
         eval_dataset=validation,
         callbacks=[Timekeeper(clock, job.target)],
