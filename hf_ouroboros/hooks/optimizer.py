@@ -44,11 +44,10 @@ class OptimizerHooks(Trainer):
 
     @property
     def delay_compensation(self) -> Choice:
-        """What the run does about its delays, "auto" being resolved by K, M and optimizer."""
+        """What the run does about its delays, "auto" being resolved by K."""
         if self.args.delay_compensation != "auto":
             return choose(self.args.delay_compensation, self.args.delay_compensation_args)
-        default = self.args.has_default_optimizer and not self._own_optimizer
-        return choose(automatic(*self._delays, "adamw" if default else "another"))
+        return choose(automatic(self._delays[0]))
 
     @property
     def _delays(self) -> tuple[int, int]:
@@ -68,10 +67,11 @@ class OptimizerHooks(Trainer):
 
     def _warn_of_delay(self, optimizer: torch.optim.Optimizer) -> None:
         choice = self.delay_compensation
-        if choice.compensations or not self.is_world_process_zero():
+        if not self.is_world_process_zero():
             return
         name = "adamw" if type(optimizer) is torch.optim.AdamW else type(optimizer).__name__
-        text = warning(*self._delays, choice.optimizer.name if choice.optimizer else name)
+        others = "+".join(c.name for c in choice.compensations) or "none"
+        text = warning(*self._delays, choice.optimizer.name if choice.optimizer else name, others)
         if text is not None:
             logger.warning(text)
 

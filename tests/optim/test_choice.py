@@ -7,7 +7,7 @@ import torch
 
 from hf_ouroboros.errors import UnsupportedOptionError
 from hf_ouroboros.optim import choose
-from hf_ouroboros.optim.advice import COSTLY, MEASURED, automatic, warning
+from hf_ouroboros.optim.advice import COSTLY, MEASURED, automatic, recommended_micro_batches, warning
 from hf_ouroboros.optim.choice import COMPENSATIONS, NAMES, OPTIMIZERS
 
 
@@ -81,22 +81,33 @@ def test_weight_prediction_needs_a_momentum_that_it_knows(make: object, message:
 # ---- advice ----
 
 
-def test_auto_does_nothing_where_less_than_one_update_is_late() -> None:
-    assert automatic(1, 1, "adamw") == automatic(3, 4, "adamw") == automatic(9, 16, "adamw") == "none"
-    assert automatic(3, 1, "adamw") == automatic(5, 4, "adamw") == "nesterov"
-    assert automatic(3, 1, "another") == "none"
+def test_auto_keeps_the_optimizer() -> None:
+    assert automatic(1) == "none"
+    assert [automatic(k) for k in (2, 3, 9)] == ["error_feedback"] * 3
+    assert choose(automatic(3)).optimizer is None
 
 
-def test_warning_has_a_measured_number() -> None:
-    text = warning(3, 1, "adamw")
-    assert (
-        "up to 2 update(s) late" in text and "cost 20%" in text and "gradient_accumulation_steps to 2 or more" in text
-    )
-    assert "cost 9%" in warning(9, 1, "muon")
+@pytest.mark.parametrize(("stages", "micro_batches"), [(1, 1), (2, 2), (3, 4), (5, 8), (9, 16)])
+def test_recommended_micro_batches(stages: int, micro_batches: int) -> None:
+    assert recommended_micro_batches(stages) == micro_batches
+    assert warning(stages, micro_batches, "muon", "error_feedback") is None
+    assert warning(stages, micro_batches, "adamw", "error_feedback") is None
+
+
+def test_warning_has_a_measured_number_and_what_to_do() -> None:
+    text = warning(5, 1, "adamw")
+    assert "up to 4 update(s) late" in text and "cost 38.2 %" in text and "(K=5, M=1," in text
+    assert "set gradient_accumulation_steps to 8" in text and "'muon+error_feedback'" in text
+    text = warning(3, 4, "adamw")
+    assert "cost 5.9 %" in text and "gradient_accumulation_steps to" not in text
+    assert "cost 10.1 %" in warning(3, 1, "muon", "error_feedback")
+    assert "add error_feedback" in warning(9, 1, "muon") and "nesterov" in warning(9, 2, "nesterov")
 
 
 def test_no_warning_without_knowledge_or_cost() -> None:
     assert warning(1, 1, "adamw") is None
-    assert warning(3, 4, "adamw") is None
+    assert warning(3, 16, "adamw") is None
     assert warning(9, 1, "Adafactor") is None
+    assert warning(9, 1, "adamw", "gap_aware") is None
     assert all(m.cost > 0 for m in MEASURED) and any(m.cost < COSTLY for m in MEASURED)
+    assert len({(m.optimizer, m.compensation, m.stages, m.micro_batches) for m in MEASURED}) == len(MEASURED)

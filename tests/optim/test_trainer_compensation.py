@@ -96,11 +96,10 @@ def test_auto(tmp_path: Path) -> None:
     def chosen(trainer: dict[str, Any] | None = None, **options: Any) -> str:
         return str(ouroboros(tmp_path, trainer, delay_compensation="auto", **(SPLIT | options)).delay_compensation)
 
-    assert chosen() == "nesterov"
-    assert chosen(gradient_accumulation_steps=4) == "none"
+    assert chosen() == chosen(gradient_accumulation_steps=4) == "error_feedback"
     assert chosen(schedule="1f1b") == "none"
-    assert chosen(optim="sgd") == "none"
-    assert chosen({"optimizer_cls_and_kwargs": (torch.optim.Adagrad, {})}) == "none"
+    assert chosen(optim="sgd") == "error_feedback"
+    assert chosen({"optimizer_cls_and_kwargs": (torch.optim.Adagrad, {})}) == "error_feedback"
 
 
 def test_costly_delays_are_told_with_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +107,8 @@ def test_costly_delays_are_told_with_a_number(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(hf_ouroboros.hooks.optimizer.logger, "warning", told.append)
     options = SPLIT | {"max_steps": 1}
     trained(tmp_path, **options)
-    assert len(told) == 1 and "cost 20% in bits per character" in told[0]
-    for other in ({"gradient_accumulation_steps": 4}, {"schedule": "1f1b"}, {"optim": "sgd"}):
+    assert len(told) == 1 and "cost 5.9 % in bits per byte" in told[0]
+    recommended = {"gradient_accumulation_steps": 4, "delay_compensation": "muon+error_feedback"}
+    for other in (recommended, {"schedule": "1f1b"}, {"optim": "sgd"}):
         trained(tmp_path, **(options | other))
     assert len(told) == 1
