@@ -45,7 +45,8 @@ DEFAULTS = {
     "per_device_train_batch_size": 4,
     "per_device_eval_batch_size": 32,
     "num_train_epochs": 1.0,
-    "learning_rate": 3e-3,
+    "delay_compensation": "muon+error_feedback",  # what README recommends from scratch, M being 2 (K-1)
+    "learning_rate": 1e-2,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 40,
     "weight_decay": 0.01,
