@@ -71,7 +71,9 @@ class OptimizerHooks(Trainer):
             return
         name = "adamw" if type(optimizer) is torch.optim.AdamW else type(optimizer).__name__
         others = "+".join(c.name for c in choice.compensations) or "none"
-        text = warning(*self._delays, choice.optimizer.name if choice.optimizer else name, others)
+        text = warning(
+            *self._delays, self.args.learning_rate, choice.optimizer.name if choice.optimizer else name, others
+        )
         if text is not None:
             logger.warning(text)
 

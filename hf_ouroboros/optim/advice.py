@@ -19,6 +19,7 @@ class Measurement:
         compensation: what else was done about the delay: "none" or "error_feedback".
         stages: K.
         micro_batches: M.
+        learning_rate: the best of those tried.
         cost: relative loss of bits per byte at the end, in per cent, mean over the seeds.
         updates: length of the runs.
         seeds: how many there are.
@@ -28,6 +29,7 @@ class Measurement:
     compensation: str
     stages: int
     micro_batches: int
+    learning_rate: float
     cost: float
     updates: int = 750
     seeds: int = 3
@@ -39,21 +41,22 @@ class Measurement:
 
 
 MEASURED = (
-    Measurement("adamw", "none", 3, 4, 5.9),
-    Measurement("adamw", "none", 5, 1, 38.2, updates=500, seeds=1),
-    Measurement("adamw", "error_feedback", 3, 4, 3.7),
-    Measurement("adamw", "error_feedback", 5, 1, 22.2, updates=500, seeds=1),
-    Measurement("nesterov", "none", 5, 8, 1.3, updates=500, seeds=1),
-    Measurement("nesterov", "none", 5, 1, 13.3, updates=500, seeds=1),
-    Measurement("muon", "none", 5, 8, 2.8, updates=500, seeds=1),
-    Measurement("muon", "none", 5, 1, 31.6, updates=500, seeds=1),
-    Measurement("muon", "error_feedback", 3, 4, 0.4),
-    Measurement("muon", "error_feedback", 5, 8, 0.5),
-    Measurement("muon", "error_feedback", 9, 16, 0.3),
-    Measurement("muon", "error_feedback", 3, 1, 10.1),
-    Measurement("muon", "error_feedback", 5, 1, 26.4, updates=500, seeds=1),
+    Measurement("adamw", "none", 3, 4, 3e-3, 5.9),
+    Measurement("adamw", "none", 5, 1, 1e-3, 38.2, updates=500, seeds=1),
+    Measurement("adamw", "error_feedback", 3, 4, 3e-3, 3.7),
+    Measurement("adamw", "error_feedback", 5, 1, 1e-3, 22.2, updates=500, seeds=1),
+    Measurement("nesterov", "none", 5, 8, 3e-3, 1.3, updates=500, seeds=1),
+    Measurement("nesterov", "none", 5, 1, 1e-3, 13.3, updates=500, seeds=1),
+    Measurement("muon", "none", 5, 8, 1e-2, 2.8, updates=500, seeds=1),
+    Measurement("muon", "none", 5, 1, 3e-3, 31.6, updates=500, seeds=1),
+    Measurement("muon", "error_feedback", 3, 4, 1e-2, 0.4),
+    Measurement("muon", "error_feedback", 5, 8, 1e-2, 0.5),
+    Measurement("muon", "error_feedback", 9, 16, 1e-2, 0.3),
+    Measurement("muon", "error_feedback", 3, 1, 3e-3, 10.1),
+    Measurement("muon", "error_feedback", 5, 1, 3e-3, 26.4, updates=500, seeds=1),
 )
 COSTLY = 5.0  # per cent
+ALIKE = 1 / 3  # of a measurement's learning rate: below that, as in most fine-tuning, it says nothing
 
 
 def recommended_micro_batches(stages: int) -> int:
@@ -66,7 +69,7 @@ def recommended_micro_batches(stages: int) -> int:
 
 
 def automatic(stages: int) -> str:
-    """What "auto" stands for. It never exchanges the optimizer, and helped with every optimizer and delay that was tried.
+    """What "auto" stands for. It never exchanges the optimizer; with AdamW and Muon it helped at every delay that was tried.
 
     Args:
         stages: K; 1 for a synchronous run.
@@ -74,17 +77,26 @@ def automatic(stages: int) -> str:
     return "error_feedback" if stages > 1 else "none"
 
 
-def warning(stages: int, micro_batches: int, optimizer: str, compensation: str = "none") -> str | None:
+def warning(
+    stages: int, micro_batches: int, learning_rate: float, optimizer: str, compensation: str = "none"
+) -> str | None:
     """A warning with a number where a run's delay is known to be costly, else None.
 
     Args:
         stages: K; 1 for a synchronous run.
         micro_batches: M.
+        learning_rate: the run's.
         optimizer: "adamw", "muon", or the name of another one, about which nothing is known.
         compensation: what else is done about the delay; "none" or names joined by "+".
     """
     delay = (stages - 1) / micro_batches
-    known = [m for m in MEASURED if (m.optimizer, m.compensation) == (optimizer, compensation) and m.delay <= delay]
+    known = [
+        m
+        for m in MEASURED
+        if (m.optimizer, m.compensation) == (optimizer, compensation)
+        and m.delay <= delay
+        and learning_rate >= ALIKE * m.learning_rate
+    ]
     worst = max(known, key=lambda m: m.cost, default=None)
     if worst is None or worst.cost < COSTLY:
         return None
@@ -102,6 +114,6 @@ def warning(stages: int, micro_batches: int, optimizer: str, compensation: str =
     return (
         f"num_stages={stages} with gradient_accumulation_steps={micro_batches} applies gradients up to {delay:g} update(s) "
         f"late. With {optimizer} and delay_compensation={compensation!r}, a delay of {worst.delay:g} update(s) cost "
-        f"{worst.cost:.1f} % in bits per byte (K={worst.stages}, M={worst.micro_batches}, a small model from scratch at a high "
-        f"learning rate). To lose less: {' and '.join(advice) or 'use a lower learning rate'}."
+        f"{worst.cost:.1f} % in bits per byte (K={worst.stages}, M={worst.micro_batches}, learning rate "
+        f"{worst.learning_rate:g}, a small model from scratch). To lose less: {' and '.join(advice) or 'use a lower learning rate'}."
     )

@@ -90,24 +90,25 @@ def test_auto_keeps_the_optimizer() -> None:
 @pytest.mark.parametrize(("stages", "micro_batches"), [(1, 1), (2, 2), (3, 4), (5, 8), (9, 16)])
 def test_recommended_micro_batches(stages: int, micro_batches: int) -> None:
     assert recommended_micro_batches(stages) == micro_batches
-    assert warning(stages, micro_batches, "muon", "error_feedback") is None
-    assert warning(stages, micro_batches, "adamw", "error_feedback") is None
+    assert warning(stages, micro_batches, 1e-2, "muon", "error_feedback") is None
+    assert warning(stages, micro_batches, 1e-2, "adamw", "error_feedback") is None
 
 
 def test_warning_has_a_measured_number_and_what_to_do() -> None:
-    text = warning(5, 1, "adamw")
+    text = warning(5, 1, 1e-2, "adamw")
     assert "up to 4 update(s) late" in text and "cost 38.2 %" in text and "(K=5, M=1," in text
     assert "set gradient_accumulation_steps to 8" in text and "'muon+error_feedback'" in text
-    text = warning(3, 4, "adamw")
+    text = warning(3, 4, 1e-2, "adamw")
     assert "cost 5.9 %" in text and "gradient_accumulation_steps to" not in text
-    assert "cost 10.1 %" in warning(3, 1, "muon", "error_feedback")
-    assert "add error_feedback" in warning(9, 1, "muon") and "nesterov" in warning(9, 2, "nesterov")
+    assert "cost 10.1 %" in warning(3, 1, 1e-2, "muon", "error_feedback")
+    assert "add error_feedback" in warning(9, 1, 1e-2, "muon") and "nesterov" in warning(9, 2, 1e-2, "nesterov")
 
 
 def test_no_warning_without_knowledge_or_cost() -> None:
-    assert warning(1, 1, "adamw") is None
-    assert warning(3, 16, "adamw") is None
-    assert warning(9, 1, "Adafactor") is None
-    assert warning(9, 1, "adamw", "gap_aware") is None
+    assert warning(1, 1, 1e-2, "adamw") is None
+    assert warning(3, 16, 1e-2, "adamw") is None
+    assert warning(5, 1, 3e-4, "adamw") is None and warning(5, 1, 4e-4, "adamw") is not None
+    assert warning(9, 1, 1e-2, "Adafactor") is None
+    assert warning(9, 1, 1e-2, "adamw", "gap_aware") is None
     assert all(m.cost > 0 for m in MEASURED) and any(m.cost < COSTLY for m in MEASURED)
     assert len({(m.optimizer, m.compensation, m.stages, m.micro_batches) for m in MEASURED}) == len(MEASURED)
