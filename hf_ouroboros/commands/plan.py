@@ -72,6 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
             left_out[schedule] = str(error)
     chosen = runs[arguments.schedule]
     print(_headline(plan))
+    print(_delay(plan))
     print("\n" + _stage_table(plan))
     print("\n" + _device_table(plan, chosen))
     print("\n" + _schedule_table(plan, runs, ideal(plan), arguments.data_parallel_replicas))
@@ -125,6 +126,19 @@ def _headline(plan: SplitPlan) -> str:
         f"M = {plan.options.micro_batches}, {plan.options.optimizer}{', recompute' if plan.options.recompute else ''}"
     )
     return text if facts.untrainable is None else f"{text}\nPLANNED ONLY, training not supported: {facts.untrainable}"
+
+
+def _delay(plan: SplitPlan) -> str:
+    from ..optim.advice import recommended_micro_batches
+
+    if plan.options.schedule == "1f1b":
+        return "no gradient is late"
+    stages, micro_batches = len(plan.stages), plan.options.micro_batches
+    text = f"the first stage's gradients are {(stages - 1) / micro_batches:.2g} updates late"
+    enough = recommended_micro_batches(stages)
+    return (
+        text if micro_batches >= enough else f"{text}; M = {enough} or more is recommended, with smaller micro-batches"
+    )
 
 
 def _stage_table(plan: SplitPlan) -> str:

@@ -27,6 +27,7 @@ def test_plan_and_train_with_it(config: str, tmp_path: Path, capsys: pytest.Capt
     assert main(["plan", config, "--devices", "t4", "rtx3090", *SHAPE, "--output", str(output)]) == 0
     text = capsys.readouterr().out
     assert "5 layers, tied embeddings; micro-batches of 2 x 8 tokens, float32, M = 4, adamw" in text
+    assert "the first stage's gradients are 0.5 updates late\n" in text
     for word in (
         "delay",
         "0: t4",
@@ -53,6 +54,21 @@ def test_measured_devices(config: str, tmp_path: Path, capsys: pytest.CaptureFix
     assert main(arguments) == 0
     assert "0: cpu:0" in capsys.readouterr().out
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--micro_batches", "3"], "0.67 updates late; M = 4 or more is recommended"),
+        (["--micro_batches", "3", "--schedule", "1f1b"], "no gradient is late"),
+    ],
+)
+def test_delay_is_told(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture, arguments: list[str], told: str
+) -> None:
+    where = ["--devices", "t4", "t4", "--output", str(tmp_path / "p")]
+    assert main(["plan", config, *where, *SHAPE, *arguments]) == 0
+    assert told in capsys.readouterr().out
 
 
 def test_planned_only(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
