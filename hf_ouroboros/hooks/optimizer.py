@@ -44,10 +44,11 @@ class OptimizerHooks(Trainer):
 
     @property
     def delay_compensation(self) -> Choice:
-        """What the run does about its delays, "auto" being resolved by K."""
+        """What the run does about its delays, "auto" being resolved by K and optimizer."""
         if self.args.delay_compensation != "auto":
             return choose(self.args.delay_compensation, self.args.delay_compensation_args)
-        return choose(automatic(self._delays[0]))
+        default = self.args.has_default_optimizer and not self._own_optimizer
+        return choose(automatic(self._delays[0], "adamw" if default else "another"))
 
     @property
     def _delays(self) -> tuple[int, int]:

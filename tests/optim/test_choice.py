@@ -82,9 +82,9 @@ def test_weight_prediction_needs_a_momentum_that_it_knows(make: object, message:
 
 
 def test_auto_keeps_the_optimizer() -> None:
-    assert automatic(1) == "none"
-    assert [automatic(k) for k in (2, 3, 9)] == ["error_feedback"] * 3
-    assert choose(automatic(3)).optimizer is None
+    assert automatic(1, "adamw") == automatic(3, "another") == "none"
+    assert [automatic(k, "adamw") for k in (2, 3, 9)] == ["weight_prediction"] * 3
+    assert choose(automatic(3, "adamw")).optimizer is None
 
 
 @pytest.mark.parametrize(("stages", "micro_batches"), [(1, 1), (2, 2), (3, 4), (5, 8), (9, 16)])

@@ -96,10 +96,10 @@ def test_auto(tmp_path: Path) -> None:
     def chosen(trainer: dict[str, Any] | None = None, **options: Any) -> str:
         return str(ouroboros(tmp_path, trainer, delay_compensation="auto", **(SPLIT | options)).delay_compensation)
 
-    assert chosen() == chosen(gradient_accumulation_steps=4) == "error_feedback"
+    assert chosen() == chosen(gradient_accumulation_steps=4) == "weight_prediction"
     assert chosen(schedule="1f1b") == "none"
-    assert chosen(optim="sgd") == "error_feedback"
-    assert chosen({"optimizer_cls_and_kwargs": (torch.optim.Adagrad, {})}) == "error_feedback"
+    assert chosen(optim="sgd") == "none"
+    assert chosen({"optimizer_cls_and_kwargs": (torch.optim.Adagrad, {})}) == "none"
 
 
 def test_costly_delays_are_told_with_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
