@@ -230,23 +230,27 @@ def draw(rows: Sequence[Row], nominal: int, path: Path, title: str) -> bool:
     if not panels:
         return False
     figure = Figure(figsize=(1 + 5 * len(panels), 5), layout="constrained")
-    figure.suptitle(title, fontsize=10)
     labels = sorted(cost.keys() | ratio.keys())
+    all_stages = sorted({stages for points in cost.values() for _, stages in points})
+    figure.suptitle(title + (f", K={all_stages[0]}" if len(all_stages) == 1 else ""), fontsize=10)
     for axes, (name, values, level) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for i, label in enumerate(labels):
             points = sorted(values[label].items())
             # Side by side, so that intervals at the same delay can be told apart.
-            places = [delay + 0.02 * (i - (len(labels) - 1) / 2) for (delay, _), _ in points]
+            shift = 0.02 * (i - (len(labels) - 1) / 2)
+            places = [delay + shift + 0.03 * all_stages.index(stages) for (delay, stages), _ in points]
             means = [interval.mean for _, interval in points]
             halves = [interval.half or 0.0 for _, interval in points]
             style = {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--", "linewidth": 1, "label": label}
             axes.errorbar(places, means, halves, marker="o", markersize=4, capsize=2, **style)
-            for x, y, ((_, stages), _) in zip(places, means, points, strict=True):
+            for x, y, ((_, stages), _) in zip(places, means, points, strict=True) if len(all_stages) > 1 else ():
                 axes.annotate(f"K{stages}", (x, y), xytext=(3, 3), textcoords="offset points", fontsize=6)
         axes.axhline(level, color="black", linewidth=0.8)
-        axes.set(xlabel="delay of the first stage (K-1)/M, updates", ylabel=name)
+        axes.set(xlabel="delay of the first stage (K-1)/M, updates (K side by side)", ylabel=name)
         axes.grid(alpha=0.3)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(
+        *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2 * len(panels), fontsize=8
+    )
     figure.savefig(path, dpi=150)
     return True
 
