@@ -104,7 +104,7 @@ class Setting:
     def name(self, data: str) -> str:
         """File name: what one looks for, and a checksum of `data` and of everything that is not as usual.
 
-        What is as usual is left out, so that a new field changes no name.
+        What is as usual is left out, so that a new field changes no name; the default of a field must stay what it is.
         """
         special = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
         digest = hashlib.sha256(json.dumps([special, data], sort_keys=True).encode()).hexdigest()[:10]

@@ -91,7 +91,7 @@ def warning(
         stages: K; 1 for a synchronous run.
         micro_batches: M.
         learning_rate: the run's.
-        optimizer: "adamw", "muon", or the name of another one, about which nothing is known.
+        optimizer: "adamw", "nesterov", "muon", or the name of another one, about which nothing is known.
         compensation: what else is done about the delay; "none" or names joined by "+".
     """
     delay = (stages - 1) / micro_batches

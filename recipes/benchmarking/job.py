@@ -52,9 +52,8 @@ class Job:
 def muon_matrices(model: PreTrainedModel) -> list[str]:
     """Names of the matrices that Muon steps, in every contender those that it steps in ours."""
     stages = split_model(model, ["cpu:0"], check=False).stages  # only a split: no weight moves
-    decayed = [
-        name for name, _ in model.named_parameters() if not name.endswith("bias")
-    ]  # some biases have two dimensions
+    # Some biases have two dimensions.
+    decayed = [name for name, _ in model.named_parameters() if not name.endswith("bias")]
     found = {id(parameter) for parameter in hidden_matrices(stages, decayed)}
     return [name for name, parameter in model.named_parameters() if id(parameter) in found]
 
