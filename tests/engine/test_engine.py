@@ -549,6 +549,15 @@ def test_first_failure_counts() -> None:
     )
 
 
+@pytest.fixture
+def control_c() -> Iterator[None]:
+    """Control-C interrupts, also where the tests run in the background of a shell, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("control_c")
 def test_keyboard_interrupt_while_waiting() -> None:
     """Control-C reaches the main thread although it waits for a worker; close() then stops all workers."""
     release = threading.Event()
