@@ -12,7 +12,7 @@ from ..errors import UnsupportedOptionError
 from .basis_rotation import RotatedAdamW, rotated_direction
 from .compensation import Compensation, StageUpdate
 from .matrices import algorithm_of
-from .muon import MuonAdamW
+from .muon import MuonAdamW, adjusted_rate, orthogonalised
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,9 @@ class WeightPrediction(Compensation):
         if steps == 0 or not state:
             return None
         if algorithm_of(group) == "muon":
-            return parameter + steps * _muon_step(parameter, state["momentum_buffer"], group)
+            decayed = parameter - (steps * group["lr"] * group["weight_decay"]) * parameter
+            direction = orthogonalised(state["momentum_buffer"], group)
+            return decayed.sub(direction, alpha=steps * adjusted_rate(group, parameter))
         if algorithm_of(group) == "rotated":
             if state["step"] == 0:
                 return None
@@ -88,14 +90,3 @@ def _adam_direction(parameter: torch.Tensor, state: Mapping[str, Any], group: Ma
     direction = state["exp_avg"] / (1 - beta1**count)
     direction = direction / ((variance / (1 - beta2**count)).sqrt() + group["eps"])
     return direction + group["weight_decay"] * parameter if group["decoupled_weight_decay"] else direction
-
-
-def _muon_step(parameter: torch.Tensor, momentum: torch.Tensor, group: Mapping[str, Any]) -> torch.Tensor:
-    """What Muon adds to the weights when the gradient equals its momentum, which then stays as it is."""
-    twin = torch.nn.Parameter(parameter.clone())
-    twin.grad = momentum.clone()
-    optimizer = torch.optim.Muon([twin])
-    optimizer.param_groups[0].update({key: value for key, value in group.items() if key != "params"})
-    optimizer.state[twin]["momentum_buffer"] = momentum.clone()
-    optimizer.step()
-    return twin.detach() - parameter

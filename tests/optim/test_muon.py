@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from helpers import clone, cpu_devices, differences, make_optimizer, tiny_gpt2
 
+from hf_ouroboros.optim import muon as muon_module
 from hf_ouroboros.optim.matrices import algorithm_of, hidden_matrices
-from hf_ouroboros.optim.muon import MuonAdamW
+from hf_ouroboros.optim.muon import DeviceMuon, MuonAdamW, orthogonalised
 from hf_ouroboros.partition import split_model
 
 
@@ -16,14 +18,47 @@ def set_gradients(model: torch.nn.Module, seed: int) -> None:
         parameter.grad = torch.randn(parameter.shape, generator=generator)
 
 
-def test_is_torchs_muon_and_torchs_adamw() -> None:
+@pytest.mark.parametrize("adjust_lr_fn", ["match_rms_adamw", "original"])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_is_torchs_muon_where_both_compute_in_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, adjust_lr_fn: str, nesterov: bool
+) -> None:
+    monkeypatch.setattr(muon_module, "ORTHOGONALISATION", {"cpu": torch.bfloat16})
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in ((6, 8), (8, 6), (5, 5))]
+    ours, theirs = ([torch.nn.Parameter(matrix.clone()) for matrix in start] for _ in range(2))
+    given = {"lr": 0.1, "weight_decay": 0.2, "adjust_lr_fn": adjust_lr_fn, "nesterov": nesterov}
+    optimizers = DeviceMuon(ours, **given), torch.optim.Muon(theirs, **given)
+    for _ in range(3):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn(mine.shape, generator=generator)
+            other.grad = mine.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert all(map(torch.equal, ours, theirs))
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (8, 6)])
+def test_orthogonalised_in_float32_on_cpus(shape: tuple[int, int]) -> None:
+    group = DeviceMuon([torch.nn.Parameter(torch.zeros(shape))]).param_groups[0]
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = orthogonalised(matrix, group)
+    assert found.dtype == torch.float32 and found.shape == shape
+    # Newton-Schulz keeps the singular vectors and brings the values near 1.
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    turned = left.T @ found @ right.T
+    torch.testing.assert_close(turned, turned.diag().diag(), rtol=0, atol=1e-4)  # rounding, five iterations
+    assert values[0] > 3 * values[-1] and 0.65 < turned.diag().min() and turned.diag().max() < 1.25
+
+
+def test_is_muon_and_torchs_adamw() -> None:
     model, expected = tiny_gpt2(), tiny_gpt2()
     optimizer = make_optimizer("muon", model)
     named = dict(expected.named_parameters())
     matrices = [p for n, p in named.items() if p.dim() == 2 and ".h." in n]
     rest = [p for n, p in named.items() if p.dim() == 2 and ".h." not in n]
     biases = [p for p in named.values() if p.dim() < 2]
-    muon = torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    muon = DeviceMuon(matrices, lr=1e-2, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW([{"params": rest, "weight_decay": 0.1}, {"params": biases, "weight_decay": 0.0}], lr=1e-2)
     assert len(matrices) == 20
     for step in range(3):
