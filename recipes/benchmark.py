@@ -58,9 +58,8 @@ def run_all(
         target = None if options.until_loss in (None, "naive") else float(options.until_loss)
         for contender in contenders:
             folder = output / "runs" / re.sub(r"[^\w.=-]+", "_", contender.label)
-            sets_target = options.until_loss == "naive" and contender.label == "naive"
-            updates = options.updates if sets_target else options.most_updates
-            job = Job(options, contender, options.seed + repetition, data, folder, updates)
+            sets_target = options.sets_target(contender)
+            job = Job(options, contender, options.seed + repetition, data, folder, options.planned_updates(contender))
             if options.until_loss is not None:
                 job = replace(job, evaluate=True, target=target)
             if options.until_loss == "naive" and target is None and not sets_target:
@@ -70,7 +69,7 @@ def run_all(
                     raise RunFailed(failed[contender.label])
                 result = run(job)
                 if sets_target:
-                    target = result["evaluations"][-1][2]
+                    target = result["evaluations"][-1][2] * (1 + options.slack)
                 if options.until_loss is not None:
                     result |= {"target": target, "tokens_per_update": options.tokens_per_update}
             except RunFailed as error:

@@ -106,7 +106,7 @@ def _ours() -> tuple[Callable[[], None], Callable[[], None], int]:
     cache, ids = TransfoXLCache(model.config), torch.zeros(1, 1, dtype=torch.int64)
 
     def token() -> None:
-        model(ids, past_key_values=cache, use_cache=True)
+        model(ids, cache=cache, use_cache=True)
 
     return block, token, model.config.n_layer
 

@@ -53,6 +53,11 @@ class Contender:
         return self.kind in SCHEDULES
 
     @property
+    def max_steps(self) -> int | None:
+        """Updates of its runs, where its settings say so."""
+        return next((int(value) for name, value in self.settings if name == "max_steps"), None)
+
+    @property
     def is_synchronous(self) -> bool:
         """Whether it has to give the numbers of the naive run."""
         return self.kind in SYNCHRONOUS and not self.settings
@@ -91,6 +96,8 @@ def parse_contender(text: str, micro_batches: int, global_batch: int, num_device
                 f"contender {text!r}: {part!r} is no setting; use M=number or option=value with an option of "
                 f"{'OuroborosArguments' if ours else 'TrainingArguments'}"
             )
+        if name == "max_steps" and (not value.isdecimal() or int(value) == 0):
+            raise ContenderError(f"contender {text!r}: {part!r} must be a number of updates")
         settings[name] = value
     chosen = settings.pop("M", str(micro_batches))
     if not chosen.isdecimal() or int(chosen) == 0 or global_batch % int(chosen):

@@ -132,7 +132,7 @@ def common_arguments(job: Job) -> dict[str, Any]:
         "gradient_accumulation_steps": job.contender.micro_batches,
         "max_steps": job.updates,
         "learning_rate": options.learning_rate,
-        "lr_scheduler_type": "constant_with_warmup",
+        "lr_scheduler_type": options.lr_scheduler_type,
         "warmup_steps": options.warmup_updates,
         "logging_strategy": "steps",
         "logging_steps": 1,

@@ -58,7 +58,14 @@ class BenchmarkArguments:
         default="adamw",
         metadata={"help": "Optimizer of all contenders: AdamW, or Muon with AdamW.", "choices": ["adamw", "muon"]},
     )
-    learning_rate: float = field(default=1e-3, metadata={"help": "The optimizer's, constant after the warm-up."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "The optimizer's, after the warm-up."})
+    lr_scheduler_type: str = field(
+        default="constant_with_warmup",
+        metadata={
+            "help": "How the learning rate goes on after the warm-up, over the planned length of a run.",
+            "choices": ["constant_with_warmup", "linear", "cosine"],
+        },
+    )
     warmup_updates: int = field(default=10, metadata={"help": "Updates of linear learning rate warm-up."})
     train_file: str | None = field(default=None, metadata={"help": "Text; default: Python's standard library."})
     seed: int = field(default=0, metadata={"help": "Seed of weights and data of the first repetition."})
@@ -73,7 +80,20 @@ class BenchmarkArguments:
         },
     )
     eval_every: int = field(default=10, metadata={"help": "With --until_loss: updates between evaluations."})
-    at_most: float = field(default=2.0, metadata={"help": "With --until_loss: give up after so many times --updates."})
+    at_most: float = field(
+        default=2.0,
+        metadata={
+            "help": "With --until_loss: plan runs other than the naive one, and those with a max_steps of their own, for so "
+            "many times --updates."
+        },
+    )
+    slack: float = field(
+        default=0.0,
+        metadata={
+            "help": "With --until_loss naive: put the target so much, relatively, above what the naive run ends at. Where the "
+            "learning rate goes to 0, runs of the same numbers would miss each other's last loss by their rounding."
+        },
+    )
     output_dir: str = field(default="runs/benchmark", metadata={"help": "Where results, plots and timelines go."})
 
     @property
@@ -94,7 +114,18 @@ class BenchmarkArguments:
     @property
     def most_updates(self) -> int:
         """Updates of the longest run."""
-        return self.updates if self.until_loss is None else round(self.updates * self.at_most)
+        return max(map(self.planned_updates, self.parsed_contenders()))
+
+    def planned_updates(self, contender: Contender) -> int:
+        """Updates of a contender's run, if it does not reach the target earlier."""
+        if contender.max_steps is not None:
+            return contender.max_steps
+        longer = self.until_loss is not None and not self.sets_target(contender)
+        return round(self.updates * self.at_most) if longer else self.updates
+
+    def sets_target(self, contender: Contender) -> bool:
+        """Whether it is this contender's loss that the others have to reach."""
+        return self.until_loss == "naive" and contender.label == "naive"
 
     def parsed_contenders(self) -> list[Contender]:
         """The contenders, in the order in which they run.
@@ -127,8 +158,14 @@ class BenchmarkArguments:
                         f"{contender.label}; use {first + 4} or more"
                     )
             return
-        if self.updates % self.eval_every:  # the naive run's last evaluation, which may set the target, is at its end
+        # The last evaluation is at the end of a run: the naive one's may set the target, others may only then reach it.
+        if self.updates % self.eval_every:
             raise ContenderError(f"--updates {self.updates} must be a multiple of --eval_every {self.eval_every}")
+        for contender in contenders:
+            if (contender.max_steps or 0) % self.eval_every:
+                raise ContenderError(
+                    f"contender {contender.label!r}: its max_steps must be a multiple of --eval_every {self.eval_every}"
+                )
         if self.until_loss == "naive":
             if contenders[0].label != "naive":
                 raise ContenderError("--until_loss naive takes the target from the naive run: name naive first")

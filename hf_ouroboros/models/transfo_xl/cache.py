@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.masking_utils import create_causal_mask
 
 from .configuration_transfo_xl import TransfoXLConfig
 
@@ -111,8 +113,12 @@ class MemoryCacheLayer(CacheLayerMixin):
             self.keys, self.values, self.start, self.end = keys, values, 0, keys.shape[2]
 
 
+CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+"""What transformers calls a cache in arguments and outputs: "cache" since 5.24."""
+
+
 class TransfoXLCache(Cache):
-    """`past_key_values` of a Transformer-XL: memory in projected form, for inference; for training carry `mems`.
+    """`cache` of a Transformer-XL: memory in projected form, for inference; for training carry `mems`.
 
     Args:
         config: the model's.

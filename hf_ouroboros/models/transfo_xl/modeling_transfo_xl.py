@@ -27,7 +27,7 @@ from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 # Of a model with code, early 5.x releases copy only the files that are imported here.
 from .attention import RelativeAttention  # noqa: F401
 from .base import TransfoXLPreTrainedModel
-from .cache import TransfoXLCache
+from .cache import CACHE_NAME, TransfoXLCache
 from .configuration_transfo_xl import TransfoXLConfig
 from .context import attention_context, valid_keys
 from .layer import TransfoXLLayer
@@ -67,11 +67,12 @@ class TransfoXLModel(TransfoXLPreTrainedModel):
         mems: TransfoXLMemory | Sequence[torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        past_key_values: TransfoXLCache | None = None,
+        cache: TransfoXLCache | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        past_key_values: TransfoXLCache | None = None,
     ) -> TransfoXLModelOutput | tuple:
         """Runs a segment.
 
@@ -82,16 +83,17 @@ class TransfoXLModel(TransfoXLPreTrainedModel):
             attention_mask: [batch, time], 0 at padding, on either side; with a cache [batch, at least time], of which
                 the last `time` columns count. Padding counts in distances.
             inputs_embeds: [batch, time, d_model] instead of input_ids; not scaled.
-            past_key_values: the cache of the tokens before.
-            use_cache: True: memory in projected form, `past_key_values`, for inference; False: no memory is
-                returned; None: `mems`, unless `past_key_values` is given.
+            cache: of the tokens before.
+            use_cache: True: memory in projected form, `cache`, for inference; False: no memory is returned; None:
+                `mems`, unless a cache is given.
             output_attentions: return the attention probabilities; this computes attention step by step ("eager").
             output_hidden_states: return the inputs of all layers.
             return_dict: False for a tuple.
+            past_key_values: `cache`, as transformers called it before 5.24.
 
         Raises:
             ValueError: both or neither of input_ids and inputs_embeds; mems of other shapes, or together with a
-                filled cache; a mask of another shape; a cache under gradient checkpointing.
+                filled cache; a cache under both of its names; a mask of another shape; a cache under gradient checkpointing.
         """
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if output_hidden_states is None:
@@ -101,7 +103,10 @@ class TransfoXLModel(TransfoXLPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden = self.drop(self.word_emb(input_ids) if inputs_embeds is None else inputs_embeds)
 
-        cache = TransfoXLCache(self.config) if use_cache and past_key_values is None else past_key_values
+        if cache is not None and past_key_values is not None:
+            raise ValueError("give cache or past_key_values, not both: they are two names of one argument")
+        cache = past_key_values if cache is None else cache
+        cache = TransfoXLCache(self.config) if use_cache and cache is None else cache
         memory = self._memory(hidden, mems, cache)
         rows, memory_valid = (cache.rows, cache.valid) if memory is None else (memory.rows, memory.valid)
         valid = valid_keys(hidden, rows, memory_valid, attention_mask)
@@ -123,7 +128,7 @@ class TransfoXLModel(TransfoXLPreTrainedModel):
         output = TransfoXLModelOutput(
             last_hidden_state=hidden,
             mems=next_memory(memory, inputs, valid, self.config.mem_len) if keeps_memory else None,
-            past_key_values=cache,
+            **{CACHE_NAME: cache},
             hidden_states=(*inputs, hidden) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
@@ -141,7 +146,7 @@ class TransfoXLModel(TransfoXLPreTrainedModel):
             raise ValueError("gradient checkpointing would fill the cache twice; use mems instead of use_cache=True")
         if cache is not None and cache.seen_tokens:
             if mems is not None:
-                raise ValueError("give mems or a filled past_key_values, not both: each is the whole memory")
+                raise ValueError("give mems or a filled cache, not both: each is the whole memory")
             return None
         if mems is not None:
             return checked_memory(mems, self.config, hidden.shape[0])
@@ -220,13 +225,14 @@ class TransfoXLLMHeadModel(TransfoXLPreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        past_key_values: TransfoXLCache | None = None,
+        cache: TransfoXLCache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         return_logits: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        past_key_values: TransfoXLCache | None = None,
         **loss_kwargs: torch.Tensor | int | None,
     ) -> TransfoXLLMHeadModelOutput | tuple:
         """Runs a segment; arguments that aren't said here as in `TransfoXLModel.forward`.
@@ -251,6 +257,7 @@ class TransfoXLLMHeadModel(TransfoXLPreTrainedModel, GenerationMixin):
             mems=mems,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
+            cache=cache,
             past_key_values=past_key_values,
             use_cache=use_cache,
             output_attentions=output_attentions,
@@ -269,7 +276,7 @@ class TransfoXLLMHeadModel(TransfoXLPreTrainedModel, GenerationMixin):
             logits=logits,
             losses=losses,
             mems=output.mems,
-            past_key_values=output.past_key_values,
+            **{CACHE_NAME: output.cache},
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
@@ -283,18 +290,16 @@ class TransfoXLLMHeadModel(TransfoXLPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
-        past_key_values: TransfoXLCache | None = None,
         mems: TransfoXLMemory | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """As in the base class; `mems` go to the first step only, after which the cache has them."""
         if self.config.mem_len == 0:
             # A cache without memory would leave a new token alone; the text is read again instead.
-            past_key_values = None
-            kwargs |= {"use_cache": False, "next_sequence_length": None}
-        inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
+            kwargs |= {CACHE_NAME: None, "use_cache": False, "next_sequence_length": None}
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
         inputs.pop("cache_position", None)  # early 5.x releases
-        if past_key_values is None:
+        if kwargs.get(CACHE_NAME) is None:
             inputs["mems"] = mems
         return inputs
 

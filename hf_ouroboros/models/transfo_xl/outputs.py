@@ -7,30 +7,39 @@ from dataclasses import dataclass
 import torch
 from transformers.utils import ModelOutput
 
-from .cache import TransfoXLCache
+from .cache import CACHE_NAME, TransfoXLCache
 from .memory import TransfoXLMemory
 
 
-@dataclass
+def _output(kind: type) -> type:
+    """A dataclass whose `cache` has the name that this release of transformers looks for in outputs."""
+    if CACHE_NAME != "cache":
+        kind.__annotations__ = {CACHE_NAME if n == "cache" else n: t for n, t in kind.__annotations__.items()}
+        setattr(kind, CACHE_NAME, None)
+        kind.cache = property(lambda output: getattr(output, CACHE_NAME))
+    return dataclass(kind)
+
+
+@_output
 class TransfoXLModelOutput(ModelOutput):
     """Output of the base model.
 
     Args:
         last_hidden_state: [batch, time, d_model].
         mems: memory for the next segment; None with a cache, with `use_cache=False`, or if mem_len is 0.
-        past_key_values: the cache, with `use_cache=True`.
+        cache: the cache, with `use_cache=True`; `past_key_values` is another name for it.
         hidden_states: inputs of all layers and the last hidden state, [batch, time, d_model] each.
         attentions: attention probabilities of all layers, [batch, n_head, time, keys] each.
     """
 
     last_hidden_state: torch.Tensor | None = None
     mems: TransfoXLMemory | None = None
-    past_key_values: TransfoXLCache | None = None
+    cache: TransfoXLCache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 
 
-@dataclass
+@_output
 class TransfoXLLMHeadModelOutput(ModelOutput):
     """Output of the language model; what isn't said here is as in TransfoXLModelOutput.
 
@@ -44,7 +53,7 @@ class TransfoXLLMHeadModelOutput(ModelOutput):
     logits: torch.Tensor | None = None
     losses: torch.Tensor | None = None
     mems: TransfoXLMemory | None = None
-    past_key_values: TransfoXLCache | None = None
+    cache: TransfoXLCache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 

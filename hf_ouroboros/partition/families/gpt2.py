@@ -58,7 +58,6 @@ class GPT2Family:
             config=stage.config,
             inputs_embeds=hidden,
             attention_mask=batch.get("attention_mask"),
-            past_key_values=None,
             position_ids=position_ids,
             **_extra_mask_arguments(hidden),
         )
@@ -89,8 +88,9 @@ _MASK_PARAMETERS = inspect.signature(create_causal_mask).parameters
 
 
 def _extra_mask_arguments(hidden: torch.Tensor) -> dict:
-    """Early 5.x releases of transformers require `cache_position`."""
+    """No cache, whose name has changed in 5.24; early 5.x releases of transformers require `cache_position`."""
+    arguments: dict = {"cache" if "cache" in _MASK_PARAMETERS else "past_key_values": None}
     parameter = _MASK_PARAMETERS.get("cache_position")
-    if parameter is None or parameter.default is not inspect.Parameter.empty:
-        return {}
-    return {"cache_position": torch.arange(hidden.shape[1], device=hidden.device)}
+    if parameter is not None and parameter.default is inspect.Parameter.empty:
+        arguments["cache_position"] = torch.arange(hidden.shape[1], device=hidden.device)
+    return arguments

@@ -11,7 +11,7 @@ from transformers import set_seed
 
 from hf_ouroboros.models.transfo_xl import TransfoXLCache, TransfoXLLMHeadModel
 from hf_ouroboros.models.transfo_xl import cache as cache_module
-from hf_ouroboros.models.transfo_xl.cache import MemoryCacheLayer
+from hf_ouroboros.models.transfo_xl.cache import CACHE_NAME, MemoryCacheLayer
 
 # Float32 rounding of the same sums in other orders.
 CLOSE = dict(atol=1e-5, rtol=1e-5)
@@ -48,9 +48,9 @@ def test_the_cache_is_the_memory(kind: str, mem_init: str, given: bool) -> None:
     torch.testing.assert_close(output.logits[:, -1], expected[0], **CLOSE)
     assert output.mems is None
     for t in range(4, 20):
-        output = model(ids[:, t : t + 1], past_key_values=output.past_key_values, use_cache=True)
+        output = model(ids[:, t : t + 1], cache=output.cache, use_cache=True)
         torch.testing.assert_close(output.logits[:, -1], expected[t - 3], **CLOSE)
-    assert output.past_key_values.get_seq_length() == 20 and output.past_key_values.rows == 6
+    assert output.cache.get_seq_length() == 20 and output.cache.rows == 6
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -82,9 +82,9 @@ def test_a_cache_can_be_continued() -> None:
     model, ids = tiny_model(mem_len=40), tokens(2, 5)
     whole = model.generate(ids, do_sample=False, **NEW)
     first = model.generate(ids, do_sample=False, return_dict_in_generate=True, **{**NEW, "max_new_tokens": 4})
-    cache = first.past_key_values
+    cache = getattr(first, CACHE_NAME)
     assert isinstance(cache, TransfoXLCache) and cache.get_seq_length() == 8
-    rest = model.generate(first.sequences, past_key_values=cache, do_sample=False, **{**NEW, "max_new_tokens": 6})
+    rest = model.generate(first.sequences, **{CACHE_NAME: cache}, do_sample=False, **{**NEW, "max_new_tokens": 6})
     assert torch.equal(rest, whole)
 
 
@@ -121,12 +121,12 @@ def test_gradient_flows_through_new_tokens_of_a_cached_forward(implementation: s
         embeddings = model.transformer.word_emb(ids).detach().requires_grad_()
         with torch.no_grad():
             before = model(ids, use_cache=cached or None)
-        carried = dict(past_key_values=before.past_key_values) if cached else dict(mems=before.mems)
+        carried = dict(cache=before.cache) if cached else dict(mems=before.mems)
         model.zero_grad()
         output = model(inputs_embeds=embeddings, labels=ids, **carried)
         if cached:
             with torch.no_grad():
-                model(ids, past_key_values=output.past_key_values)
+                model(ids, cache=output.cache)
         output.loss.backward()
         gradients.append(
             (output.loss.detach(), embeddings.grad, model.transformer.layers[-1].dec_attn.r_net.weight.grad)
@@ -173,10 +173,10 @@ def test_selecting_samples_and_resetting() -> None:
     cache = TransfoXLCache(model.config)
     ids, mask = tokens(2, 5), torch.tensor([[0, 1, 1, 1, 1], [1] * 5])
     with torch.no_grad():
-        fresh = model(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+        fresh = model(ids, attention_mask=mask, cache=cache, use_cache=True)
         cache.reorder_cache(torch.tensor([1, 1]))
         assert cache.valid.all() and torch.equal(cache.layers[0].keys[0], cache.layers[0].keys[1])
         cache.reset()
         assert cache.get_seq_length() == cache.rows == 0
-        again = model(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+        again = model(ids, attention_mask=mask, cache=cache, use_cache=True)
     torch.testing.assert_close(again.logits, fresh.logits, **CLOSE)

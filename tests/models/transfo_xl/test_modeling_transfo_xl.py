@@ -296,7 +296,18 @@ def test_mems_and_a_filled_cache_exclude_each_other() -> None:
     model, ids = tiny_model(), tokens(2, 3)
     output = model(ids, use_cache=True)
     with pytest.raises(ValueError, match="not both"):
-        model(ids, mems=model(ids).mems, past_key_values=output.past_key_values)
+        model(ids, mems=model(ids).mems, cache=output.cache)
+
+
+def test_a_cache_has_two_names() -> None:
+    """`cache` here and since transformers 5.24, `past_key_values` before."""
+    model, ids = tiny_model(mem_len=8), tokens(2, 3)
+    expected = model(ids, cache=model(ids, use_cache=True).cache).logits
+    output = model(ids, use_cache=True)
+    assert output.past_key_values is output.cache and output["past_key_values"] is output.cache
+    assert torch.equal(model(ids, past_key_values=output.past_key_values).logits, expected)
+    with pytest.raises(ValueError, match="two names of one argument"):
+        model(ids, cache=output.cache, past_key_values=output.cache)
 
 
 # Modes of training
