@@ -34,9 +34,6 @@ _EXCLUDED: dict[frozenset[str], str] = {
     frozenset({"nesterov", "weight_prediction"}): "both look ahead by the delay, so it would be compensated twice",
     frozenset({"nesterov", "error_feedback"}): "both extrapolate over the delay, so it would be compensated twice",
     frozenset(
-        {"weight_prediction", "error_feedback"}
-    ): "both extrapolate over the delay, so it would be compensated twice",
-    frozenset(
         {"weight_prediction", "gap_aware"}
     ): "the gap would be measured from weights at which no gradient was taken",
     frozenset({"error_feedback", "gap_aware"}): "one adds to late gradients what the other takes away",

@@ -37,8 +37,8 @@ class Compensation:
     def check(self, optimizer: torch.optim.Optimizer) -> None:
         """Raises UnsupportedOptionError where it has no meaning with this optimizer."""
 
-    def learning_rate_factor(self, update: StageUpdate) -> float:
-        """What the learning rate of a stage's update is multiplied by."""
+    def learning_rate_factor(self, group: Mapping[str, Any], update: StageUpdate) -> float:
+        """What the learning rate of a parameter group in a stage's update is multiplied by."""
         return 1.0
 
     def predict(

@@ -1,11 +1,16 @@
-"""lr_rescale: smaller learning rates for stages whose gradients are later, at the beginning of a run (PipeMare)."""
+"""lr_rescale: smaller learning rates for stages whose gradients are later (PipeMare)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import UnsupportedOptionError
 from .compensation import Compensation, StageUpdate
+from .matrices import algorithm_of
+
+RESCALED = ("all", "adamw")
 
 
 @dataclass(frozen=True)
@@ -16,17 +21,25 @@ class LearningRateRescaling(Compensation):
     T1. Stages that are at most one update late keep their learning rate.
 
     Args:
-        anneal: updates after which all stages have the full learning rate.
+        anneal: updates after which all stages have the full learning rate; 0 to keep the smaller ones.
+        rescaled: "all", or "adamw" to leave alone the matrices that `muon` or `basis_rotation` step.
     """
 
     name = "lr_rescale"
     anneal: int = 1000
+    rescaled: str = "all"
 
     def __post_init__(self) -> None:
-        if self.anneal < 1:
-            raise UnsupportedOptionError(f"delay_compensation_args: anneal={self.anneal} must be at least 1 update")
+        if self.anneal < 0:
+            raise UnsupportedOptionError(f"delay_compensation_args: anneal={self.anneal} must not be negative")
+        if self.rescaled not in RESCALED:
+            raise UnsupportedOptionError(
+                f"delay_compensation_args: rescaled={self.rescaled!r} is unknown; use one of {', '.join(RESCALED)}"
+            )
 
-    def learning_rate_factor(self, update: StageUpdate) -> float:
+    def learning_rate_factor(self, group: Mapping[str, Any], update: StageUpdate) -> float:
         """At most 1."""
-        exponent = 1.0 - min(update.delayed_before / self.anneal, 1.0)
+        if self.rescaled == "adamw" and algorithm_of(group) not in (None, "adamw"):
+            return 1.0
+        exponent = 1.0 - min(update.delayed_before / self.anneal, 1.0) if self.anneal else 1.0
         return max(1.0, update.delay) ** -exponent

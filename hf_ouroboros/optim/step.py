@@ -37,10 +37,9 @@ def compensated_step(
             gradient = compensation.correct(parameter, gradient, optimizer.state.get(parameter, {}), update)
         parameter.grad = gradient
     rates = [group["lr"] for group in optimizer.param_groups]
-    factor = _factor(compensations, update)
     try:
-        if factor != 1.0:
-            for group in optimizer.param_groups:
+        for group in optimizer.param_groups:
+            if (factor := _factor(compensations, group, update)) != 1.0:
                 group["lr"] = group["lr"] * factor
         optimizer.step()
     finally:
@@ -73,12 +72,11 @@ def predictions(
         update: which update of the stage this is.
     """
     found: dict[int, torch.Tensor] = {}
-    factor = _factor(compensations, update)
     for compensation in compensations:
         if not compensation.predicts:
             continue
         for group, values in zip(optimizer.param_groups, hyperparameters, strict=True):
-            values = {**values, "lr": values["lr"] * factor}
+            values = {**values, "lr": values["lr"] * _factor(compensations, group, update)}
             for parameter in group["params"]:
                 if id(parameter) not in owned or not parameter.requires_grad:
                     continue
@@ -88,5 +86,5 @@ def predictions(
     return found
 
 
-def _factor(compensations: Sequence[Compensation], update: StageUpdate) -> float:
-    return math.prod(c.learning_rate_factor(update) for c in compensations)
+def _factor(compensations: Sequence[Compensation], group: Mapping[str, Any], update: StageUpdate) -> float:
+    return math.prod(c.learning_rate_factor(group, update) for c in compensations)

@@ -22,6 +22,8 @@ KINDS = {
     "feedback": ("error_feedback", "nadam"),
     "prediction and rescale": ("weight_prediction+lr_rescale", "adamw"),
     "gap and rescale with muon": ("gap_aware+lr_rescale", "muon"),
+    "prediction and feedback": ("weight_prediction+error_feedback", "adamw"),
+    "everything with muon": ("weight_prediction+error_feedback+lr_rescale", "muon"),
     "feedback and rescale with muon": ("error_feedback+lr_rescale", "muon"),
 }
 SHAPES = {

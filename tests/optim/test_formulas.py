@@ -54,6 +54,27 @@ def test_lr_rescale(update: StageUpdate, factor: float) -> None:
     assert optimizer.param_groups[0]["lr"] == 0.1 and weights.grad is None
 
 
+def test_lr_rescale_for_ever_and_of_what_adamw_steps() -> None:
+    weights, optimizer = sgd()
+    late = StageUpdate(4.0, 10_000)
+    compensated_step(optimizer, [(weights, vector(1.0, 2.0))], choose("lr_rescale", "anneal=0").compensations, late)
+    close(weights, 1 - 0.1 / 4, -2 - 0.2 / 4)
+    compensations = choose("weight_prediction+lr_rescale", "anneal=0,rescaled=adamw").compensations
+    moved = {}
+    for name, given in (("plain", compensations[:1]), ("rescaled", compensations)):
+        matrix, bias = torch.nn.Parameter(torch.eye(2)), torch.nn.Parameter(torch.ones(2))
+        optimizer = MuonAdamW([matrix, bias], [matrix], lr=0.1)
+        compensated_step(optimizer, [(matrix, torch.eye(2)), (bias, torch.ones(2))], given, late)
+        ahead = predictions(optimizer, optimizer.param_groups, {id(matrix), id(bias)}, given, late)
+        moved[name] = [
+            t for p, start in ((matrix, torch.eye(2)), (bias, torch.ones(2))) for t in (p - start, ahead[id(p)] - p)
+        ]
+    assert all(map(torch.equal, moved["rescaled"][:2], moved["plain"][:2]))
+    # Rounding of float32 beside a weight of 1.
+    torch.testing.assert_close(moved["rescaled"][2:], [step / 4 for step in moved["plain"][2:]], rtol=0, atol=2e-7)
+    assert moved["plain"][2].abs().min() > 0.09
+
+
 def test_weight_prediction_with_sgd() -> None:
     weights, optimizer = sgd(momentum=0.5)
     for _ in range(2):
