@@ -31,6 +31,9 @@ class ErrorFeedback(Compensation):
     "Error feedback" is what work of 2026 on one-step delays calls a correction of this cost (a buffer of the size of the
     weights for D = 1); the definition here is this project's own. Applied after clipping.
 
+    Together with weight_prediction the delay is compensated twice: gradients lead by tau_k updates more than they are late,
+    which damps the oscillations that a delay drives. With whole updates of delay (M = 1) this is better than either alone.
+
     Costs D copies of a stage's gradients in the optimizer's state. No correction until D of them are known.
 
     Args:

@@ -83,6 +83,7 @@ def _gpt2(options: BenchmarkArguments) -> GPT2LMHeadModel:
         n_embd=options.n_embd,
         n_layer=options.n_layer,
         n_head=max(1, options.n_embd // 64),
+        initializer_range=options.init_std,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -109,6 +110,7 @@ def _transfo_xl(options: BenchmarkArguments) -> TransfoXLLMHeadModel:
         clamp_len=0,
         same_length=False,
         dropout=0.0,
+        init_std=options.init_std,
         eos_token_id=0,
         tie_word_embeddings=not options.untied,
     )
