@@ -265,12 +265,13 @@ def write_report(folder: Path) -> str:
     for number, ((data, fixed), runs) in enumerate(sorted(families.items(), key=str), 1):
         described = ", ".join(f"{name}={value}" for name, value in fixed if value != "")
         rows = rows_of(runs)
-        lengths = [updates for row in rows if row.stages == 1 for updates in row.test]
+        lengths = {updates for row in rows if row.stages == 1 for updates in row.test}
         lines += [f"## {number}. {data}", "", described, f"{len(runs)} runs.", ""]
         if not lengths:
             lines += ["No synchronous run (stages: 1) to compare with yet.", ""]
-            lengths = [updates for row in rows for updates in row.test]
-        nominal = statistics.mode(lengths)
+            lengths = {updates for row in rows for updates in row.test}
+        # Of the synchronous runs' lengths, that of most other runs; shorter ones tell how many tokens a loss is worth.
+        nominal = max(lengths, key=lambda updates: (sum(updates in row.test for row in rows), updates))
         per_update = runs[0]["tokens_per_update"]
         lines += [
             f"{nominal} updates of {per_update} tokens; ± are 95 % intervals over seeds.",

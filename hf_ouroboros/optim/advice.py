@@ -16,7 +16,7 @@ class Measurement:
 
     Args:
         optimizer: "adamw", "nesterov" or "muon".
-        compensation: what else was done about the delay: "none" or "error_feedback".
+        compensation: what else was done about the delay: "none" or names joined by "+".
         stages: K.
         micro_batches: M.
         learning_rate: the best of those tried.
@@ -55,6 +55,7 @@ MEASURED = (
     Measurement("muon", "error_feedback", 9, 16, 1e-2, 0.3),
     Measurement("muon", "error_feedback", 3, 1, 3e-3, 10.1),
     Measurement("muon", "error_feedback", 5, 1, 3e-3, 26.4, updates=500, seeds=1),
+    Measurement("muon", "weight_prediction+error_feedback+lr_rescale", 3, 1, 1e-2, 3.9),
 )
 COSTLY = 5.0  # per cent
 ALIKE = 1 / 3  # of a measurement's learning rate: below that, as in most fine-tuning, it says nothing
@@ -116,6 +117,11 @@ def warning(
         advice.append("set delay_compensation to 'muon+error_feedback', or to 'auto', which keeps the optimizer")
     elif compensation == "none" and optimizer != "nesterov":
         advice.append("add error_feedback to delay_compensation")
+    elif (optimizer, compensation) == ("muon", "error_feedback") and delay >= 1:
+        advice.append(
+            "set delay_compensation to 'muon+weight_prediction+error_feedback+lr_rescale' and delay_compensation_args to "
+            "'anneal=0,rescaled=adamw'"
+        )
     return (
         f"num_stages={stages} with gradient_accumulation_steps={micro_batches} applies gradients up to {delay:g} update(s) "
         f"late. With {optimizer} and delay_compensation={compensation!r}, a delay of {worst.delay:g} update(s) cost "

@@ -101,6 +101,8 @@ def test_warning_has_a_measured_number_and_what_to_do() -> None:
     text = warning(3, 4, 1e-2, "adamw")
     assert "cost 5.9 %" in text and "gradient_accumulation_steps to" not in text
     assert "cost 10.1 %" in warning(3, 1, 1e-2, "muon", "error_feedback")
+    assert "'muon+weight_prediction+error_feedback+lr_rescale'" in warning(3, 1, 1e-2, "muon", "error_feedback")
+    assert warning(3, 1, 1e-2, "muon", "weight_prediction+error_feedback+lr_rescale") is None
     assert "add error_feedback" in warning(9, 1, 1e-2, "muon") and "nesterov" in warning(9, 2, 1e-2, "nesterov")
 
 

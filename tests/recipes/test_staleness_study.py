@@ -163,6 +163,16 @@ def test_report_compares_with_the_same_optimizer_and_with_adamw(tmp_path: Path) 
     assert "diverged" in text
 
 
+def test_report_is_about_the_length_of_most_runs(tmp_path: Path) -> None:
+    """Shorter synchronous runs only tell how many tokens a loss is worth."""
+    for i, found in enumerate(
+        [result(1, 3.0, updates=500), result(1, 2.5, updates=1000), result(3, 2.75, updates=1000)]
+    ):
+        (tmp_path / f"K{i}.json").write_text(json.dumps(found))
+    text = write_report(tmp_path)
+    assert "1000 updates of" in text and "+10.0 %" in text and f"{math.sqrt(2):.2f}" in text
+
+
 @pytest.mark.slow
 def test_a_study_from_end_to_end(tmp_path: Path) -> None:
     """A run that fails is named and leaves the others alone; what is there is reported."""
