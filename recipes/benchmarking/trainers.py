@@ -41,6 +41,11 @@ class MeasuredTrainer(Measured, Trainer):
 class MeasuredOuroborosTrainer(Measured, OuroborosTrainer):
     """Ours."""
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """See `Trainer.evaluate`; the clock runs until the pipeline is empty."""
+        self.synchronize()
+        return super().evaluate(*args, **kwargs)
+
 
 class Timekeeper(TrainerCallback):
     """Tells the clock about updates and evaluations, and ends a run that has reached its target."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 
 import benchmark
 import psutil
 import pytest
 import torch
-from benchmarking import launch, report
+from benchmarking import launch, report, trainers
+from benchmarking.clock import Clock
 from benchmarking.contenders import ContenderError, parse_contender
 from benchmarking.job import Job, build_model, muon_matrices, tables
 from benchmarking.options import THROUGHPUT, TIME_TO_LOSS, BenchmarkArguments
@@ -146,6 +148,16 @@ def test_targets_are_crossed_between_evaluations() -> None:
     assert report.crossing(found) == (7.0, 15.0) and report.tokens_to_target(found) == 1500.0
     assert report.crossing(found | {"target": 3.5}) == (5.0, 10)
     assert report.crossing(found | {"target": 0.1}) is None
+
+
+def test_the_clock_runs_until_the_pipeline_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = object.__new__(trainers.MeasuredOuroborosTrainer)
+    trainer.clock = Clock()
+    trainer.synchronize = lambda: time.sleep(0.2)
+    monkeypatch.setattr(OuroborosTrainer, "evaluate", lambda self: time.sleep(2.0))
+    trainer.clock.restart()
+    trainer.evaluate()
+    assert 0.2 <= trainer.clock.now() < 2.0
 
 
 @pytest.mark.slow
