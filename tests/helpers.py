@@ -109,6 +109,7 @@ class Case:
         devices: how many workers share the stages; None for K-1 if tied, else K.
         counts: layers of each stage; None for a balanced split.
         compensation: what is done about the delay besides the choice of the optimizer.
+        compensation_args: its options.
     """
 
     stages: int = 3
@@ -126,6 +127,7 @@ class Case:
     layers: int = 5
     counts: tuple[int, ...] | None = None
     compensation: str = "none"
+    compensation_args: str = ""
 
     def model(self) -> PreTrainedModel:
         """The model before it is split."""
@@ -187,7 +189,7 @@ class Run:
             recompute=case.recompute,
             threads=1,
             micro_batches=max(case.updates),
-            compensations=choose(case.compensation).compensations,
+            compensations=choose(case.compensation, case.compensation_args).compensations,
         )
         self.engine = self.make_engine(partition, settings)
         self.ticks: list[int] = []

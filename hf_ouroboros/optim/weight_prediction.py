@@ -14,6 +14,11 @@ from .compensation import Compensation, StageUpdate
 from .matrices import algorithm_of
 from .muon import MuonAdamW, adjusted_rate, orthogonalised
 
+PREVIOUS = "weights_before"
+"""Weights before the last step, in the optimizer's state."""
+
+FROM = ("momentum", "step")
+
 
 @dataclass(frozen=True)
 class WeightPrediction(Compensation):
@@ -29,27 +34,47 @@ class WeightPrediction(Compensation):
     they were when the update opened. No prediction: before a parameter's first step, in synchronous updates, for frozen
     parameters. The real weights are what is stepped, evaluated and saved.
 
+    With prediction="step" the s steps are taken to be like the last one, whatever optimizer made it: w + s (w - w'), w' being
+    the weights before it. For Adam, whose steps are those of its momentum, this is nearly the same; for Muon it is its real
+    step, Nesterov's look-ahead included, and saves the second orthogonalisation. No prediction before the first step with a
+    delay.
+
     Chen, Yang, Cheng, "Efficient and Robust Parallel DNN Training through Model Parallelism on Multi-GPU Platform"
     (SpecTrain, 2018); Guan, Yin, Li, Lu, "XPipe" (2019) and "PipeOptim" (2023).
 
-    Costs a copy of a stage's weights per update in flight, which a pending backward keeps anyway; Muon's orthogonalisation
-    runs once more per update.
+    Costs a copy of a stage's weights per update in flight, which a pending backward keeps anyway; with "momentum" Muon's
+    orthogonalisation runs once more per update, with "step" the optimizer's state has another copy of the weights.
 
     Args:
         horizon: share of the delay to predict over.
+        prediction: "momentum" or "step".
     """
 
     name = "weight_prediction"
     predicts = True
     horizon: float = 1.0
+    prediction: str = "momentum"
+
+    def __post_init__(self) -> None:
+        if self.prediction not in FROM:
+            raise UnsupportedOptionError(
+                f"delay_compensation_args: prediction={self.prediction!r} is unknown; use one of {', '.join(FROM)}"
+            )
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether `record` needs the weights before a step."""
+        return self.prediction == "step"
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
-        """Only optimizers whose momentum tells the coming step."""
+        """Only optimizers whose momentum tells the coming step; with "step" all."""
+        if self.prediction == "step":
+            return
         kind = type(optimizer)
         if kind not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, MuonAdamW, RotatedAdamW):
             raise UnsupportedOptionError(
                 f"delay_compensation='weight_prediction' knows how SGD with momentum, Adam, AdamW, muon and "
-                f"basis_rotation go on, not {kind.__name__}; use optim='adamw_torch' or 'sgd' with momentum"
+                f"basis_rotation go on, not {kind.__name__}; set delay_compensation_args='prediction=step'"
             )
         if any(group.get("momentum") == 0 for group in optimizer.param_groups):
             raise UnsupportedOptionError(
@@ -68,6 +93,8 @@ class WeightPrediction(Compensation):
         steps = self.horizon * update.delay
         if steps == 0 or not state:
             return None
+        if self.prediction == "step":
+            return torch.lerp(parameter, state[PREVIOUS], -steps) if PREVIOUS in state else None
         if algorithm_of(group) == "muon":
             decayed = parameter - (steps * group["lr"] * group["weight_decay"]) * parameter
             direction = orthogonalised(state["momentum_buffer"], group)
@@ -80,6 +107,22 @@ class WeightPrediction(Compensation):
         if "exp_avg" in state:
             return parameter - (steps * group["lr"]) * _adam_direction(parameter, state, group)
         return parameter - (steps * group["lr"]) * state["momentum_buffer"]
+
+    def record(
+        self,
+        parameter: torch.Tensor,
+        gradient: torch.Tensor,
+        before: torch.Tensor | None,
+        state: dict[str, Any],
+        update: StageUpdate,
+    ) -> None:
+        """Keeps the weights before the step, if they are what predictions are made of."""
+        if not self.keeps_weights:
+            return
+        if update.delay == 0:
+            state.pop(PREVIOUS, None)
+        else:
+            state[PREVIOUS] = before
 
 
 def _adam_direction(parameter: torch.Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> torch.Tensor:

@@ -55,6 +55,7 @@ def test_options_reach_their_owner_with_their_type() -> None:
         ("lr_rescale", "rescaled=some", "rescaled='some' is unknown; use one of all, adamw"),
         ("muon+basis_rotation", None, "muon and basis_rotation don't go together"),
         ("basis_rotation", "refresh=0", "refresh=0 must be at least 1"),
+        ("weight_prediction", "prediction=magic", "prediction='magic' is unknown; use one of momentum, step"),
         ("muon", "momentum=much", "momentum='much' must be a number"),
         ("muon", "adjust_lr_fn=magic", "adjust_lr_fn='magic' is unknown; use one of match_rms_adamw, original"),
     ],
@@ -76,6 +77,7 @@ def test_refused(text: str, options: str | None, message: str) -> None:
 def test_weight_prediction_needs_a_momentum_that_it_knows(make: object, message: str) -> None:
     with pytest.raises(UnsupportedOptionError, match=message):
         choose("weight_prediction").check(make([torch.nn.Parameter(torch.zeros(1))]))
+    choose("weight_prediction", "prediction=step").check(make([torch.nn.Parameter(torch.zeros(1))]))
 
 
 # ---- advice ----

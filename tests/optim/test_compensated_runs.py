@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import Case, Run, assert_same_run, differences, tiny_gpt2
 
-# compensation and optimizer
+# compensation and optimizer; options behind a colon
 KINDS = {
     "nesterov": ("none", "nesterov"),
     "muon": ("none", "muon"),
@@ -17,6 +17,8 @@ KINDS = {
     "prediction sgd": ("weight_prediction", "sgd"),
     "prediction adamw": ("weight_prediction", "adamw"),
     "prediction muon": ("weight_prediction", "muon"),
+    "prediction of steps, nadam": ("weight_prediction:prediction=step", "nadam"),
+    "prediction of steps, muon": ("weight_prediction+error_feedback:prediction=step", "muon"),
     "rescale": ("lr_rescale", "adafactor"),
     "gap": ("gap_aware", "adamw"),
     "feedback": ("error_feedback", "nadam"),
@@ -38,8 +40,14 @@ LOOKS = {1: "synchronize", 2: "norm", 3: "settle", 4: "state"}
 
 
 def case(kind: str, shape: str) -> Case:
-    compensation, optimizer = KINDS[kind]
-    return dataclasses.replace(SHAPES[shape], compensation=compensation, optimizer=optimizer)
+    return compensated(SHAPES[shape], kind)
+
+
+def compensated(plain: Case, kind: str) -> Case:
+    """A case with the compensation and the optimizer of this kind."""
+    text, optimizer = KINDS[kind]
+    compensation, _, options = text.partition(":")
+    return dataclasses.replace(plain, compensation=compensation, compensation_args=options, optimizer=optimizer)
 
 
 def freeze_some(model: torch.nn.Module) -> None:
@@ -63,16 +71,15 @@ def test_they_do_something(kind: str) -> None:
     """Against the same optimizer alone; K = 4, M = 1."""
     compensation, optimizer = KINDS[kind]
     plain = dataclasses.replace(SHAPES["tied"], stages=4, optimizer="adamw" if compensation == "none" else optimizer)
-    mine = dataclasses.replace(plain, compensation=compensation, optimizer=optimizer)
+    mine = compensated(plain, kind)
     expected, found = (Run(c, "reference").train() for c in (plain, mine))
     assert differences(expected.model.state_dict(), found.model.state_dict())
 
 
 @pytest.mark.parametrize("kind", [kind for kind, (compensation, _) in KINDS.items() if compensation != "none"])
 def test_without_delay_they_do_nothing(kind: str) -> None:
-    compensation, optimizer = KINDS[kind]
-    plain = Case(3, updates=(2, 1, 2, 2), optimizer=optimizer)
-    mine = dataclasses.replace(plain, compensation=compensation)
+    plain = Case(3, updates=(2, 1, 2, 2), optimizer=KINDS[kind][1])
+    mine = compensated(plain, kind)
     expected = Run(plain, "1f1b").train()
     for schedule in ("1f1b", "reference 1f1b"):
         found = Run(mine, schedule).train()

@@ -129,6 +129,20 @@ def test_weight_prediction_with_muon(shape: tuple[int, int]) -> None:
     assert float((ahead - now).norm()) > 0.1
 
 
+def test_weight_prediction_of_steps_like_the_last() -> None:
+    weights, optimizer = sgd()
+    step = choose("weight_prediction", "prediction=step").compensations
+    compensated_step(optimizer, [(weights, vector(5.0, 5.0))], step, StageUpdate(0.0, 0))
+    assert predicted(weights, optimizer, "weight_prediction", LATE, "prediction=step") is None
+    compensated_step(optimizer, [(weights, vector(1.0, -2.0))], step, LATE)
+    # 1 - 0.5 - 0.1, -2 - 0.5 + 0.2
+    close(weights, 0.4, -2.3)
+    close(predicted(weights, optimizer, "weight_prediction", LATE, "prediction=step"), 0.4 - 0.2, -2.3 + 0.4)
+    half = predicted(weights, optimizer, "weight_prediction", StageUpdate(0.25, 9), "prediction=step,horizon=2")
+    close(half, 0.4 - 0.05, -2.3 + 0.1)
+    close(weights, 0.4, -2.3)
+
+
 @pytest.mark.parametrize("update", [StageUpdate(0.0, 0), LATE])
 def test_no_prediction_without_a_past_or_a_delay(update: StageUpdate) -> None:
     weights, optimizer = sgd(momentum=0.5)

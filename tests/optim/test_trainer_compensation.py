@@ -33,6 +33,7 @@ SPLIT = split_options(3, 2) | {"gradient_accumulation_steps": 1, "num_train_epoc
         ("weight_prediction", {"gradient_accumulation_steps": 2, "num_train_epochs": 2, "eval_strategy": "epoch"}),
         ("gap_aware", {"optim": "sgd", "learning_rate": 0.1}),
         ("muon+error_feedback", {"max_grad_norm": 0.1}),
+        ("muon+weight_prediction+error_feedback", {"delay_compensation_args": "prediction=step"}),
         ("basis_rotation", {"delay_compensation_args": "refresh=2", "delay_warmup_steps": 2}),
     ],
 )
