@@ -52,7 +52,9 @@ def test_grids_that_are_refused(tmp_path: Path, content: Any, message: str) -> N
         list(read_grid(grid(tmp_path, content)))
 
 
-@pytest.mark.parametrize("name", ["screen", "confirm", "one_tick", "finetune", "finetune_shakespeare", "transfo_xl", "smoke"])
+@pytest.mark.parametrize(
+    "name", ["screen", "confirm", "one_tick", "finetune", "finetune_shakespeare", "transfo_xl", "smoke"]
+)
 def test_grids_of_the_repository(name: str) -> None:
     settings = list(read_grid(str(RECIPES / "staleness_grids" / f"{name}.yaml")))
     assert settings and len({s.name("text") for s in settings}) == len(settings)
