@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedOptionError
-from .matrices import MatricesAndAdamW
+from .matrices import MatricesAndAdamW, loss_of
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -54,10 +54,7 @@ class RotatedAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step of the matrices that have a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None and _observe(parameter.grad, state := self.state[parameter], group):

@@ -32,7 +32,6 @@ class Compensation:
 
     name: str
     predicts: bool = False
-    keeps_weights: bool = False
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
         """Raises UnsupportedOptionError where it has no meaning with this optimizer."""
@@ -62,6 +61,10 @@ class Compensation:
         """The gradient that the optimizer is to be given instead of the (clipped) one of the window."""
         return gradient
 
+    def keeps_weights(self, update: StageUpdate) -> bool:
+        """Whether `record` needs a copy of the weights before the step of an update."""
+        return False
+
     def record(
         self,
         parameter: torch.Tensor,
@@ -75,7 +78,7 @@ class Compensation:
         Args:
             parameter: the new weights.
             gradient: what `correct` was given.
-            before: a copy of the weights before the step, if `keeps_weights`.
+            before: a copy of the weights before the step, if `keeps_weights` asks for it.
             state: the optimizer's state of the parameter, to be written to.
             update: the update that was closed.
         """

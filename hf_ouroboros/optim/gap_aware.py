@@ -31,7 +31,6 @@ class GapAware(Compensation):
     """
 
     name = "gap_aware"
-    keeps_weights = True
     gap_decay: float = 0.99
     gap_eps: float = 1e-8
 
@@ -45,6 +44,10 @@ class GapAware(Compensation):
         then = state[HISTORY][:back][-1]
         gap = (parameter.detach() - then).abs() * (update.delay / back)
         return gradient / (1 + gap / (state[SQUARE].sqrt() + self.gap_eps))
+
+    def keeps_weights(self, update: StageUpdate) -> bool:
+        """Always: the average of steps goes on in synchronous updates."""
+        return True
 
     def record(
         self,

@@ -59,10 +59,7 @@ class MatricesAndAdamW(torch.optim.Optimizer):
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step of both, over the parameters that have a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for algorithm, kind in ((self.algorithm, self.matrix_optimizer), ("adamw", torch.optim.AdamW)):
             # The other optimizer on our groups and our state: a shallow view, as the engine cuts out its stages. Wrappers
             # and hooks around a step belong to this one.
@@ -74,6 +71,14 @@ class MatricesAndAdamW(torch.optim.Optimizer):
             view.param_groups = [group for group in self.param_groups if group[_ALGORITHM] == algorithm]
             kind.step(view)
         return loss
+
+
+def loss_of(closure: Callable[[], float] | None) -> float | None:
+    """What the closure of a step returns, which computes the gradients; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 def algorithm_of(group: Mapping[str, Any]) -> str | None:

@@ -27,7 +27,7 @@ def compensated_step(
         compensations: applied in this order.
         update: which update of the stage this is.
     """
-    keep = any(c.keeps_weights for c in compensations)
+    keep = any(c.keeps_weights(update) for c in compensations)
     before = {id(p): p.detach().clone() for p, _ in gradients} if keep else {}
     given: list[list[torch.Tensor]] = []
     for parameter, gradient in gradients:

@@ -61,11 +61,6 @@ class WeightPrediction(Compensation):
                 f"delay_compensation_args: prediction={self.prediction!r} is unknown; use one of {', '.join(FROM)}"
             )
 
-    @property
-    def keeps_weights(self) -> bool:
-        """Whether `record` needs the weights before a step."""
-        return self.prediction == "step"
-
     def check(self, optimizer: torch.optim.Optimizer) -> None:
         """Only optimizers whose momentum tells the coming step; with "step" all."""
         if self.prediction == "step":
@@ -108,6 +103,10 @@ class WeightPrediction(Compensation):
             return parameter - (steps * group["lr"]) * _adam_direction(parameter, state, group)
         return parameter - (steps * group["lr"]) * state["momentum_buffer"]
 
+    def keeps_weights(self, update: StageUpdate) -> bool:
+        """Only if they are what predictions are made of."""
+        return self.prediction == "step" and update.delay > 0
+
     def record(
         self,
         parameter: torch.Tensor,
@@ -116,13 +115,11 @@ class WeightPrediction(Compensation):
         state: dict[str, Any],
         update: StageUpdate,
     ) -> None:
-        """Keeps the weights before the step, if they are what predictions are made of."""
-        if not self.keeps_weights:
-            return
-        if update.delay == 0:
-            state.pop(PREVIOUS, None)
-        else:
+        """Keeps the weights before the step, if there is something to predict."""
+        if self.keeps_weights(update):
             state[PREVIOUS] = before
+        else:
+            state.pop(PREVIOUS, None)
 
 
 def _adam_direction(parameter: torch.Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> torch.Tensor:

@@ -132,6 +132,7 @@ def test_weight_prediction_with_muon(shape: tuple[int, int]) -> None:
 def test_weight_prediction_of_steps_like_the_last() -> None:
     weights, optimizer = sgd()
     step = choose("weight_prediction", "prediction=step").compensations
+    assert [step[0].keeps_weights(update) for update in (StageUpdate(0.0, 0), LATE)] == [False, True]
     compensated_step(optimizer, [(weights, vector(5.0, 5.0))], step, StageUpdate(0.0, 0))
     assert predicted(weights, optimizer, "weight_prediction", LATE, "prediction=step") is None
     compensated_step(optimizer, [(weights, vector(1.0, -2.0))], step, LATE)
