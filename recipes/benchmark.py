@@ -126,6 +126,7 @@ def main() -> None:
     output = Path(options.output_dir).absolute()
     with tempfile.TemporaryDirectory() as scratch:
         try:
+            options.take_sizes()
             options.check()
             write_blocks(options, Path(scratch) / "blocks.pt")
         except ContenderError as error:

@@ -18,6 +18,9 @@ from hf_ouroboros.optim.muon import Muon
 from .contenders import Contender
 from .options import BenchmarkArguments
 
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+"""A GPT-2's, so that all contenders compute the same."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -70,8 +73,10 @@ def build_model(job: Job) -> PreTrainedModel:
     """The same model for every contender, without dropout."""
     options = job.options
     set_seed(job.seed)
-    build = {"gpt2": _gpt2, "transfo-xl": _transfo_xl}[options.model_type]
-    model = build(options)
+    if options.model_name_or_path is not None:
+        model = GPT2LMHeadModel.from_pretrained(options.model_name_or_path, **NO_DROPOUT)
+    else:
+        model = {"gpt2": _gpt2, "transfo-xl": _transfo_xl}[options.model_type](options)
     model.loss_type = "ForCausalLM"  # otherwise Trainer counts one label too many per row
     return model
 
@@ -84,9 +89,7 @@ def _gpt2(options: BenchmarkArguments) -> GPT2LMHeadModel:
         n_layer=options.n_layer,
         n_head=max(1, options.n_embd // 64),
         initializer_range=options.init_std,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
+        **NO_DROPOUT,
         bos_token_id=0,
         eos_token_id=0,
         tie_word_embeddings=not options.untied,

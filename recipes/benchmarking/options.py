@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from transformers import AutoConfig
+
 from .contenders import Contender, ContenderError, parse_contender
 
 SETTLING_TICKS = 10
@@ -48,6 +50,13 @@ class BenchmarkArguments:
         metadata={
             "help": "Architecture; a Transformer-XL reads every row by itself, without memory.",
             "choices": ["gpt2", "transfo-xl"],
+        },
+    )
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Train this GPT-2 over bytes on instead of one from scratch; its sizes take the place of --model_type, "
+            "--n_embd, --n_layer, --vocab_size and --untied, and its dropout is switched off."
         },
     )
     n_embd: int = field(default=256, metadata={"help": "Width of the model."})
@@ -153,6 +162,31 @@ class BenchmarkArguments:
         """
         names = self.contenders or list(THROUGHPUT if self.until_loss is None else TIME_TO_LOSS)
         return [parse_contender(n, self.micro_batches, self.global_batch, len(self.devices)) for n in names]
+
+    def take_sizes(self) -> None:
+        """Replaces the sizes by those of `model_name_or_path`, if there is one.
+
+        Raises:
+            ContenderError: it can't be read, is no GPT-2, or is too short for the rows.
+        """
+        if self.model_name_or_path is None:
+            return
+        try:
+            config = AutoConfig.from_pretrained(self.model_name_or_path)
+        except (OSError, ValueError) as error:
+            raise ContenderError(f"--model_name_or_path {self.model_name_or_path}: {error}") from error
+        if config.model_type != "gpt2":
+            raise ContenderError(
+                f"--model_name_or_path {self.model_name_or_path} is a {config.model_type}; use a GPT-2"
+            )
+        if config.n_positions < self.block_size:
+            raise ContenderError(
+                f"--model_name_or_path {self.model_name_or_path} has {config.n_positions} positions, --block_size is "
+                f"{self.block_size}; use a smaller --block_size"
+            )
+        self.model_type = config.model_type
+        self.n_embd, self.n_layer, self.vocab_size = config.n_embd, config.n_layer, config.vocab_size
+        self.untied = not config.tie_word_embeddings
 
     def check(self) -> None:
         """Refuses what can't be measured.

@@ -18,6 +18,7 @@ from benchmarking.job import Job, build_model, muon_matrices, tables
 from benchmarking.options import THROUGHPUT, TIME_TO_LOSS, BenchmarkArguments
 from benchmarking.text import read_blocks, write_blocks
 from running import RECIPES, run
+from transformers import BertConfig, GPT2Config, GPT2LMHeadModel
 
 from hf_ouroboros import OuroborosArguments, OuroborosTrainer
 
@@ -205,6 +206,26 @@ def test_models_of_contenders(tmp_path: Path, model_type: str, untied: bool) -> 
     assert inputs.weight.shape == outputs.weight.shape == (257, 64) and (inputs.weight is outputs.weight) != untied
     ids = torch.arange(12).view(1, 12)
     assert torch.equal(first(input_ids=ids, labels=ids).loss, second(input_ids=ids, labels=ids).loss)
+
+
+def test_contenders_train_a_model_on(tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=300, n_positions=16, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    options = BenchmarkArguments(model_name_or_path=str(tmp_path / "model"), block_size=16, untied=True)
+    options.take_sizes()
+    assert (options.n_embd, options.n_layer, options.vocab_size, options.untied) == (32, 2, 300, False)
+    model = build_model(Job(options, contender("naive"), 0, tmp_path / "blocks", tmp_path, updates=1)).train()
+    saved = GPT2LMHeadModel.from_pretrained(tmp_path / "model").eval()
+    ids = torch.arange(12).view(1, 12)
+    assert torch.equal(model(input_ids=ids).logits, saved(input_ids=ids).logits)  # although in training: no dropout
+
+
+def test_models_that_contenders_cannot_train_on_are_named(tmp_path: Path) -> None:
+    GPT2Config(n_positions=8).save_pretrained(tmp_path / "short")
+    BertConfig().save_pretrained(tmp_path / "bert")
+    for folder, words in (("short", "8 positions"), ("bert", "is a bert"), ("missing", ": ")):
+        with pytest.raises(ContenderError, match=f"{folder}.*{words}"):
+            BenchmarkArguments(model_name_or_path=str(tmp_path / folder), block_size=16).take_sizes()
 
 
 @pytest.mark.slow
