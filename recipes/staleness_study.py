@@ -123,7 +123,7 @@ class StudyArguments:
     dry_run: bool = field(default=False, metadata={"help": "Only say what would be run."})
     train_file: str | None = field(
         default=None,
-        metadata={"help": "Text: 90 % for training, 5 % validation, 5 % test. Default: Python's standard library."},
+        metadata={"help": "Text: 90 %% for training, 5 %% validation, 5 %% test. Default: Python's standard library."},
     )
     output_dir: str = field(default="runs/staleness_study", metadata={"help": "Where the runs' JSON files are."})
     jobs: int = field(default=1, metadata={"help": "Runs at the same time, one thread each."})
