@@ -53,7 +53,6 @@ MEASURED = (
     Measurement("muon", "error_feedback", 3, 4, 1e-2, 0.4),
     Measurement("muon", "error_feedback", 5, 8, 1e-2, 0.5),
     Measurement("muon", "error_feedback", 9, 16, 1e-2, 0.3),
-    Measurement("muon", "weight_prediction+error_feedback", 3, 4, 1e-2, -0.1),  # prediction=step
     Measurement("muon", "error_feedback", 3, 1, 3e-3, 10.1),
     Measurement("muon", "error_feedback", 5, 1, 3e-3, 26.4, updates=500, seeds=1),
     Measurement("muon", "weight_prediction+error_feedback+lr_rescale", 3, 1, 1e-2, 3.9),
