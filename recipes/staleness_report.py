@@ -1,4 +1,4 @@
-"""Tables and pictures of the staleness study: final losses, and tokens to reach the synchronous run's loss."""
+"""Tables of the staleness study: final losses, and tokens to reach the synchronous run's loss."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from staleness_picture import Panel, draw
 
 # What a row of the table is about; the learning rate is chosen, seeds are averaged, everything else is the family.
 _ROW = ("stages", "micro_batches", "compensation", "compensation_args", "delay_warmup_updates", "optim", "optim_args")
@@ -210,10 +212,8 @@ def table(rows: Sequence[Row], nominal: int) -> list[str]:
     return lines
 
 
-def draw(rows: Sequence[Row], nominal: int, path: Path, title: str) -> bool:
-    """Cost and tokens by delay, one line per compensation; returns whether there was anything to draw."""
-    from matplotlib.figure import Figure
-
+def panels(rows: Sequence[Row], nominal: int) -> list[Panel]:
+    """What there is to draw of runs of a length: their cost, and the tokens to the synchronous loss."""
     synchronous = {row.optimizer: row for row in rows if row.stages == 1 and nominal in row.test}
     cost: dict[str, dict[tuple[float, int], Interval]] = defaultdict(dict)
     ratio: dict[str, dict[tuple[float, int], Interval]] = defaultdict(dict)
@@ -225,34 +225,11 @@ def draw(rows: Sequence[Row], nominal: int, path: Path, title: str) -> bool:
         for values, interval in zip((cost, ratio), found, strict=True):
             if interval is not None and math.isfinite(interval.mean):
                 values[row.label][row.delay, row.stages] = interval
-    panels = [("final loss over the synchronous run's (%)", cost, 0.0), ("tokens to its loss (ratio)", ratio, 1.0)]
-    panels = [panel for panel in panels if panel[1]]
-    if not panels:
-        return False
-    figure = Figure(figsize=(1 + 5 * len(panels), 5), layout="constrained")
-    labels = sorted(cost.keys() | ratio.keys())
-    all_stages = sorted({stages for points in cost.values() for _, stages in points})
-    figure.suptitle(title + (f", K={all_stages[0]}" if len(all_stages) == 1 else ""), fontsize=10)
-    for axes, (name, values, level) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for i, label in enumerate(labels):
-            points = sorted(values[label].items())
-            # Side by side, so that intervals at the same delay can be told apart.
-            shift = 0.02 * (i - (len(labels) - 1) / 2)
-            places = [delay + shift + 0.03 * all_stages.index(stages) for (delay, stages), _ in points]
-            means = [interval.mean for _, interval in points]
-            halves = [interval.half or 0.0 for _, interval in points]
-            style = {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--", "linewidth": 1, "label": label}
-            axes.errorbar(places, means, halves, marker="o", markersize=4, capsize=2, **style)
-            for x, y, ((_, stages), _) in zip(places, means, points, strict=True) if len(all_stages) > 1 else ():
-                axes.annotate(f"K{stages}", (x, y), xytext=(3, 3), textcoords="offset points", fontsize=6)
-        axes.axhline(level, color="black", linewidth=0.8)
-        axes.set(xlabel="delay of the first stage (K-1)/M, updates (K side by side)", ylabel=name)
-        axes.grid(alpha=0.3)
-    figure.legend(
-        *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2 * len(panels), fontsize=8
-    )
-    figure.savefig(path, dpi=150)
-    return True
+    found = [
+        Panel("final loss over the synchronous run's (%)", 0.0, cost),
+        Panel("tokens to its loss (ratio)", 1.0, ratio),
+    ]
+    return [panel for panel in found if panel.points]
 
 
 def write_report(folder: Path) -> str:
@@ -279,7 +256,8 @@ def write_report(folder: Path) -> str:
             *table(rows, nominal),
         ]
         picture = folder / f"cost-{number}.png"
-        if draw(rows, nominal, picture, f"{data}: {nominal} updates of {per_update} tokens"):
+        if drawn := panels(rows, nominal):
+            draw(drawn, picture, f"{data}: {nominal} updates of {per_update} tokens")
             lines += ["", f"![Cost by delay]({picture.name})"]
         lines.append("")
     text = "\n".join(lines)

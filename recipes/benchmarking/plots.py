@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
+from labels import in_lines
 from matplotlib.figure import Figure
 
 from .contenders import Contender
@@ -15,16 +15,6 @@ OURS, PEERS, BASE = "#d1495b", "#00798c", "#8d99ae"
 
 def _color(contender: Contender) -> str:
     return OURS if contender.is_ours else PEERS if contender.kind.startswith("torch-") else BASE
-
-
-def _in_lines(label: str, width: int = 36) -> str:
-    """A contender's label, however many settings it has, in lines that leave room for the axes."""
-    lines = [""]
-    for part in re.findall(r"[^:,+@]+[:,+@]?", label):
-        if lines[-1] and len(lines[-1] + part) > width:
-            lines.append("  ")
-        lines[-1] += part
-    return "\n".join(lines)
 
 
 def draw_speedups(contenders: list[Contender], results: list[list[Run]], num_devices: int, path: Path) -> None:
@@ -44,7 +34,7 @@ def draw_speedups(contenders: list[Contender], results: list[list[Run]], num_dev
         axes.text(spread.greatest + 0.03, row, f"{spread.median:.2f}", va="center", fontsize=9)
     axes.axvline(num_devices, color="0.3", linestyle="--", linewidth=1)
     axes.text(num_devices - 0.02, -0.7, f"ideal: {num_devices}", ha="right", va="center", fontsize=9, color="0.3")
-    axes.set_yticks(range(len(contenders)), [_in_lines(contender.label) for contender in contenders])
+    axes.set_yticks(range(len(contenders)), [in_lines(contender.label) for contender in contenders])
     axes.set_ylim(len(contenders) - 0.4, -1.2)
     axes.set_xlim(0, farthest * 1.12)
     axes.set_xlabel("speed-up over naive model parallelism (median, least - greatest)")
@@ -61,7 +51,7 @@ def draw_losses(contenders: list[Contender], results: list[list[Run]], path: Pat
             continue
         for repetition, run in enumerate(runs_of(contender, results)):
             _, seconds, losses = zip(*run["evaluations"], strict=True)
-            label = _in_lines(contender.label) if repetition == 0 else None
+            label = in_lines(contender.label) if repetition == 0 else None
             axes.plot(seconds, losses, color=f"C{number}", marker=".", markersize=4, linewidth=1.2, label=label)
     targets = sorted({run["target"] for repetition in results for run in repetition if "target" in run})
     for target in targets:

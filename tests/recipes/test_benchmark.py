@@ -11,7 +11,7 @@ import benchmark
 import psutil
 import pytest
 import torch
-from benchmarking import launch, plots, report, trainers
+from benchmarking import launch, report, trainers
 from benchmarking.clock import Clock
 from benchmarking.contenders import ContenderError, parse_contender
 from benchmarking.job import Job, build_model, muon_matrices, tables
@@ -149,14 +149,6 @@ def test_targets_are_crossed_between_evaluations() -> None:
     assert report.crossing(found) == (7.0, 15.0) and report.tokens_to_target(found) == 1500.0
     assert report.crossing(found | {"target": 3.5}) == (5.0, 10)
     assert report.crossing(found | {"target": 0.1}) is None
-
-
-def test_long_labels_are_broken_where_settings_end() -> None:
-    text = "pipelined:delay_compensation=muon+weight_prediction+error_feedback,delay_compensation_args=prediction=step"
-    lines = plots._in_lines(text).splitlines()
-    assert "".join(line.strip() for line in lines) == text
-    assert len(lines) == 3 and max(map(len, lines)) <= 45
-    assert plots._in_lines("torch-1f1b:M=8") == "torch-1f1b:M=8"
 
 
 def test_the_clock_runs_until_the_pipeline_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
