@@ -190,9 +190,14 @@ def costs(row: Row, baseline: Row, updates: int) -> Interval | None:
     return Interval.of([100 * (mine[s] / theirs[s] - 1) for s in seeds]) if seeds else None
 
 
+def synchronous_rows(rows: Iterable[Row], nominal: int) -> dict[Key, Row]:
+    """Each optimizer's synchronous runs, where there are runs of that many updates."""
+    return {row.optimizer: row for row in rows if row.stages == 1 and nominal in row.test}
+
+
 def table(rows: Sequence[Row], nominal: int) -> list[str]:
     """Markdown: every combination against the synchronous runs of its own optimizer and of AdamW."""
-    synchronous = {row.optimizer: row for row in rows if row.stages == 1 and nominal in row.test}
+    synchronous = synchronous_rows(rows, nominal)
     adamw = synchronous.get(("none", "adamw_torch", ""))
     lines = [
         "| compensation | K | M | learning rate | seeds | test bits per byte | against its synchronous run | against "
@@ -214,22 +219,22 @@ def table(rows: Sequence[Row], nominal: int) -> list[str]:
 
 def panels(rows: Sequence[Row], nominal: int) -> list[Panel]:
     """What there is to draw of runs of a length: their cost, and the tokens to the synchronous loss."""
-    synchronous = {row.optimizer: row for row in rows if row.stages == 1 and nominal in row.test}
+    synchronous = synchronous_rows(rows, nominal)
     cost: dict[str, dict[tuple[float, int], Interval]] = defaultdict(dict)
     ratio: dict[str, dict[tuple[float, int], Interval]] = defaultdict(dict)
     for row in rows:
         baseline = synchronous.get(row.optimizer)
         if row.stages == 1 or baseline is None or nominal not in row.test:
             continue
-        found = costs(row, baseline, nominal), ratio_text(row, baseline, nominal)[1]
-        for values, interval in zip((cost, ratio), found, strict=True):
+        intervals = costs(row, baseline, nominal), ratio_text(row, baseline, nominal)[1]
+        for values, interval in zip((cost, ratio), intervals, strict=True):
             if interval is not None and math.isfinite(interval.mean):
                 values[row.label][row.delay, row.stages] = interval
-    found = [
+    drawn = [
         Panel("final loss over the synchronous run's (%)", 0.0, cost),
         Panel("tokens to its loss (ratio)", 1.0, ratio),
     ]
-    return [panel for panel in found if panel.points]
+    return [panel for panel in drawn if panel.points]
 
 
 def write_report(folder: Path) -> str:
