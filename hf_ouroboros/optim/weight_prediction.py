@@ -74,7 +74,7 @@ class WeightPrediction(Compensation):
         if any(group.get("momentum") == 0 for group in optimizer.param_groups):
             raise UnsupportedOptionError(
                 "delay_compensation='weight_prediction' predicts from momentum, and SGD has none here; set "
-                "optim_args='momentum=0.9'"
+                "optim_args='momentum=0.9' or delay_compensation_args='prediction=step'"
             )
         if any(group.get("maximize") for group in optimizer.param_groups):
             raise UnsupportedOptionError(

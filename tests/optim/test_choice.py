@@ -70,7 +70,10 @@ def test_refused(text: str, options: str | None, message: str) -> None:
     [
         (lambda p: torch.optim.Adagrad(p), "not Adagrad"),
         (lambda p: torch.optim.NAdam(p), "not NAdam"),
-        (lambda p: torch.optim.SGD(p, lr=0.1), "SGD has none here; set optim_args='momentum=0.9'"),
+        (
+            lambda p: torch.optim.SGD(p, lr=0.1),
+            "SGD has none here; set optim_args='momentum=0.9' or delay_compensation_args='prediction=step'",
+        ),
         (lambda p: torch.optim.AdamW(p, maximize=True), "maximize=True"),
     ],
 )
