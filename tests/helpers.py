@@ -91,6 +91,9 @@ def make_optimizer(name: str, model: torch.nn.Module) -> torch.optim.Optimizer:
     if name == "muon":
         matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and ".h." in n]
         return MuonAdamW(groups, matrices, lr=1e-2)
+    if name == "measured muon":
+        matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and ".h." in n]
+        return MuonAdamW(groups, matrices, lr=1e-2, betas=(0.9, 0.95), adjust_lr_fn="measure_rms_adamw")
     if name == "rotated":
         matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and ".h." in n]
         return RotatedAdamW(groups, matrices, lr=1e-2, refresh=2)

@@ -19,16 +19,38 @@ if TYPE_CHECKING:
 ORTHOGONALISATION = {"cpu": torch.float32}
 """Precision by type of device; bfloat16 on all others."""
 
-ADJUSTMENTS = ("match_rms_adamw", "original")
+MEASURED = "measure_rms_adamw"
+ADJUSTMENTS = ("match_rms_adamw", "original", MEASURED)
+
+MEAN_SQUARE, RMS = "mean_square", "adamw_rms"
+"""Of the gradients, smoothed, and of AdamW's next step in learning rates: scalars in the optimizer's state."""
 
 
 class DeviceMuon(torch.optim.Muon):
-    """`torch.optim.Muon` that orthogonalises in the precision that its device is fast in.
+    """`torch.optim.Muon` that orthogonalises in the precision that its device is fast in, and can measure how far to go.
 
     torch multiplies in bfloat16 everywhere, for which CPUs without instructions for it take twenty to thirty times as long as in
     float32; a step then outweighs all forwards and backwards of a small update. On CPUs this one multiplies in float32, the
     same on all of them, and elsewhere in bfloat16.
+
+    Args:
+        params: matrices, or groups of them.
+        adjust_lr_fn: torch's, or "measure_rms_adamw", see `measured_rms`.
+        betas: AdamW's, for that measure.
+        options: torch's.
     """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        adjust_lr_fn: str | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        **options: Any,
+    ):
+        super().__init__(params, adjust_lr_fn=None if adjust_lr_fn == MEASURED else adjust_lr_fn, **options)
+        for group in self.param_groups:
+            group.update(adjust_lr_fn=adjust_lr_fn, betas=betas)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -43,9 +65,43 @@ class DeviceMuon(torch.optim.Muon):
                     state["momentum_buffer"] = torch.zeros_like(parameter.grad)
                 momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
                 ahead = parameter.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-                direction, rate = orthogonalised(ahead, group), adjusted_rate(group, parameter)
+                if group["adjust_lr_fn"] == MEASURED:
+                    _measure(ahead, parameter.grad, state, group)
+                direction, rate = step_direction(ahead, state, group), adjusted_rate(group, parameter)
                 parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-rate)
         return loss
+
+
+def _measure(ahead: torch.Tensor, gradient: torch.Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> None:
+    """The root mean square of the step that AdamW would make, in learning rates, into the state of a matrix.
+
+    With one second moment for the whole matrix, and Muon's momentum instead of AdamW's:
+
+        v   = b2 v + (1 - b2) mean(G^2)
+        rms = min(1, rms(ahead) / (sum of its weights) / sqrt(v^) * (noise of AdamW's momentum) / (noise of ahead))
+
+    ^: bias-corrected; the noises are what is left of gradients that are independent noise of size 1. So the result is 1 while
+    all gradients are alike and sqrt((1 - b1) / (1 + b1)), 0.23 for b1 = 0.9, once they are nothing but noise.
+    """
+    if MEAN_SQUARE not in state:
+        state["step"] = torch.tensor(0.0)
+        state[MEAN_SQUARE] = torch.zeros((), dtype=torch.float32, device=gradient.device)
+    state["step"] += 1
+    (beta1, beta2), momentum, count = group["betas"], group["momentum"], float(state["step"])
+    state[MEAN_SQUARE].lerp_(gradient.float().square().mean(), 1 - beta2)
+    older = momentum**2 if group["nesterov"] else momentum  # the share of the gradients before this one
+    weights = 1 - older * momentum ** (count - 1)
+    noise = math.sqrt((1 - older) ** 2 + older**2 * (1 - momentum) / (1 + momentum))
+    adamw = math.sqrt((1 - beta1) / (1 + beta1))
+    size = ahead.float().square().mean().sqrt() * (adamw / (noise * weights))
+    typical = (state[MEAN_SQUARE] / (1 - beta2**count)).sqrt()
+    state[RMS] = (size / typical.clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1.0)
+
+
+def step_direction(matrix: torch.Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> torch.Tensor:
+    """What is subtracted from a matrix [A, B], but for `adjusted_rate`: its momentum's, orthogonalised."""
+    direction = orthogonalised(matrix, group)
+    return direction * state[RMS] if group["adjust_lr_fn"] == MEASURED else direction
 
 
 def orthogonalised(matrix: torch.Tensor, group: Mapping[str, Any]) -> torch.Tensor:
@@ -74,6 +130,8 @@ def adjusted_rate(group: Mapping[str, Any], parameter: torch.Tensor) -> float:
     rows, columns = parameter.shape
     if group["adjust_lr_fn"] == "match_rms_adamw":
         return group["lr"] * 0.2 * math.sqrt(max(rows, columns))
+    if group["adjust_lr_fn"] == MEASURED:
+        return group["lr"] * math.sqrt(max(rows, columns))
     return group["lr"] * math.sqrt(max(1, rows / columns))
 
 
@@ -83,8 +141,10 @@ class MuonAdamW(MatricesAndAdamW):
     Args:
         momentum: Muon's; Nesterov's form.
         adjust_lr_fn: how Muon's learning rate follows the shape [A, B] of a matrix: "match_rms_adamw" (0.2 sqrt(max(A, B)):
-            its steps are as large as AdamW's, whose learning rate and decay can be kept; the same for a matrix and its
-            transpose, as which GPT-2's Conv1D keeps its weights) or "original" (sqrt(max(1, A/B))).
+            its steps are as large as AdamW's usually are, whose learning rate and decay can be kept; the same for a matrix
+            and its transpose, as which GPT-2's Conv1D keeps its weights), "measure_rms_adamw" (instead of 0.2 what it is for
+            this matrix now: more in the first steps, and where gradients agree), or "original" (sqrt(max(1, A/B))).
+        adamw: arguments of AdamW.
     """
 
     algorithm = "muon"
@@ -98,7 +158,8 @@ class MuonAdamW(MatricesAndAdamW):
         adjust_lr_fn: str = "match_rms_adamw",
         **adamw: Any,
     ):
-        super().__init__(params, matrices, {"momentum": momentum, "adjust_lr_fn": adjust_lr_fn}, **adamw)
+        own = {"momentum": momentum, "adjust_lr_fn": adjust_lr_fn} | {k: v for k, v in adamw.items() if k == "betas"}
+        super().__init__(params, matrices, own, **adamw)
 
 
 @dataclass(frozen=True)
@@ -110,7 +171,9 @@ class Muon:
 
     Args:
         momentum: Muon's.
-        adjust_lr_fn: "match_rms_adamw" or "original", see `MuonAdamW`.
+        adjust_lr_fn: "match_rms_adamw", "measure_rms_adamw" or "original", see `MuonAdamW`. To take the size of a step from
+            another optimizer is called grafting (Agarwal et al., "Disentangling Adaptive Gradient Methods from Learning
+            Rates", 2020).
     """
 
     name = "muon"

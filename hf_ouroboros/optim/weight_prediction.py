@@ -12,7 +12,7 @@ from ..errors import UnsupportedOptionError
 from .basis_rotation import RotatedAdamW, rotated_direction
 from .compensation import Compensation, StageUpdate
 from .matrices import algorithm_of
-from .muon import MuonAdamW, adjusted_rate, orthogonalised
+from .muon import MuonAdamW, adjusted_rate, step_direction
 
 PREVIOUS = "weights_before"
 """Weights before the last step, in the optimizer's state."""
@@ -92,7 +92,7 @@ class WeightPrediction(Compensation):
             return torch.lerp(parameter, state[PREVIOUS], -steps) if PREVIOUS in state else None
         if algorithm_of(group) == "muon":
             decayed = parameter - (steps * group["lr"] * group["weight_decay"]) * parameter
-            direction = orthogonalised(state["momentum_buffer"], group)
+            direction = step_direction(state["momentum_buffer"], state, group)
             return decayed.sub(direction, alpha=steps * adjusted_rate(group, parameter))
         if algorithm_of(group) == "rotated":
             if state["step"] == 0:

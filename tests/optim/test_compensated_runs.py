@@ -26,6 +26,11 @@ KINDS = {
     "gap and rescale with muon": ("gap_aware+lr_rescale", "muon"),
     "prediction and feedback": ("weight_prediction+error_feedback", "adamw"),
     "everything with muon": ("weight_prediction+error_feedback+lr_rescale", "muon"),
+    "measured muon": ("none", "measured muon"),
+    "prediction and rescale with measured muon": (
+        "weight_prediction+lr_rescale:anneal=0,rescaled=adamw",
+        "measured muon",
+    ),
     "feedback and rescale with muon": ("error_feedback+lr_rescale", "muon"),
 }
 SHAPES = {

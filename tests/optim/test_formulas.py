@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from helpers import Case, Run, causal_loss, count_targets, differences
 
 from hf_ouroboros.optim import StageUpdate, choose, compensated_step, predictions
-from hf_ouroboros.optim.muon import MuonAdamW
+from hf_ouroboros.optim.muon import MuonAdamW, orthogonalised
 
 LATE = StageUpdate(2.0, 0)
 
@@ -112,6 +113,20 @@ def test_weight_prediction_is_adamws_own_step_when_gradients_stay_the_same() -> 
     torch.testing.assert_close(ahead, weights.detach(), rtol=1e-12, atol=1e-15)  # rounding
 
 
+def test_weight_prediction_with_measured_muon() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.nn.Parameter(torch.randn((4, 3), generator=generator))
+    optimizer = measured(weights, weight_decay=0.2)
+    for _ in range(3):
+        compensated_step(optimizer, [(weights, torch.randn((4, 3), generator=generator))], (), LATE)
+    state, group = optimizer.state[weights], optimizer.param_groups[0]
+    rate = 3 * 0.1 * 2 * float(state["adamw_rms"])  # sqrt(4)
+    expected = weights.detach() * (1 - 3 * 0.1 * 0.2) - rate * orthogonalised(state["momentum_buffer"], group)
+    assert 0.05 < float(state["adamw_rms"]) < 1.0
+    ahead = predicted(weights, optimizer, "weight_prediction", StageUpdate(3.0, 0))
+    torch.testing.assert_close(ahead, expected)  # rounding
+
+
 @pytest.mark.parametrize("shape", [(4, 3), (3, 4)])
 def test_weight_prediction_with_muon(shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -127,6 +142,54 @@ def test_weight_prediction_with_muon(shape: tuple[int, int]) -> None:
     # One bfloat16 rounding may fall differently, since 0.05 g is not to the last bit the momentum.
     torch.testing.assert_close(ahead - now, 3 * (weights.detach() - now), rtol=2e-2, atol=1e-3)
     assert float((ahead - now).norm()) > 0.1
+
+
+def measured(weights: torch.nn.Parameter, **options: Any) -> MuonAdamW:
+    return MuonAdamW([weights], [weights], lr=0.1, adjust_lr_fn="measure_rms_adamw", **options)
+
+
+def test_muon_measures_the_rms_of_adamws_step() -> None:
+    weights = torch.nn.Parameter(torch.zeros(2, 2))
+    optimizer = measured(weights, momentum=0.5, betas=(0.8, 0.75))
+    for gradient in ([[2.0, 0.0], [0.0, 2.0]], [[-1.0, 0.0], [0.0, 1.0]]):
+        before = weights.detach().clone()
+        compensated_step(optimizer, [(weights, torch.tensor(gradient))], (), LATE)
+    # mean(G^2) = 2, 0.5: v = 0.75 (0.25 * 2) + 0.25 * 0.5 = 0.5, bias 0.4375
+    # m = 0.5 (0.5 g1) + 0.5 g2, ahead = 0.5 g2 + 0.5 m = [0.25 * 0.5, 0.75] * [g1, g2] = 0.25 - 0.75, 0.25 + 0.75
+    # its mean square is (0.25 + 1) / 4 = 0.3125, the sum of its weights 0.875
+    # noise: of ahead sqrt(0.75^2 + 0.25^2 * 0.5 / 1.5), of AdamW's momentum sqrt(0.2 / 1.8)
+    noise = math.sqrt(0.2 / 1.8) / math.sqrt(0.5625 + 0.0625 / 3)
+    rms = math.sqrt(0.3125) / 0.875 / math.sqrt(0.5 / 0.4375) * noise
+    direction = orthogonalised(torch.tensor([[-0.5, 0.0], [0.0, 1.0]]), optimizer.param_groups[0])
+    assert 0.2 < rms < 0.3
+    torch.testing.assert_close(weights.detach(), before - 0.1 * math.sqrt(2) * rms * direction)
+
+
+def test_muon_measures_one_where_gradients_agree_and_adamws_noise_where_they_do_not() -> None:
+    generator = torch.Generator().manual_seed(0)
+    alike, noise, adamws = (torch.nn.Parameter(torch.zeros(32, 48)) for _ in range(3))
+    muon = measured(alike), measured(noise)
+    adamw = torch.optim.AdamW([adamws], lr=0.1, weight_decay=0.0)
+    for _ in range(400):
+        gradient = torch.randn(32, 48, generator=generator)
+        before = adamws.detach().clone()
+        for optimizer, weights, given in (
+            (muon[0], alike, torch.ones(32, 48)),
+            (muon[1], noise, gradient),
+            (adamw, adamws, gradient),
+        ):
+            compensated_step(optimizer, [(weights, given)], (), LATE)
+    step = float((adamws.detach() - before).square().mean().sqrt()) / 0.1
+    assert float(muon[0].state[alike]["adamw_rms"]) == 1.0
+    # Two samples of noise of 1536 numbers, whose size has an error of 2 %.
+    assert abs(float(muon[1].state[noise]["adamw_rms"]) / step - 1) < 0.1
+    assert abs(step / math.sqrt(0.1 / 1.9) - 1) < 0.1
+
+
+def test_muon_stands_still_without_gradients_to_measure() -> None:
+    weights = torch.nn.Parameter(torch.ones(2, 3))
+    compensated_step(measured(weights), [(weights, torch.zeros(2, 3))], (), LATE)
+    assert torch.equal(weights.detach(), torch.ones(2, 3))
 
 
 def test_weight_prediction_of_steps_like_the_last() -> None:

@@ -16,6 +16,11 @@ def test_equals_the_reference() -> None:
         (Case(3, updates=(1,) * 6, optimizer="muon", compensation="weight_prediction+lr_rescale"), "pipelined", {}),
         (Case(3, updates=(2, 2, 1, 2), compensation="weight_prediction", clip=0.5, warmup=1), "lockstep", {}),
         (Case(3, updates=(1,) * 6, optimizer="nesterov", compensation="gap_aware"), "pipelined", {2: "state"}),
+        (
+            Case(3, updates=(1,) * 6, optimizer="measured muon", compensation="weight_prediction"),
+            "lockstep",
+            {2: "state"},
+        ),
         (Case(3, updates=(1,) * 6, optimizer="sgd", compensation="error_feedback"), "pipelined", {}),
     ]
     for found, run in zip(run_all(2, runs), runs, strict=True):
