@@ -44,11 +44,11 @@ class OptimizerHooks(Trainer):
 
     @property
     def delay_compensation(self) -> Choice:
-        """What the run does about its delays, "auto" being resolved by K and optimizer."""
+        """What the run does about its delays, "auto" being resolved by K, M and optimizer."""
         if self.args.delay_compensation != "auto":
             return choose(self.args.delay_compensation, self.args.delay_compensation_args)
         default = self.args.has_default_optimizer and not self._own_optimizer
-        return choose(automatic(self._delays[0], "adamw" if default else "another"))
+        return choose(*automatic(*self._delays, "adamw" if default else "another"))
 
     @property
     def _delays(self) -> tuple[int, int]:
@@ -70,6 +70,12 @@ class OptimizerHooks(Trainer):
         choice = self.delay_compensation
         if not self.is_world_process_zero():
             return
+        if self.args.delay_compensation == "auto" and choice.optimizer is not None:
+            logger.warning(
+                f"delay_compensation='auto' is {choice} here, where gradients are applied an update or more late: the matrices "
+                "inside the layers are trained by Muon with steps as long as AdamW's, the rest by AdamW. "
+                "delay_compensation='weight_prediction' keeps AdamW for all of them"
+            )
         name = "adamw" if type(optimizer) is torch.optim.AdamW else type(optimizer).__name__
         others = "+".join(c.name for c in choice.compensations) or "none"
         text = warning(

@@ -58,6 +58,11 @@ MEASURED = (
     Measurement("muon", "weight_prediction+error_feedback+lr_rescale", 3, 1, 1e-2, 3.9),
 )
 COSTLY = 5.0  # per cent
+WHOLE_UPDATES = (
+    "muon+weight_prediction+lr_rescale",
+    "adjust_lr_fn=measure_rms_adamw,anneal=0,rescaled=adamw",
+)
+"""What bears delays of an update and more, and a learning rate that was meant for AdamW."""
 ALIKE = 1 / 3  # of a measurement's learning rate: below that, as in most fine-tuning, it says nothing
 
 
@@ -70,17 +75,24 @@ def recommended_micro_batches(stages: int) -> int:
     return max(1, 2 * (stages - 1))
 
 
-def automatic(stages: int, optimizer: str) -> str:
-    """What "auto" stands for. It never exchanges the optimizer, and does nothing about one that the study did not have.
+def automatic(stages: int, micro_batches: int, optimizer: str) -> tuple[str, str | None]:
+    """What "auto" stands for: `delay_compensation` and `delay_compensation_args`.
 
-    Weight prediction rather than error feedback, which gained as much from scratch: that one makes gradients noisier, for
-    which AdamW takes smaller steps, so that fine-tuning at a low learning rate ended behind a run without it.
+    Where gradients are less than an update late it leaves the optimizer alone and adds weight prediction to it, rather than
+    error feedback, which gained as much from scratch: that one makes gradients noisier, for which AdamW takes smaller steps, so
+    that fine-tuning at a low learning rate ended behind a run without it.
+
+    Where they are whole updates late, AdamW would need a lower learning rate than without the delay, and nothing that was tried
+    on top of it changed that. Steps are as long as AdamW's there, but the direction of matrices is Muon's.
 
     Args:
         stages: K; 1 for a synchronous run.
-        optimizer: "adamw", or the name of another one.
+        micro_batches: M.
+        optimizer: "adamw", or the name of another one, which is never exchanged and which the study did not have.
     """
-    return "weight_prediction" if stages > 1 and optimizer == "adamw" else "none"
+    if stages == 1 or optimizer != "adamw":
+        return "none", None
+    return WHOLE_UPDATES if (stages - 1) / micro_batches >= 1 else ("weight_prediction", None)
 
 
 def warning(
@@ -113,7 +125,9 @@ def warning(
             f"set gradient_accumulation_steps to {enough} (with smaller micro-batches: same tokens per update, same "
             "throughput)"
         )
-    if compensation == "none" and optimizer == "adamw":
+    if compensation == "none" and optimizer == "adamw" and delay >= 1:
+        advice.append("set delay_compensation to 'auto', which takes Muon's directions for such delays")
+    elif compensation == "none" and optimizer == "adamw":
         advice.append("set delay_compensation to 'muon+error_feedback', or to 'auto', which keeps the optimizer")
     elif compensation == "none" and optimizer != "nesterov":
         advice.append("add error_feedback to delay_compensation")

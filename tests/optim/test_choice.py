@@ -7,7 +7,7 @@ import torch
 
 from hf_ouroboros.errors import UnsupportedOptionError
 from hf_ouroboros.optim import choose
-from hf_ouroboros.optim.advice import COSTLY, MEASURED, automatic, recommended_micro_batches, warning
+from hf_ouroboros.optim.advice import COSTLY, MEASURED, WHOLE_UPDATES, automatic, recommended_micro_batches, warning
 from hf_ouroboros.optim.choice import COMPENSATIONS, NAMES, OPTIMIZERS
 
 
@@ -86,10 +86,19 @@ def test_weight_prediction_needs_a_momentum_that_it_knows(make: object, message:
 # ---- advice ----
 
 
-def test_auto_keeps_the_optimizer() -> None:
-    assert automatic(1, "adamw") == automatic(3, "another") == "none"
-    assert [automatic(k, "adamw") for k in (2, 3, 9)] == ["weight_prediction"] * 3
-    assert choose(automatic(3, "adamw")).optimizer is None
+def test_auto_keeps_the_optimizer_while_delays_are_short() -> None:
+    assert automatic(1, 1, "adamw") == automatic(3, 1, "another") == ("none", None)
+    shares = [(2, 2), (3, 3), (3, 4), (9, 16)]
+    assert [automatic(k, m, "adamw") for k, m in shares] == [("weight_prediction", None)] * 4
+    assert choose(*automatic(3, 4, "adamw")).optimizer is None
+
+
+def test_auto_takes_muon_with_adamws_steps_for_whole_updates() -> None:
+    whole = [choose(*automatic(k, m, "adamw")) for k, m in [(2, 1), (3, 2), (5, 4), (9, 1)]]
+    assert set(whole) == {choose("muon+weight_prediction+lr_rescale", WHOLE_UPDATES[1])}
+    assert whole[0].optimizer.adjust_lr_fn == "measure_rms_adamw"
+    rescale = whole[0].compensations[-1]
+    assert (rescale.anneal, rescale.rescaled) == (0, "adamw")
 
 
 @pytest.mark.parametrize(("stages", "micro_batches"), [(1, 1), (2, 2), (3, 4), (5, 8), (9, 16)])
@@ -102,8 +111,9 @@ def test_recommended_micro_batches(stages: int, micro_batches: int) -> None:
 def test_warning_has_a_measured_number_and_what_to_do() -> None:
     text = warning(5, 1, 1e-2, "adamw")
     assert "up to 4 update(s) late" in text and "cost 38.2 %" in text and "(K=5, M=1," in text
-    assert "set gradient_accumulation_steps to 8" in text and "'muon+error_feedback'" in text
+    assert "set gradient_accumulation_steps to 8" in text and "set delay_compensation to 'auto', which takes Muon" in text
     text = warning(3, 4, 1e-2, "adamw")
+    assert "'muon+error_feedback', or to 'auto', which keeps the optimizer" in text
     assert "cost 5.9 %" in text and "gradient_accumulation_steps to" not in text
     assert "cost 10.1 %" in warning(3, 1, 1e-2, "muon", "error_feedback")
     assert "'muon+weight_prediction+error_feedback+lr_rescale'" in warning(3, 1, 1e-2, "muon", "error_feedback")

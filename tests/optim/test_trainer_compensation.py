@@ -20,6 +20,7 @@ from trainer_helpers import (
 
 import hf_ouroboros.hooks.optimizer
 from hf_ouroboros.errors import CheckpointError, UnsupportedOptionError
+from hf_ouroboros.optim.advice import automatic
 from hf_ouroboros.optim.muon import MuonAdamW
 
 SPLIT = split_options(3, 2) | {"gradient_accumulation_steps": 1, "num_train_epochs": 1, "weight_decay": 0.1}
@@ -33,6 +34,10 @@ SPLIT = split_options(3, 2) | {"gradient_accumulation_steps": 1, "num_train_epoc
         ("weight_prediction", {"gradient_accumulation_steps": 2, "num_train_epochs": 2, "eval_strategy": "epoch"}),
         ("gap_aware", {"optim": "sgd", "learning_rate": 0.1}),
         ("muon+error_feedback", {"max_grad_norm": 0.1}),
+        (
+            "muon+weight_prediction",
+            {"delay_compensation_args": "adjust_lr_fn=measure_rms_adamw", "learning_rate": 1e-2},
+        ),
         ("muon+weight_prediction+error_feedback", {"delay_compensation_args": "prediction=step"}),
         ("basis_rotation", {"delay_compensation_args": "refresh=2", "delay_warmup_steps": 2}),
     ],
@@ -97,10 +102,28 @@ def test_auto(tmp_path: Path) -> None:
     def chosen(trainer: dict[str, Any] | None = None, **options: Any) -> str:
         return str(ouroboros(tmp_path, trainer, delay_compensation="auto", **(SPLIT | options)).delay_compensation)
 
-    assert chosen() == chosen(gradient_accumulation_steps=4) == "weight_prediction"
+    assert chosen(gradient_accumulation_steps=3) == chosen(gradient_accumulation_steps=4) == "weight_prediction"
+    assert chosen() == chosen(gradient_accumulation_steps=2) == "muon+weight_prediction+lr_rescale"
     assert chosen(schedule="1f1b") == "none"
     assert chosen(optim="sgd") == "none"
     assert chosen({"optimizer_cls_and_kwargs": (torch.optim.Adagrad, {})}) == "none"
+
+
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_auto_equals_what_it_stands_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_batches: int) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(hf_ouroboros.hooks.optimizer.logger, "warning", told.append)
+    options = SPLIT | {"gradient_accumulation_steps": micro_batches, "learning_rate": 1e-4}
+    found = trained(tmp_path / "auto", **options, delay_compensation="auto")
+    said = [text for text in told if "'auto'" in text]
+    name, given = automatic(3, micro_batches, "adamw")
+    expected = trained(
+        tmp_path / "named", schedule="reference", **options, delay_compensation=name, delay_compensation_args=given
+    )
+    assert_same(expected, found)
+    assert len(said) == (micro_batches == 1)
+    if said:
+        assert f"is {name} here" in said[0] and "delay_compensation='weight_prediction' keeps AdamW" in said[0]
 
 
 def test_costly_delays_are_told_with_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
