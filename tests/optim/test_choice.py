@@ -111,7 +111,9 @@ def test_recommended_micro_batches(stages: int, micro_batches: int) -> None:
 def test_warning_has_a_measured_number_and_what_to_do() -> None:
     text = warning(5, 1, 1e-2, "adamw")
     assert "up to 4 update(s) late" in text and "cost 38.2 %" in text and "(K=5, M=1," in text
-    assert "set gradient_accumulation_steps to 8" in text and "set delay_compensation to 'auto', which takes Muon" in text
+    assert (
+        "set gradient_accumulation_steps to 8" in text and "set delay_compensation to 'auto', which takes Muon" in text
+    )
     text = warning(3, 4, 1e-2, "adamw")
     assert "'muon+error_feedback', or to 'auto', which keeps the optimizer" in text
     assert "cost 5.9 %" in text and "gradient_accumulation_steps to" not in text
