@@ -56,6 +56,8 @@ MEASURED = (
     Measurement("muon", "error_feedback", 3, 1, 3e-3, 10.1),
     Measurement("muon", "error_feedback", 5, 1, 3e-3, 26.4, updates=500, seeds=1),
     Measurement("muon", "weight_prediction+error_feedback+lr_rescale", 3, 1, 1e-2, 3.9),
+    Measurement("muon", "weight_prediction+lr_rescale", 3, 1, 1e-2, 6.1, seeds=1),
+    Measurement("muon", "weight_prediction+lr_rescale", 5, 1, 3e-3, 13.9, seeds=1),
 )
 COSTLY = 5.0  # per cent
 WHOLE_UPDATES = (

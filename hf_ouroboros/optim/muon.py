@@ -161,6 +161,16 @@ class MuonAdamW(MatricesAndAdamW):
         own = {"momentum": momentum, "adjust_lr_fn": adjust_lr_fn} | {k: v for k, v in adamw.items() if k == "betas"}
         super().__init__(params, matrices, own, **adamw)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As of any optimizer; torch gives what is loaded the parameter's precision, but measures stay in float32."""
+        super().load_state_dict(state_dict)
+        indices = (index for group in state_dict["param_groups"] for index in group["params"])
+        parameters = (parameter for group in self.param_groups for parameter in group["params"])
+        for index, parameter in zip(indices, parameters, strict=True):
+            for key in (MEAN_SQUARE, RMS):
+                if key in self.state.get(parameter, {}):
+                    self.state[parameter][key] = state_dict["state"][index][key].to(parameter.device, copy=True)
+
 
 @dataclass(frozen=True)
 class Muon:

@@ -120,6 +120,8 @@ def test_warning_has_a_measured_number_and_what_to_do() -> None:
     assert "cost 10.1 %" in warning(3, 1, 1e-2, "muon", "error_feedback")
     assert "'muon+weight_prediction+error_feedback+lr_rescale'" in warning(3, 1, 1e-2, "muon", "error_feedback")
     assert warning(3, 1, 1e-2, "muon", "weight_prediction+error_feedback+lr_rescale") is None
+    assert "cost 13.9 %" in warning(5, 1, 1e-3, "muon", "weight_prediction+lr_rescale")
+    assert warning(5, 1, 3e-4, "muon", "weight_prediction+lr_rescale") is None
     assert "add error_feedback" in warning(9, 1, 1e-2, "muon") and "nesterov" in warning(9, 2, 1e-2, "nesterov")
 
 

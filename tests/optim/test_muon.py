@@ -15,7 +15,7 @@ from hf_ouroboros.partition import split_model
 def set_gradients(model: torch.nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
+        parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
 
 
 @pytest.mark.parametrize("adjust_lr_fn", ["match_rms_adamw", "original"])
@@ -82,10 +82,12 @@ def test_parameters_without_gradient_are_left_alone() -> None:
     assert not any(p in optimizer.state for p in model.transformer.h[0].parameters())
 
 
-def test_schedulers_and_state_dict() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["muon", "measured muon"])
+def test_schedulers_and_state_dict(name: str, dtype: torch.dtype) -> None:
     """Groups, learning rates and state survive the round trip; a scheduler moves all groups."""
-    model, other = tiny_gpt2(), tiny_gpt2()
-    optimizer, loaded = make_optimizer("muon", model), make_optimizer("muon", other)
+    model, other = tiny_gpt2().to(dtype), tiny_gpt2().to(dtype)
+    optimizer, loaded = make_optimizer(name, model), make_optimizer(name, other)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     for step in range(2):
         set_gradients(model, step)

@@ -53,7 +53,18 @@ def test_grids_that_are_refused(tmp_path: Path, content: Any, message: str) -> N
 
 
 @pytest.mark.parametrize(
-    "name", ["screen", "confirm", "one_tick", "finetune", "finetune_shakespeare", "transfo_xl", "smoke"]
+    "name",
+    [
+        "screen",
+        "confirm",
+        "one_tick",
+        "finetune",
+        "finetune_shakespeare",
+        "finetune_shakespeare_adamw",
+        "finetune_epoch",
+        "transfo_xl",
+        "smoke",
+    ],
 )
 def test_grids_of_the_repository(name: str) -> None:
     settings = list(read_grid(str(RECIPES / "staleness_grids" / f"{name}.yaml")))
