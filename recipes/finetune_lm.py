@@ -38,6 +38,7 @@ from hf_ouroboros.metrics.causal_lm import compute_metrics, preprocess_logits_fo
 DEFAULT_MODEL = "runs/pretrain_lm"
 DEFAULTS = {
     "output_dir": "runs/finetune_lm",
+    "delay_compensation": "auto",  # what README recommends for fine-tuning, by K and M
     "gradient_accumulation_steps": 4,
     "per_device_train_batch_size": 4,
     "per_device_eval_batch_size": 8,
