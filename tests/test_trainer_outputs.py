@@ -135,6 +135,14 @@ def test_model_card_takes_facts(tmp_path: Path) -> None:
     assert "12,345" in card.text and "99" in card.text
 
 
+def test_model_card_tells_what_auto_stands_for(tmp_path: Path) -> None:
+    text = card_of(trained(tmp_path, max_steps=1, gradient_accumulation_steps=1, delay_compensation="auto")).text
+    assert "| Delay compensation | muon+weight_prediction+lr_rescale |" in text
+    assert "| Its options | adjust_lr_fn=measure_rms_adamw,anneal=0,rescaled=adamw |" in text
+    plain = card_of(trained(tmp_path / "plain", max_steps=1, delay_compensation="muon")).text
+    assert "| Delay compensation | muon |" in plain and "Its options" not in plain
+
+
 def test_model_is_tagged(tmp_path: Path) -> None:
     assert "ouroboros" in ouroboros(tmp_path).model.model_tags
 

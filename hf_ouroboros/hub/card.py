@@ -65,6 +65,7 @@ class CardFacts:
     clip_scope: str | None = None
     recompute: bool = False
     delay_compensation: str = "none"
+    delay_compensation_args: str = ""
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     base_model: str | None = None
     load_import: str | None = None
@@ -146,6 +147,7 @@ def _procedure(facts: CardFacts, delayed: bool) -> list[tuple[str, Any]]:
         ("Scope of gradient clipping", facts.clip_scope),
         ("Activations recomputed", facts.recompute),
         ("Delay compensation", facts.delay_compensation if delayed else None),
+        ("Its options", facts.delay_compensation_args or None if delayed else None),
         ("Training time", None if facts.train_runtime is None else f"{facts.train_runtime:,.1f} s"),
         ("Tokens seen", None if facts.tokens_seen is None else f"{facts.tokens_seen:,}"),
         ("Tokens per second", None if facts.tokens_per_second is None else f"{facts.tokens_per_second:,.0f}"),

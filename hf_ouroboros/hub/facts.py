@@ -70,6 +70,7 @@ def collect_facts(trainer: OuroborosTrainer, **given: Any) -> CardFacts:
         "clip_scope": args.clip_scope if args.max_grad_norm else None,
         "recompute": args.recompute,
         "delay_compensation": str(trainer.delay_compensation),
+        "delay_compensation_args": trainer.delay_compensation.options,
         "hyperparameters": {name: _plain(getattr(args, name, None)) for name in _HYPERPARAMETERS},
         "base_model": _base_model(model.config),
         "metrics": {k: v for k, v in evaluation.items() if k.startswith("eval_") and k not in skipped},

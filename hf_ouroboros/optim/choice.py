@@ -56,6 +56,13 @@ class Choice:
         names = [self.optimizer.name] if self.optimizer else []
         return "+".join([*names, *(c.name for c in self.compensations)]) or "none"
 
+    @property
+    def options(self) -> str:
+        """`delay_compensation_args` that gives what is not the default; "" where nothing is."""
+        parts = [part for part in (self.optimizer, *self.compensations) if part is not None]
+        values = ((field, getattr(part, field.name)) for part in parts for field in fields(part))
+        return ",".join(f"{field.name}={value}" for field, value in values if value != field.default)
+
     def check(self, optimizer: torch.optim.Optimizer) -> None:
         """Raises UnsupportedOptionError where a compensation has no meaning with the optimizer."""
         for compensation in self.compensations:

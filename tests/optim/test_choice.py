@@ -83,6 +83,20 @@ def test_weight_prediction_needs_a_momentum_that_it_knows(make: object, message:
     choose("weight_prediction", "prediction=step").check(make([torch.nn.Parameter(torch.zeros(1))]))
 
 
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("none", ""),
+        ("muon+weight_prediction", ""),
+        ("muon+weight_prediction+lr_rescale", "momentum=0.9,adjust_lr_fn=original,horizon=0.5,anneal=7"),
+        WHOLE_UPDATES,
+    ],
+)
+def test_options_make_the_same_choice(text: str, options: str) -> None:
+    choice = choose(text, options)
+    assert choice.options == options and choose(str(choice), choice.options) == choice
+
+
 # ---- advice ----
 
 
