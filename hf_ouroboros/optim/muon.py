@@ -35,7 +35,7 @@ class DeviceMuon(torch.optim.Muon):
 
     Args:
         params: matrices, or groups of them.
-        adjust_lr_fn: torch's, or "measure_rms_adamw", see `measured_rms`.
+        adjust_lr_fn: torch's, or "measure_rms_adamw", see `measure_rms`.
         betas: AdamW's, for that measure.
         options: torch's.
     """
@@ -66,14 +66,14 @@ class DeviceMuon(torch.optim.Muon):
                 momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
                 ahead = parameter.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
                 if group["adjust_lr_fn"] == MEASURED:
-                    _measure(ahead, parameter.grad, state, group)
+                    measure_rms(ahead, parameter.grad, state, group)
                 direction, rate = step_direction(ahead, state, group), adjusted_rate(group, parameter)
                 parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-rate)
         return loss
 
 
-def _measure(ahead: torch.Tensor, gradient: torch.Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> None:
-    """The root mean square of the step that AdamW would make, in learning rates, into the state of a matrix.
+def measure_rms(ahead: torch.Tensor, gradient: torch.Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> None:
+    """Puts the root mean square of the step that AdamW would make, in learning rates, into a matrix's state.
 
     With one second moment for the whole matrix, and Muon's momentum instead of AdamW's:
 
@@ -82,6 +82,12 @@ def _measure(ahead: torch.Tensor, gradient: torch.Tensor, state: dict[str, Any],
 
     ^: bias-corrected; the noises are what is left of gradients that are independent noise of size 1. So the result is 1 while
     all gradients are alike and sqrt((1 - b1) / (1 + b1)), 0.23 for b1 = 0.9, once they are nothing but noise.
+
+    Args:
+        ahead: what is orthogonalised, [A, B]: Muon's momentum, or Nesterov's look-ahead from it.
+        gradient: the newest in it, G, [A, B].
+        state: of the matrix; `step` and the two scalars are this function's.
+        group: with `betas`, `momentum` and `nesterov`.
     """
     if MEAN_SQUARE not in state:
         state["step"] = torch.tensor(0.0)
@@ -89,7 +95,7 @@ def _measure(ahead: torch.Tensor, gradient: torch.Tensor, state: dict[str, Any],
     state["step"] += 1
     (beta1, beta2), momentum, count = group["betas"], group["momentum"], float(state["step"])
     state[MEAN_SQUARE].lerp_(gradient.float().square().mean(), 1 - beta2)
-    older = momentum**2 if group["nesterov"] else momentum  # the share of the gradients before this one
+    older = momentum**2 if group["nesterov"] else momentum  # how much of the momentum before it is in `ahead`
     weights = 1 - older * momentum ** (count - 1)
     noise = math.sqrt((1 - older) ** 2 + older**2 * (1 - momentum) / (1 + momentum))
     adamw = math.sqrt((1 - beta1) / (1 + beta1))
