@@ -58,6 +58,7 @@ def test_grids_that_are_refused(tmp_path: Path, content: Any, message: str) -> N
         "screen",
         "confirm",
         "one_tick",
+        "micro_batches",
         "finetune",
         "finetune_shakespeare",
         "finetune_shakespeare_adamw",
