@@ -80,6 +80,7 @@ def make_optimizer(name: str, model: torch.nn.Module) -> torch.optim.Optimizer:
         {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
         {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
     ]
+    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and ".h." in n]
     if name == "sgd":
         return torch.optim.SGD(groups, lr=0.05, momentum=0.9, nesterov=True)
     if name == "adamw":
@@ -89,13 +90,10 @@ def make_optimizer(name: str, model: torch.nn.Module) -> torch.optim.Optimizer:
     if name == "nesterov":
         return torch.optim.NAdam(groups, lr=1e-2, betas=(0.99, 0.999), decoupled_weight_decay=True)
     if name == "muon":
-        matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and ".h." in n]
         return MuonAdamW(groups, matrices, lr=1e-2)
     if name == "measured muon":
-        matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and ".h." in n]
         return MuonAdamW(groups, matrices, lr=1e-2, betas=(0.9, 0.95), adjust_lr_fn="measure_rms_adamw")
     if name == "rotated":
-        matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and ".h." in n]
         return RotatedAdamW(groups, matrices, lr=1e-2, refresh=2)
     if name == "adafactor":
         return Adafactor(groups, lr=1e-2, relative_step=False, scale_parameter=True)

@@ -37,7 +37,7 @@ class Measurement:
     @property
     def delay(self) -> float:
         """Of the first stage, in updates."""
-        return (self.stages - 1) / self.micro_batches
+        return longest_delay(self.stages, self.micro_batches)
 
 
 MEASURED = (
@@ -68,6 +68,11 @@ WHOLE_UPDATES = (
 ALIKE = 1 / 3  # of a measurement's learning rate: below that, as in most fine-tuning, it says nothing
 
 
+def longest_delay(stages: int, micro_batches: int) -> float:
+    """Of the first stage, in updates: (K-1)/M."""
+    return (stages - 1) / micro_batches
+
+
 def recommended_micro_batches(stages: int) -> int:
     """M that leaves the first stage half an update late.
 
@@ -94,7 +99,7 @@ def automatic(stages: int, micro_batches: int, optimizer: str) -> tuple[str, str
     """
     if stages == 1 or optimizer != "adamw":
         return "none", None
-    return WHOLE_UPDATES if (stages - 1) / micro_batches >= 1 else ("weight_prediction", None)
+    return WHOLE_UPDATES if longest_delay(stages, micro_batches) >= 1 else ("weight_prediction", None)
 
 
 def warning(
@@ -109,7 +114,7 @@ def warning(
         optimizer: "adamw", "nesterov", "muon", or the name of another one, about which nothing is known.
         compensation: what else is done about the delay; "none" or names joined by "+".
     """
-    delay = (stages - 1) / micro_batches
+    delay = longest_delay(stages, micro_batches)
     known = [
         m
         for m in MEASURED

@@ -150,7 +150,8 @@ class MuonAdamW(MatricesAndAdamW):
             its steps are as large as AdamW's usually are, whose learning rate and decay can be kept; the same for a matrix
             and its transpose, as which GPT-2's Conv1D keeps its weights), "measure_rms_adamw" (instead of 0.2 what it is for
             this matrix now: more in the first steps, and where gradients agree), or "original" (sqrt(max(1, A/B))).
-        adamw: arguments of AdamW.
+        betas: AdamW's, also for that measure.
+        adamw: further arguments of AdamW.
     """
 
     algorithm = "muon"
@@ -162,10 +163,11 @@ class MuonAdamW(MatricesAndAdamW):
         matrices: Iterable[nn.Parameter] = (),
         momentum: float = 0.95,
         adjust_lr_fn: str = "match_rms_adamw",
+        betas: tuple[float, float] = (0.9, 0.999),
         **adamw: Any,
     ):
-        own = {"momentum": momentum, "adjust_lr_fn": adjust_lr_fn} | {k: v for k, v in adamw.items() if k == "betas"}
-        super().__init__(params, matrices, own, **adamw)
+        own = {"momentum": momentum, "adjust_lr_fn": adjust_lr_fn, "betas": betas}
+        super().__init__(params, matrices, own, betas=betas, **adamw)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As of any optimizer; torch gives what is loaded the parameter's precision, but measures stay in float32."""
@@ -173,9 +175,9 @@ class MuonAdamW(MatricesAndAdamW):
         indices = (index for group in state_dict["param_groups"] for index in group["params"])
         parameters = (parameter for group in self.param_groups for parameter in group["params"])
         for index, parameter in zip(indices, parameters, strict=True):
-            for key in (MEAN_SQUARE, RMS):
-                if key in self.state.get(parameter, {}):
-                    self.state[parameter][key] = state_dict["state"][index][key].to(parameter.device, copy=True)
+            state = self.state.get(parameter, {})
+            for key in state.keys() & {MEAN_SQUARE, RMS}:
+                state[key] = state_dict["state"][index][key].to(parameter.device, copy=True)
 
 
 @dataclass(frozen=True)

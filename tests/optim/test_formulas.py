@@ -113,6 +113,10 @@ def test_weight_prediction_is_adamws_own_step_when_gradients_stay_the_same() -> 
     torch.testing.assert_close(ahead, weights.detach(), rtol=1e-12, atol=1e-15)  # rounding
 
 
+def measured(weights: torch.nn.Parameter, **options: Any) -> MuonAdamW:
+    return MuonAdamW([weights], [weights], lr=0.1, adjust_lr_fn="measure_rms_adamw", **options)
+
+
 def test_weight_prediction_with_measured_muon() -> None:
     generator = torch.Generator().manual_seed(0)
     weights = torch.nn.Parameter(torch.randn((4, 3), generator=generator))
@@ -142,10 +146,6 @@ def test_weight_prediction_with_muon(shape: tuple[int, int]) -> None:
     # One bfloat16 rounding may fall differently, since 0.05 g is not to the last bit the momentum.
     torch.testing.assert_close(ahead - now, 3 * (weights.detach() - now), rtol=2e-2, atol=1e-3)
     assert float((ahead - now).norm()) > 0.1
-
-
-def measured(weights: torch.nn.Parameter, **options: Any) -> MuonAdamW:
-    return MuonAdamW([weights], [weights], lr=0.1, adjust_lr_fn="measure_rms_adamw", **options)
 
 
 def test_muon_measures_the_rms_of_adamws_step() -> None:
