@@ -7,7 +7,7 @@ from outside would not bump its version counter.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +61,7 @@ class Wires:
     def __init__(self, grid: ProcessGrid, placement: Sequence[int]):
         self._grid = grid
         self._placement = placement
-        self._sending: deque[tuple[dist.Work, torch.Tensor]] = deque()
+        self._sending: defaultdict[tuple[str, int], deque[tuple[dist.Work, torch.Tensor]]] = defaultdict(deque)
         self._groups: dict[tuple[str, int], tuple[dist.ProcessGroup, int]] = {}
         channels = [
             (direction, stage)
@@ -88,6 +88,21 @@ class Wires:
                     self._groups[direction, stage] = group, 0
                     self._created.append(group)
 
+    @property
+    def max_sending(self) -> int:
+        """How many messages of a channel may be on their way, and keep their memory, before the oldest is waited for.
+
+        gloo tells of a message only to those who wait for it that it has been received. No stage is more than K ticks
+        ahead of its neighbour, so a message that is older than the K + 2 newest ones has been received: the wait ends
+        at once, and nobody waits to send.
+        """
+        return len(self._placement) + 2
+
+    @property
+    def num_sending(self) -> int:
+        """How many messages are on their way, or have been received without being waited for."""
+        return sum(map(len, self._sending.values()))
+
     @staticmethod
     def source(direction: str, stage: int) -> int:
         """The stage that sends to this one."""
@@ -103,12 +118,13 @@ class Wires:
 
     def send(self, direction: str, stage: int, tensor: torch.Tensor) -> None:
         """Starts to send a tensor to a stage of another process; it must not be written to any more."""
-        while self._sending and self._sending[0][0].is_completed():
-            self._sending.popleft()
+        sending = self._sending[direction, stage]
+        while sending and (sending[0][0].is_completed() or len(sending) > self.max_sending):
+            sending.popleft()[0].wait()
         group, tag = self._groups[direction, stage]
         tensor = tensor.contiguous()
         target = self._grid.rank_of(self._placement[stage])
-        self._sending.append((dist.isend(tensor, target, group=group, tag=tag), tensor))
+        sending.append((dist.isend(tensor, target, group=group, tag=tag), tensor))
 
     def post(self, direction: str, stage: int, shape: Sequence[int], dtype: torch.dtype) -> Posted:
         """Starts to receive the next tensor of a channel."""
@@ -118,8 +134,9 @@ class Wires:
 
     def flush(self) -> None:
         """Waits until everything that was sent has been received."""
-        while self._sending:
-            self._sending.popleft()[0].wait()
+        for sending in self._sending.values():
+            while sending:
+                sending.popleft()[0].wait()
 
     def close(self) -> None:
         """Lets go of the groups.
@@ -127,6 +144,7 @@ class Wires:
         Messages that are still on their way, after a failure, stay so until the process ends: gloo would abort it if
         they were destroyed.
         """
-        _ABANDONED.extend(self._sending)
+        _ABANDONED.extend(message for sending in self._sending.values() for message in sending)
+        self._sending.clear()
         self._groups.clear()
         self._created.clear()

@@ -1,0 +1,86 @@
+"""What repeats does not grow: updates, evaluations and engines over processes, as in threads."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_runs import ProcessRun
+from helpers import Batch, Case, tiny_gpt2
+from rig import in_processes
+
+from hf_ouroboros.engine.losses import LossFunction
+from hf_ouroboros.memory import peak_memory
+from hf_ouroboros.processes import ProcessGrid
+from hf_ouroboros.processes.relay import Relay
+from hf_ouroboros.processes.probe import hidden_specs
+from transformers import GPT2LMHeadModel
+
+MIB = 2**20
+WIDTH, ROWS, TIME = 64, 8, 64
+MESSAGE = ROWS * TIME * WIDTH * 4  # bytes of a hidden state
+
+
+@dataclass(frozen=True)
+class WideCase(Case):
+    """A model so wide that a message which is kept for ever would show in a process's size."""
+
+    def model(self) -> GPT2LMHeadModel:
+        """The model before it is split."""
+        return tiny_gpt2(self.tied, self.layers, n_embd=WIDTH, n_positions=TIME)
+
+    def loss(self, replicas: int = 1) -> LossFunction:
+        """The mean over tokens."""
+        return lambda logits, batch, targets: logits.float().square().mean() * replicas
+
+    def batches(self, update: int) -> list[Batch]:
+        """Always the same batch."""
+        return [{"input_ids": torch.arange(ROWS * TIME).reshape(ROWS, TIME) % 19}] * self.updates[update]
+
+    def targets(self, batches: Any) -> None:
+        """Not needed."""
+
+
+def sizes() -> dict[str, int]:
+    """What of this process could grow."""
+    gc.collect()
+    tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
+    return {
+        "resident": peak_memory().resident or 0,
+        "threads": len(list(Path("/proc/self/task").iterdir())) if os.path.exists("/proc") else threading.active_count(),
+        "descriptors": len(list(Path("/proc/self/fd").iterdir())) if os.path.exists("/proc") else 0,
+        "tensors": len(tensors),
+        "tensor bytes": sum(t.untyped_storage().nbytes() for t in tensors if not t.is_meta),
+    }
+
+
+def train_long(rank: int, world_size: int, case: Case, schedule: str, early: int) -> list[dict[str, int]]:
+    """Sizes after `early` updates and after all of them."""
+    run = ProcessRun(case, schedule, rank, world_size, 1)
+    found = []
+    for u in range(len(case.updates)):
+        run.update(u)
+        if u + 1 in (early, len(case.updates)):
+            run.engine.synchronize()
+            found.append(sizes())
+    run.engine.close()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world_size", "stages"), [(2, 3), (3, 4)])
+@pytest.mark.parametrize("schedule", ["pipelined", "1f1b"])
+def test_500_updates_over_processes_do_not_grow(world_size: int, stages: int, schedule: str) -> None:
+    case = WideCase(stages=stages, layers=4, devices=world_size, updates=(1,) * 500)
+    for rank, (early, late) in enumerate(in_processes(world_size, train_long, world_size, case, schedule, 100)):
+        growth = {key: late[key] - early[key] for key in early}
+        assert (growth["threads"], growth["descriptors"]) == (0, 0), (rank, growth)
+        assert growth["tensors"] <= 10 and growth["tensor bytes"] <= 4 * MESSAGE, (rank, growth)
+        # Kept messages would make 400 of them; the allocator may keep a few MiB for itself.
+        assert growth["resident"] < 16 * MIB < 400 * MESSAGE / 3, (rank, growth)
