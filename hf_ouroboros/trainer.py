@@ -87,7 +87,8 @@ class OuroborosTrainer(BatchHooks, OptimizerHooks, EvaluationHooks, CheckpointHo
         self._counts_all_replicas = False
         self._own_optimizer = optimizers[0] is not None or optimizer_cls_and_kwargs is not None
         if self._grid is not None:
-            self._control_group, self._row_group = self._grid.world_group(), self._grid.row_group()
+            self._control_group = self._grid.standing_group("world", "control")
+            self._row_group = self._grid.standing_group("row", "set-up")
             self._watch = Watch(self._grid, self._control_group, self._doing)
             leave_at_exit()
         if model is not None:

@@ -31,7 +31,7 @@ class ReplicaAccelerator(Accelerator):
             )
         accelerator.__class__ = ReplicaAccelerator
         accelerator.grid = grid
-        accelerator.column = grid.column_group()
+        accelerator.column = grid.standing_group("column", "metrics")
         accelerator.rows_left = None
         return accelerator
 

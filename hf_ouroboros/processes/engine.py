@@ -56,7 +56,9 @@ class ProcessEngine(Engine):
         self._losses: dict[int, torch.Tensor] = {}
         self._reported_norms: Sequence[float | None] | None = None
         self._all_reported = self._stop_asked = self._stop_heard = False
-        mean = GroupMean(grid.column_group()) if grid.replicas > 1 else None
+        self._column = grid.lease_group("column") if grid.replicas > 1 else None
+        self._drained = True  # whether all processes have received all that was sent to them
+        mean = None if self._column is None else GroupMean(self._column.group)
         # The other processes may be K-1 ticks behind or ahead, and this one's main thread waits for theirs now and then:
         # with K+1 micro-batches in stock the worker never runs dry meanwhile. They are token ids; activations are bounded
         # by the schedule.
@@ -66,6 +68,7 @@ class ProcessEngine(Engine):
 
     def submit(self, batch: Mapping[str, Any], context: Any = None) -> int:
         """Hands over the next micro-batch, the same one in all processes of the replica."""
+        self._drained = False
         tick = super().submit(batch, context)
         ticks, checksum = self._open
         self._open = [*ticks, tick], fingerprint(batch, checksum)
@@ -102,12 +105,17 @@ class ProcessEngine(Engine):
         super().settle()
         self._transport.flush()
         self._report_all()
+        self._drained = not self.update_open
 
     def close(self, timeout: float = 2.0) -> None:
         """Stops this process's worker."""
         if not self.closed:
+            drained = self._drained and self._failure is None
             super().close(timeout)
-            self._transport.close()
+            self._transport.close(drained)
+            self._reports.close(drained)
+            if self._column is not None:
+                self._column.end(drained)
 
     def request_stop(self) -> None:
         """Tells all processes, with the next reports, that this one asks for the end of the run."""

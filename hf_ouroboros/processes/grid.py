@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import UnsupportedOptionError
+from .groups import POOL, Lease
 
 
 @dataclass(frozen=True)
@@ -76,29 +77,39 @@ class ProcessGrid:
         index = self.device_index if device_index is None else device_index
         return [self.rank_of(index, r) for r in range(self.replicas)]
 
-    # Every process has to create every group, in the same order.
+    # Every process has to ask for every group, in the same order.
 
-    def row_group(self) -> dist.ProcessGroup:
-        """A new gloo group of this replica's processes; called by all processes at the same point."""
-        return self._own_group([self.row(r) for r in range(self.replicas)], "gloo")
+    def standing_group(self, shape: str, purpose: str) -> dist.ProcessGroup:
+        """A group that serves this process as long as it lives; called by all processes at the same point.
 
-    def column_group(self, backend: str | None = None) -> dist.ProcessGroup:
-        """A new group of the processes with the same stages; called by all processes at the same point."""
-        columns = [self.column(d) for d in range(self.num_devices)]
-        return self._own_group(columns, backend or self.tensor_backend)
+        Args:
+            shape: "world" for all processes, "row" for this replica's, "column" for those with the same stages. A column
+                carries tensors, over the backend of the device; the others use gloo.
+            purpose: a name under which the same group is found again.
+        """
+        return POOL.standing((*self._key(shape), purpose), lambda: self._new_group(shape))
 
-    def world_group(self) -> dist.ProcessGroup:
-        """A new gloo group of all processes; called by all processes at the same point."""
-        return dist.new_group(backend="gloo", timeout=self.timeout)
+    def lease_group(self, shape: str) -> Lease:
+        """A group for oneself; `shape` as in `standing_group`."""
+        return POOL.lease(self._key(shape), lambda: self._new_group(shape))
 
     @property
     def tensor_backend(self) -> str:
         """What carries tensors on this device: "nccl" or "gloo"."""
         return "nccl" if self.device.type == "cuda" else "gloo"
 
-    def _own_group(self, members: list[list[int]], backend: str) -> dist.ProcessGroup:
+    def _key(self, shape: str) -> tuple[Any, ...]:
+        return shape, self.replicas, self.tensor_backend, self.timeout
+
+    def _new_group(self, shape: str) -> dist.ProcessGroup:
+        members = {
+            "world": [list(range(self.world_size))],
+            "row": [self.row(r) for r in range(self.replicas)],
+            "column": [self.column(d) for d in range(self.num_devices)],
+        }
+        backend = self.tensor_backend if shape == "column" else "gloo"
         own: Any = None
-        for ranks in members:
+        for ranks in members[shape]:
             group = dist.new_group(ranks, timeout=self.timeout, backend=backend)
             if self.rank in ranks:
                 own = group

@@ -49,7 +49,8 @@ class Reports:
     def __init__(self, grid: ProcessGrid, placement: Sequence[int]):
         self._grid = grid
         self._placement = placement
-        self._group = grid.world_group()
+        self._lease = grid.lease_group("world")
+        self._group = self._lease.group
         self._on_their_way: deque[tuple[int, Sequence[int], dist.Work, list[torch.Tensor]]] = deque()
 
     def send(
@@ -88,6 +89,16 @@ class Reports:
             work.wait()
             reports.append(self._put_together(ticks, rows))
         return reports
+
+    def close(self, drained: bool = False) -> None:
+        """Lets go of the group.
+
+        Args:
+            drained: whether all processes have taken part in all reports.
+        """
+        if drained:
+            self.take()
+        self._lease.end(drained)
 
     def _put_together(self, ticks: Sequence[int], rows: Sequence[torch.Tensor]) -> UpdateReport:
         grid, count = self._grid, len(ticks)

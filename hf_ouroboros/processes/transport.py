@@ -41,7 +41,8 @@ class ProcessTransport:
         self._specs = specs
         self._waiting = waiting
         self._wires = Wires(grid, placement)
-        self._row = grid.row_group()
+        self._lease = grid.lease_group("row")
+        self._row = self._lease.group
         self._num_stages = len(placement)
         # Receives that were posted, or what a neighbour on the same device left here: (tick, tensor or Posted).
         self._arriving: dict[tuple[str, int], deque[tuple[int, Any]]] = {
@@ -115,13 +116,18 @@ class ProcessTransport:
         with self._talking("others to receive", None):
             self._wires.flush()
 
-    def close(self) -> None:
-        """Lets go of the process groups and of whatever is still on its way."""
+    def close(self, drained: bool = False) -> None:
+        """Lets go of the process groups and of whatever is still on its way.
+
+        Args:
+            drained: whether all processes have received all that was sent to them.
+        """
         for items in self._arriving.values():
             for _, item in items:
                 if isinstance(item, Posted):
                     item.abandon()
-        self._wires.close()
+        self._wires.close(drained)
+        self._lease.end(drained)
         self._arriving.clear()
 
     def _talking(self, what: str, peer: int | None) -> _Talking:

@@ -7,18 +7,22 @@ from outside would not bump its version counter.
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from .grid import ProcessGrid
+from .groups import POOL, Lease
 
 DIRECTIONS = ("hidden", "gradient")
 _ABANDONED: list[Any] = []
+_TAGS = itertools.count(1)
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Wires:
         self._placement = placement
         self._sending: defaultdict[tuple[str, int], deque[tuple[dist.Work, torch.Tensor]]] = defaultdict(deque)
         self._groups: dict[tuple[str, int], tuple[dist.ProcessGroup, int]] = {}
+        self._leases: list[Lease] = []
         channels = [
             (direction, stage)
             for direction in DIRECTIONS
@@ -70,23 +75,24 @@ class Wires:
             if 0 <= self.source(direction, stage) < len(placement) and not self.is_local(direction, stage)
         ]
         if grid.tensor_backend == "gloo":
-            group = grid.world_group()  # tags tell the channels apart
-            self._groups = {channel: (group, tag) for tag, channel in enumerate(channels)}
-            self._created = [group]
+            # Tags tell the channels apart; nobody gets what was left behind by others that have failed.
+            group = grid.standing_group("world", "wires")
+            self._groups = {channel: (group, next(_TAGS)) for channel in channels}
             return
         # NCCL knows no tags and runs what a communicator is given one after another: a receive that waits would hold up a
         # send to the same process. So every channel has a communicator, and with it a stream, of its own.
-        self._created = []
         for replica in range(grid.replicas):
             for direction, stage in channels:
                 ends = {
                     grid.rank_of(placement[stage], replica),
                     grid.rank_of(placement[self.source(direction, stage)], replica),
                 }
-                group = dist.new_group(sorted(ends), timeout=grid.timeout, backend=grid.tensor_backend)
+                members = sorted(ends)
+                make = partial(dist.new_group, members, timeout=grid.timeout, backend=grid.tensor_backend)
+                lease = POOL.lease((*members, grid.timeout, grid.tensor_backend), make)
+                self._leases.append(lease)
                 if grid.rank in ends:
-                    self._groups[direction, stage] = group, 0
-                    self._created.append(group)
+                    self._groups[direction, stage] = lease.group, 0
 
     @property
     def max_sending(self) -> int:
@@ -138,13 +144,18 @@ class Wires:
             while sending:
                 sending.popleft()[0].wait()
 
-    def close(self) -> None:
+    def close(self, drained: bool = False) -> None:
         """Lets go of the groups.
 
         Messages that are still on their way, after a failure, stay so until the process ends: gloo would abort it if
         they were destroyed.
+
+        Args:
+            drained: whether all processes have received all that was sent to them.
         """
         _ABANDONED.extend(message for sending in self._sending.values() for message in sending)
         self._sending.clear()
+        for lease in self._leases:
+            lease.end(drained)
+        self._leases.clear()
         self._groups.clear()
-        self._created.clear()

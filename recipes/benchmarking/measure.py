@@ -18,6 +18,8 @@ from .options import settling_updates
 def steady_state(job: Job, clock: Clock) -> dict[str, Any]:
     """Throughput over whole updates, without the first ones and without the last, which empties the pipeline.
 
+    Memory growth is that of every process's resident size over the second half of the updates.
+
     In runs that are evaluated it is the throughput of all of the run, and the evaluations are there too.
     """
     if job.evaluate:
@@ -28,7 +30,7 @@ def steady_state(job: Job, clock: Clock) -> dict[str, Any]:
     return {
         "tokens_per_second": job.options.tokens_per_update * (last - first) / seconds,
         "cold_start_seconds": clock.times[first],
-        "memory_growth_mib": (clock.memory[last] - clock.memory[len(clock.memory) // 2]) / 2**20,
+        "memory_growth_mib": gather((clock.memory[last] - clock.memory[len(clock.memory) // 2]) / 2**20),
     }
 
 
@@ -42,11 +44,13 @@ def peak_memory_mib(devices: Sequence[str] | None) -> list[float]:
         return [torch.cuda.max_memory_allocated(device) / 2**20 for device in devices]
     used = peak_memory()
     peak = (used.peak_resident or 0) if used.peak_cuda is None else used.peak_cuda
-    return gather(peak / 2**20) if devices is None else [peak / 2**20]
+    return gather(peak / 2**20)
 
 
 def gather(value: Any) -> list[Any]:
-    """The values of all processes, by rank."""
+    """The values of all processes, by rank; of this one, where it is alone."""
+    if not dist.is_initialized():
+        return [value]
     values = [value] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values

@@ -82,23 +82,23 @@ def loss_difference(contender: Contender, results: list[list[Run]]) -> float | N
     return max(differences, default=None)
 
 
-def _failed_row(contender: Contender, message: str) -> str:
-    """A row of either table for a contender without figures."""
+def _failed_row(contender: Contender, message: str, columns: int) -> str:
+    """A row of a table with so many columns for a contender without figures."""
     shown = " ".join(message.split()).replace("|", "\\|")[:200]
-    return f"| {contender.label} | {contender.micro_batches} | failed: {shown} |  |  |  |  |  |  |"
+    return f"| {contender.label} | {contender.micro_batches} | failed: {shown} |" + "  |" * (columns - 3)
 
 
 def throughput_table(contenders: list[Contender], results: list[list[Run]], num_devices: int) -> str:
     """Markdown table: medians over the repetitions, ratios within each repetition."""
     lines = [
         "| contender | M | tokens/s | speed-up over naive (min - max) | share of ideal | devices busy "
-        "| kernels slower side by side | peak MiB per process | validation loss |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| kernels slower side by side | peak MiB per process | growth in MiB, second half | validation loss |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     wrong = disagreements(contenders, results)
     for contender in contenders:
         if message := failure(contender, results):
-            lines.append(_failed_row(contender, message))
+            lines.append(_failed_row(contender, message, 10))
             continue
         runs = runs_of(contender, results)
         speedups = ratios(contender, results, lambda run: run["tokens_per_second"])
@@ -113,6 +113,7 @@ def throughput_table(contenders: list[Contender], results: list[list[Run]], num_
                 excess = [sum(run["busy_shares"]) / ratio - 1 for run, ratio in zip(runs, speedups, strict=True)]
                 slower = f"{statistics.median(excess):+.1%}"
         peaks = zip(*(run["peak_memory_mib"] for run in runs), strict=True)
+        growths = zip(*(run["memory_growth_mib"] for run in runs), strict=True)
         note = f" **losses differ from naive by {wrong[contender.label]:.1e}**" if contender.label in wrong else ""
         cells = [
             contender.label,
@@ -123,6 +124,7 @@ def throughput_table(contenders: list[Contender], results: list[list[Run]], num_
             busy,
             slower,
             ", ".join(f"{max(peak):,.0f}" for peak in peaks),
+            ", ".join(f"{statistics.median(growth):+.1f}" for growth in growths),
             f"{statistics.median(run['eval_loss'] for run in runs):.4f}{note}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -161,7 +163,7 @@ def time_to_loss_table(contenders: list[Contender], results: list[list[Run]]) ->
     ]
     for contender in contenders:
         if message := failure(contender, results):
-            lines.append(_failed_row(contender, message))
+            lines.append(_failed_row(contender, message, 9))
             continue
         runs = runs_of(contender, results)
         reached = [run for run in runs if crossing(run)]

@@ -14,13 +14,11 @@ import torch
 from engine_runs import ProcessRun
 from helpers import Batch, Case, tiny_gpt2
 from rig import in_processes
+from trainer_runs import train_part
+from transformers import GPT2LMHeadModel
 
 from hf_ouroboros.engine.losses import LossFunction
 from hf_ouroboros.memory import peak_memory
-from hf_ouroboros.processes import ProcessGrid
-from hf_ouroboros.processes.relay import Relay
-from hf_ouroboros.processes.probe import hidden_specs
-from transformers import GPT2LMHeadModel
 
 MIB = 2**20
 WIDTH, ROWS, TIME = 64, 8, 64
@@ -53,7 +51,9 @@ def sizes() -> dict[str, int]:
     tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
     return {
         "resident": peak_memory().resident or 0,
-        "threads": len(list(Path("/proc/self/task").iterdir())) if os.path.exists("/proc") else threading.active_count(),
+        "threads": len(list(Path("/proc/self/task").iterdir()))
+        if os.path.exists("/proc")
+        else threading.active_count(),
         "descriptors": len(list(Path("/proc/self/fd").iterdir())) if os.path.exists("/proc") else 0,
         "tensors": len(tensors),
         "tensor bytes": sum(t.untyped_storage().nbytes() for t in tensors if not t.is_meta),
@@ -73,6 +73,17 @@ def train_long(rank: int, world_size: int, case: Case, schedule: str, early: int
     return found
 
 
+def train_often(rank: int, world_size: int, case: Case, engines: int) -> list[dict[str, int]]:
+    """Sizes after each of some engines, which settle as the Trainer's do at the end."""
+    found = []
+    for _ in range(engines):
+        run = ProcessRun(case, "pipelined", rank, world_size, 1)
+        run.train({len(case.updates) - 1: "state"})
+        del run
+        found.append(sizes())
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "stages"), [(2, 3), (3, 4)])
 @pytest.mark.parametrize("schedule", ["pipelined", "1f1b"])
@@ -84,3 +95,27 @@ def test_500_updates_over_processes_do_not_grow(world_size: int, stages: int, sc
         assert growth["tensors"] <= 10 and growth["tensor bytes"] <= 4 * MESSAGE, (rank, growth)
         # Kept messages would make 400 of them; the allocator may keep a few MiB for itself.
         assert growth["resident"] < 16 * MIB < 400 * MESSAGE / 3, (rank, growth)
+
+
+def test_engines_over_processes_do_not_grow() -> None:
+    case = WideCase(stages=3, layers=4, devices=2, updates=(1,) * 4)
+    for rank, found in enumerate(in_processes(2, train_often, 2, case, 4)):
+        for key in ("threads", "descriptors", "tensors", "tensor bytes"):
+            assert found[-1][key] == found[1][key], (rank, key, found)
+
+
+def train_trainers(rank: int, folder: str, trainers: int) -> list[dict[str, int]]:
+    """Sizes after each of some trainers that train, evaluate, save and resume."""
+    options = {"num_stages": 3, "max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+    found = []
+    for i in range(trainers):
+        run = {"options": {**options, "save_strategy": "steps"}, "name": f"out{i}"}
+        train_part(rank, folder, [run, {**run, "resume": f"{folder}/out{i}/checkpoint-1"}])
+        found.append(sizes())
+    return found
+
+
+def test_trainers_over_processes_do_not_grow(tmp_path: Path) -> None:
+    for rank, found in enumerate(in_processes(2, train_trainers, str(tmp_path), 4)):
+        for key in ("threads", "descriptors", "tensors", "tensor bytes"):
+            assert found[-1][key] == found[1][key], (rank, key, found)

@@ -121,6 +121,7 @@ def made_up(name: str, speed: float, loss: float = 3.0, **more: object) -> dict[
         "contender": name,
         "tokens_per_second": speed,
         "peak_memory_mib": [10.0],
+        "memory_growth_mib": [0.5],
         "training_loss": loss,
         "eval_loss": loss,
         "losses": [loss],
