@@ -125,7 +125,7 @@ class Reference:
         self, tick: int, batch: Mapping[str, Any], context: Any, segment: Segment | None, split_tied: bool
     ) -> tuple[torch.Tensor, Gradients]:
         """The loss, and with tied_gradient="paper" the separate leaves that the head used."""
-        stages, hidden, heads = self.partition.stages, None, {}
+        stages, state, heads = self.partition.stages, None, {}
         for k, stage in enumerate(stages):
             stage.train()
             replaced = {}
@@ -139,13 +139,13 @@ class Reference:
                 scopes.enter_context(seeded_dropout(self._seed, k, tick, self._device))
                 if self.settings.autocast_dtype is not None:
                     scopes.enter_context(torch.autocast(self._device.type, dtype=self.settings.autocast_dtype))
-                inputs, memory = select(stage.family, batch, self._device), self._memories[k].recall(segment)
+                inputs, memory = select(stage, batch, self._device), self._memories[k].recall(segment)
                 targets = targets_for(self._loss_fn, batch, context, self._device) if stage.is_last else None
-                hidden = functional_call(stage, replaced, (inputs, hidden, memory, targets), tie_weights=False)
+                state = functional_call(stage, replaced, (inputs, state, memory, targets), tie_weights=False)
                 self._memories[k].keep(segment, memory)
                 if stage.is_last:
-                    hidden = loss_of(self._loss_fn, hidden, targets, batch, context)
-        return hidden, heads
+                    state = loss_of(self._loss_fn, state, targets, batch, context)
+        return state, heads
 
     def step(self) -> int:
         """Applies to every stage the sum of its window, clipped, or leaves it alone if the window is empty."""

@@ -33,7 +33,7 @@ from .processes import ProcessGrid
 from .processes.clocks import record_of_all
 from .processes.engine import ProcessEngine
 from .processes.grid import leave_at_exit
-from .processes.probe import hidden_specs
+from .processes.probe import boundary_specs
 from .processes.relay import Relay
 from .processes.watch import Watch
 from .reference import Reference
@@ -148,7 +148,7 @@ class OuroborosTrainer(BatchHooks, OptimizerHooks, EvaluationHooks, CheckpointHo
         relay = None
         if self._grid is not None:
             with self._guarded("setting up"):
-                self._specs = hidden_specs(self._partition, self._grid, self._row_group, dtype)
+                self._specs = boundary_specs(self._partition, self._grid, self._row_group, dtype)
                 relay = Relay(self._partition, self._grid, self._specs)
             refuse_forward(model)
         self._staged = StagedModel(self._partition, dtype, relay)

@@ -12,7 +12,7 @@ import torch
 from torch.func import functional_call
 from torch.nn.utils import get_total_norm
 
-from ..partition import Memory, Partition, Targets, select
+from ..partition import Boundary, Memory, Partition, Targets, select, to_device
 from .averaging import BucketedMean, ReplicaMean
 from .losses import LossFunction, loss_of, targets_for
 from .optimizers import StageOptimizer
@@ -31,11 +31,11 @@ class InFlight:
     tick: int
     batch: dict[str, torch.Tensor]
     leaves: dict[str, torch.Tensor]
-    hidden: torch.Tensor | None
+    received: Boundary | None
     memory: Memory | None = field(default=None, repr=False)  # before the forward
     full_batch: Mapping[str, Any] | None = None
     context: Any = None
-    output: torch.Tensor | None = field(default=None, repr=False)
+    output: Boundary | torch.Tensor | None = field(default=None, repr=False)
 
 
 class StageRunner:
@@ -81,7 +81,7 @@ class StageRunner:
         if link is not None:
             leaf_names |= {id(parameter): name for name, parameter in partition.tied.items()}
         self._bindings = [(name, leaf_names[id(p)]) for name, p in self.stage.named_parameters(remove_duplicate=False)]
-        self._dropout = has_dropout(self.stage)
+        self._draws = self.stage.draws or has_dropout(self.stage)
 
     @property
     def borrows(self) -> bool:
@@ -114,20 +114,20 @@ class StageRunner:
         tick: int,
         batch: Mapping[str, Any],
         context: Any,
-        hidden: torch.Tensor | None,
+        received: Boundary | None,
         segment: Segment | None = None,
-    ) -> torch.Tensor:
+    ) -> Boundary | torch.Tensor:
         """Forward of a micro-batch.
 
         Args:
             tick: the micro-batch's number.
             batch: the micro-batch; each stage takes what it needs to its device.
             context: handed to the loss function.
-            hidden: output of the stage before, [batch, time, width]; None on the first stage.
+            received: output of the stage before; None on the first stage.
             segment: the micro-batch's place in a stream, whose memory it uses and renews; None for no memory.
 
         Returns:
-            The detached hidden state for the next stage, or the detached scalar loss on the last one.
+            What the next stage receives, detached, or the detached scalar loss on the last one.
         """
         leaves = dict(self._versions.leaves())
         if self.borrows:
@@ -135,10 +135,13 @@ class StageRunner:
                 leaves[name] = lent.data.requires_grad_(lent.requires_grad)
         elif self._lends:
             self._link.weights[tick] = {name: leaves[name] for name in self._link.names}
-        if hidden is not None:
-            hidden = hidden.to(self.device, non_blocking=True).detach().requires_grad_(True)
+        if received is not None:
+            received = {
+                name: tensor.detach().requires_grad_(self.stage.trains(name, tensor))
+                for name, tensor in to_device(received, self.device).items()
+            }
         memory = self.memories.recall(segment)
-        item = InFlight(tick, select(self.stage.family, batch, self.device), leaves, hidden, memory)
+        item = InFlight(tick, select(self.stage, batch, self.device), leaves, received, memory)
         if self.stage.is_last:
             item.full_batch, item.context = batch, context
         self.in_flight[tick] = item
@@ -148,15 +151,15 @@ class StageRunner:
         # with an additive mask, for instance) that round in another way than the replay.
         if self.stage.is_last or not self.settings.recompute:
             item.output = output
-        return output.detach()
+        return _detached(output)
 
-    def _compute(self, item: InFlight) -> tuple[torch.Tensor, Memory | None]:
+    def _compute(self, item: InFlight) -> tuple[Boundary | torch.Tensor, Memory | None]:
         """Output and memory of a forward, which leaves what it was given as it is: it may be replayed."""
         # Evaluation between ticks leaves modules in eval mode; a replayed forward has to be a training forward.
         if not self.stage.training:
             self.stage.train()
         with contextlib.ExitStack() as scopes:
-            if self._dropout:
+            if self._draws:
                 scopes.enter_context(seeded_dropout(self.seed, self.index, item.tick, self.device))
             if self.settings.autocast_dtype is not None:
                 scopes.enter_context(torch.autocast(self.device.type, dtype=self.settings.autocast_dtype))
@@ -165,7 +168,7 @@ class StageRunner:
             targets: Targets | None = None
             if self.stage.is_last:
                 targets = targets_for(self._loss_fn, item.full_batch, item.context, self.device)
-            arguments = item.batch, item.hidden, memory, targets
+            arguments = item.batch, item.received, memory, targets
             output = functional_call(self.stage, weights, arguments, tie_weights=False)
             if self.stage.is_last:
                 output = loss_of(self._loss_fn, output, targets, item.full_batch, item.context)
@@ -174,13 +177,13 @@ class StageRunner:
     # ---- backward ----
 
     def backward(
-        self, tick: int, gradient: torch.Tensor | None, closing: bool = False
-    ) -> tuple[Gradients, torch.Tensor | None]:
+        self, tick: int, gradient: Boundary | None, closing: bool = False
+    ) -> tuple[Gradients, Boundary | None]:
         """Backward of a micro-batch with the weights and masks of its forward.
 
         Args:
             tick: the micro-batch's number.
-            gradient: of the loss with respect to this stage's output; None on the last stage.
+            gradient: of the loss with respect to this stage's output, by name; None on the last stage.
             closing: whether the open update ends with this micro-batch. Where there are replicas, its gradients then go
                 straight to the window, and their mean begins layer by layer while the backward is still running.
 
@@ -191,12 +194,11 @@ class StageRunner:
         item = self.in_flight.pop(tick)
         if item.output is None:
             item.output, _ = self._compute(item)
-        if gradient is not None:
-            gradient = gradient.to(self.device, non_blocking=True)
-        if item.output.requires_grad and (gradient is not None or self.stage.is_last):
+        outputs, output_gradients = _roots(item.output, gradient, self.device)
+        if outputs:
             averaging = closing and self.has_replicas
             with self._averaging_meanwhile(item.leaves) if averaging else contextlib.nullcontext():
-                torch.autograd.backward(item.output, gradient)
+                torch.autograd.backward(outputs, output_gradients)
         gradients: Gradients = {}
         for name, leaf in item.leaves.items():
             if leaf.grad is not None:
@@ -206,7 +208,14 @@ class StageRunner:
         elif self._lends:
             for name, output_side in self._link.gradients.pop(tick, {}).items():
                 gradients[name].add_(output_side)
-        return gradients, None if item.hidden is None else item.hidden.grad
+        if item.received is None:
+            return gradients, None
+        # What had no effect on the loss has a gradient of zeros: the stage before waits for one.
+        return gradients, {
+            name: torch.zeros_like(t) if t.grad is None else t.grad
+            for name, t in item.received.items()
+            if t.requires_grad
+        }
 
     @contextlib.contextmanager
     def _averaging_meanwhile(self, leaves: Gradients) -> Iterator[None]:
@@ -299,3 +308,20 @@ class StageRunner:
 
     def _ordered_window(self) -> list[torch.Tensor]:
         return [self.window[name] for name in self._versions.parameters if name in self.window]
+
+
+def _detached(output: Boundary | torch.Tensor) -> Boundary | torch.Tensor:
+    if isinstance(output, torch.Tensor):
+        return output.detach()
+    return {name: tensor.detach() for name, tensor in output.items()}
+
+
+def _roots(
+    output: Boundary | torch.Tensor, gradient: Boundary | None, device: torch.device
+) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+    """Where a backward begins, and the gradients there: the loss, or whatever gradients have come for."""
+    if isinstance(output, torch.Tensor):
+        return ([output], [None]) if output.requires_grad else ([], [])
+    given = to_device(gradient or {}, device)
+    names = [name for name in output if name in given and output[name].requires_grad]
+    return [output[name] for name in names], [given[name] for name in names]

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-import torch
+from ..partition import Boundary
 
 
 class Aborted(Exception):
@@ -20,15 +20,15 @@ class Transport(Protocol):
     aborted: threading.Event
 
     def expect_hidden(self, stage: int, tick: int, batch: Mapping[str, Any]) -> None:
-        """Told as soon as a tick is known, in tick order: its hidden state will be received by this stage."""
+        """Told as soon as a tick is known, in tick order: what crosses to this stage will be received."""
 
-    def expect_gradient(self, stage: int, tick: int, output: torch.Tensor) -> None:
+    def expect_gradient(self, stage: int, tick: int, output: Boundary) -> None:
         """Told after a stage's forward, in tick order: the gradient of its output will be received."""
 
-    def send(self, direction: str, stage: int, tick: int, tensor: torch.Tensor | None) -> None:
+    def send(self, direction: str, stage: int, tick: int, tensors: Boundary | None) -> None:
         """Sends `direction` ("hidden" or "gradient") of a tick to a stage."""
 
-    def receive(self, direction: str, stage: int, tick: int) -> torch.Tensor | None:
+    def receive(self, direction: str, stage: int, tick: int) -> Boundary | None:
         """Waits for what was sent to this stage for this tick; raises Aborted if the run was stopped."""
 
     def rendezvous(self) -> None:
@@ -62,14 +62,14 @@ class InProcessTransport:
     def expect_hidden(self, stage: int, tick: int, batch: Mapping[str, Any]) -> None:
         """Nothing: queues take whatever comes."""
 
-    def expect_gradient(self, stage: int, tick: int, output: torch.Tensor) -> None:
+    def expect_gradient(self, stage: int, tick: int, output: Boundary) -> None:
         """Nothing: queues take whatever comes."""
 
-    def send(self, direction: str, stage: int, tick: int, tensor: torch.Tensor | None) -> None:
+    def send(self, direction: str, stage: int, tick: int, tensors: Boundary | None) -> None:
         """Sends `direction` ("hidden" or "gradient") of a tick to a stage."""
-        self._channels[direction, stage].put((tick, tensor))
+        self._channels[direction, stage].put((tick, tensors))
 
-    def receive(self, direction: str, stage: int, tick: int) -> torch.Tensor | None:
+    def receive(self, direction: str, stage: int, tick: int) -> Boundary | None:
         """Waits for what was sent to this stage for this tick.
 
         Raises:
@@ -79,10 +79,10 @@ class InProcessTransport:
         if item is None:
             self._channels[direction, stage].put(None)
             raise Aborted
-        sent_tick, tensor = item
+        sent_tick, tensors = item
         if sent_tick != tick:
             raise RuntimeError(f"stage {stage} expected the {direction} of tick {tick} but got tick {sent_tick}")
-        return tensor
+        return tensors
 
     def rendezvous(self) -> None:
         """Waits until all devices are here."""

@@ -187,11 +187,11 @@ class Worker(threading.Thread):
 
     def _forward(self, runner: StageRunner, tick: int) -> None:
         work = self._work[runner.index].pop(tick)
-        hidden = None if runner.index == 0 else self._transport.receive("hidden", runner.index, tick)
+        received = None if runner.index == 0 else self._transport.receive("hidden", runner.index, tick)
         start = time.perf_counter()
         if work.opened is not None:
             runner.predict(*work.opened)
-        output = runner.forward(tick, work.batch, work.context, hidden, work.segment)
+        output = runner.forward(tick, work.batch, work.context, received, work.segment)
         self._record("forward", runner, tick, start)
         if runner.index == self._num_stages - 1:
             self._events.put(FinishedLoss(tick, output))

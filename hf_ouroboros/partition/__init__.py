@@ -1,11 +1,11 @@
 """Model -> stages: device maps, the balanced split, and stages that share the model's parameters."""
 
-from .families import Memory, Targets
 from .plan import StagePlan, StageRow, torch_device
-from .split import Home, Partition, compose, select, split_model, to_device
-from .stages import Stage
+from .split import Home, Partition, split_model
+from .stages import Boundary, Memory, Stage, Targets, compose, select, to_device
 
 __all__ = [
+    "Boundary",
     "Home",
     "Memory",
     "Partition",

@@ -24,12 +24,12 @@ from torch.nn.utils import get_total_norm
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ..errors import UnsupportedModelError
+from .anatomy import HIDDEN
 from .facts import ModelFacts
 from .families import Family, find_family
 from .plan import torch_device
 from .planner import PlannedDevice, UnitTimes
-from .split import model_units
-from .stages import Stage
+from .stages import Boundary, Stage
 from .units import StageSpan
 
 REPETITIONS = 7  # of which the first two warm up; the median of the others counts
@@ -155,14 +155,14 @@ class _DeviceRun:
 
     def run(self) -> list[list[float]]:
         """[unit] -> [forward, backward, step]; norm and head are measured together and count for the head."""
-        units = model_units(self.model, self.family)
+        units = self.family.units(self.model)
         first_head = next(i for i, unit in enumerate(units) if unit.kind == "head")
         rows: list[list[float]] = []
         for i in range(first_head):
             # Index 0 makes a first stage, which embeds; any other stage of three is one from the middle.
-            stage = Stage(self.model, self.family, units, StageSpan(min(i, 1), i, i + 1, 0), 3)
+            stage = self.family.make_stage(self.model, units, StageSpan(min(i, 1), i, i + 1, 0), 3)
             rows.append(self._unit(stage, is_head=False))
-        head = Stage(self.model, self.family, units, StageSpan(2, first_head, len(units), 0), 3)
+        head = self.family.make_stage(self.model, units, StageSpan(2, first_head, len(units), 0), 3)
         rows += [[0.0, 0.0, 0.0] for _ in units[first_head:-1]]
         rows.append(self._unit(head, is_head=True))
         return rows
@@ -174,11 +174,12 @@ class _DeviceRun:
         shape = (self.facts.batch, self.facts.time, self.width)
         found: list[list[float]] = []
         for _ in range(REPETITIONS):
-            hidden = None
+            received = None
             if not stage.is_first:
                 hidden = torch.randn(shape, device=self.device, dtype=self.facts.dtype).requires_grad_(True)
+                received = {HIDDEN: hidden}
             self.gate.wait()
-            forward, output = self._timed(lambda hidden=hidden: self._loss(stage(self.batch, hidden), is_head))
+            forward, output = self._timed(lambda given=received: self._loss(stage(self.batch, given), is_head))
             gradient = None if is_head else torch.ones_like(output)
             backward, _ = self._timed(lambda output=output, gradient=gradient: output.backward(gradient))
             step = 0.0
@@ -190,9 +191,9 @@ class _DeviceRun:
             found.append([forward, backward, step])
         return [statistics.median(column) for column in zip(*found[2:], strict=True)]
 
-    def _loss(self, output: torch.Tensor, is_head: bool) -> torch.Tensor:
+    def _loss(self, output: Boundary | torch.Tensor, is_head: bool) -> torch.Tensor:
         if not is_head:
-            return output
+            return output[HIDDEN]
         labels = self.batch["input_ids"].flatten().roll(-1)
         return nn.functional.cross_entropy(output.float().flatten(0, 1), labels)
 

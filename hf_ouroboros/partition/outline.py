@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
-from .families import find_family
-from .split import model_units, tied_parameter_names
-from .units import Unit
+from .families import Family, find_family
+from .split import tied_parameter_names
+from .stages import Stage
+from .units import StageSpan, Unit
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,19 @@ class Outline:
     reason: str | None
 
 
-class LayerList:
+class LayerList(Family):
     """What a family tells about names, read off the model: its longest list of modules holds the layers."""
+
+    def accepts(self, model: nn.Module) -> bool:
+        """Nothing: it can only plan."""
+        return False
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Nothing: what it refuses, it refuses when it is made."""
+
+    def make_stage(self, model: PreTrainedModel, units: Sequence[Unit], span: StageSpan, num_stages: int) -> Stage:
+        """Refuses."""
+        raise UnsupportedModelError(f"{type(model).__name__} can be planned, but not split into stages")
 
     def __init__(self, model: PreTrainedModel):
         lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
@@ -65,13 +78,9 @@ class LayerList:
         """Names of the layers."""
         return [f"{self._name}.{i}" for i in range(len(self._list))]
 
-    def head(self, model: PreTrainedModel) -> list[str]:
+    def head(self, model: PreTrainedModel) -> list[tuple[str, ...]]:
         """Names of the modules after the layers."""
-        return list(self._after)
-
-    def cost(self, model: PreTrainedModel, name: str) -> float | None:
-        """None: a module's matrices say what it multiplies."""
-        return None
+        return [(name,) for name in self._after]
 
 
 def outline(model: PreTrainedModel) -> Outline:
@@ -84,5 +93,5 @@ def outline(model: PreTrainedModel) -> Outline:
         family, reason = find_family(model), None
     except UnsupportedModelError as error:
         family, reason = LayerList(model), str(error)
-    units = model_units(model, family)
+    units = family.units(model)
     return Outline(tuple(units), tied_parameter_names(model, units), reason)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,13 +13,14 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import DeviceMapError
+from .anatomy import call_options, logits_of
 from .device_map import parse_device_map, plan_stages
-from .families import Family, Memory, Targets, find_family
+from .families import find_family
 from .mapping import check_module_names
 from .ownership import Owned, release_foreign
 from .plan import StagePlan, StageRow, torch_device
-from .self_check import compare_logits, sample_logits
-from .stages import Stage
+from .self_check import Sample, compare, take_sample
+from .stages import Stage, compose
 from .units import StageSpan, Unit
 
 
@@ -86,26 +88,6 @@ class Partition:
         return {name: self.model.get_parameter(name) for name in self.tied_names}
 
 
-def model_units(model: PreTrainedModel, family: Family) -> list[Unit]:
-    """The model's units in execution order, with cost (multiply-adds per token) and bytes."""
-    seen: set[int] = set()
-
-    def unit(modules: Iterable[str], kind: str) -> Unit:
-        modules = tuple(modules)
-        parameters = [p for name in modules for p in model.get_submodule(name).parameters()]
-        fresh = [p for p in parameters if id(p) not in seen]
-        seen.update(id(p) for p in parameters)
-        # An embedding is looked up, not multiplied: it costs next to nothing beside a layer.
-        known = family.cost(model, modules[0])
-        counted = sum(p.numel() for p in parameters if p.dim() > 1) if kind != "embedding" else 0
-        cost = counted if known is None else known
-        return Unit(modules, kind, float(cost), sum(p.numel() * p.element_size() for p in fresh))
-
-    embedding = unit(family.embedding(model), "embedding")
-    layers = [unit([name], "layer") for name in family.layers(model)]
-    return [embedding, *layers, *(unit([name], "head") for name in family.head(model))]
-
-
 def tied_parameter_names(model: PreTrainedModel, units: Sequence[Unit]) -> tuple[str, ...]:
     """Names, on the embedding side, of the matrices that embedding and head share."""
     head = {
@@ -154,7 +136,7 @@ def split_model(
     dispatched = getattr(model, "hf_device_map", None)
     if device_map == "auto" and dispatched and len(set(map(str, dispatched.values()))) > 1:
         device_map = dispatched
-    units = model_units(model, family)
+    units = family.units(model)
     tied_names = tied_parameter_names(model, units)
     device_map = parse_device_map(device_map)
     if isinstance(device_map, Mapping):
@@ -171,18 +153,22 @@ def split_model(
         spans = [replace(span, device=0) for span in spans]
         used = [0]
     check = check and complete
-    expected = sample_logits(model, lambda batch: model(**batch, use_cache=False).logits) if check else None
+    keys = frozenset(inspect.signature(model.forward).parameters)
+    options = call_options(model)
+    expected = None
+    if check:
+        expected = take_sample(model, keys, family.draws_in_turn, lambda batch: logits_of(model(**batch, **options)))
     remove_hook_from_submodules(model)
     if dispatched:
         del model.hf_device_map
 
     def build() -> tuple[Stage, ...]:
-        return tuple(Stage(model, family, units, span, len(spans)).eval() for span in spans)
+        return tuple(family.make_stage(model, units, span, len(spans)).eval() for span in spans)
 
     stages = build()
     if home is not None:
-        if check:  # while the weights of all stages are there
-            compare_logits(expected, sample_logits(model, lambda batch: compose(stages, batch)), model)
+        if expected is not None:  # while the weights of all stages are there
+            compare(expected, _sample_stages(model, keys, stages), model)
         if replaced := release_foreign(model, ownership(units, spans, home.device_index)):
             raise DeviceMapError(
                 f"{', '.join(replaced[:3])} can't be released in place: a view, a weak reference or an unfinished backward "
@@ -190,10 +176,10 @@ def split_model(
             )
     for stage, span in zip(stages, spans, strict=True):
         if home is None:
-            _place(stage, torch_device(devices[span.device]))
+            stage.place(torch_device(devices[span.device]))
         elif span.device == home.device_index:
             _check_loaded(stage, model)
-            _place(stage, home.device)
+            stage.place(home.device)
     tied = {id(model.get_parameter(name)) for name in tied_names}
     rows = []
     for span, stage in zip(spans, stages, strict=True):
@@ -211,11 +197,20 @@ def split_model(
             )
         )
     plan = StagePlan(tuple(rows), tuple(devices[d] for d in used), bool(tied_names), num_workers)
-    if check and home is None:
-        compare_logits(expected, sample_logits(model, lambda batch: compose(stages, batch)), model)
+    if expected is not None and home is None:
+        compare(expected, _sample_stages(model, keys, stages), model)
     for stage in stages:
         stage.train(model.training)
     return Partition(model, stages, plan, tied_names, home)
+
+
+def _sample_stages(model: PreTrainedModel, keys: frozenset[str], stages: Sequence[Stage]) -> Sample:
+    def run(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        for stage in stages:
+            stage.train(model.training)
+        return compose(stages, batch)
+
+    return take_sample(model, keys, stages[0].family.draws_in_turn, run)
 
 
 def plan_ownership(
@@ -232,7 +227,7 @@ def plan_ownership(
         UnsupportedModelError: unknown architecture.
         DeviceMapError: see `plan_stages`.
     """
-    units = model_units(model, find_family(model))
+    units = find_family(model).units(model)
     device_map = parse_device_map(device_map)
     if isinstance(device_map, Mapping):
         check_module_names(device_map, model)
@@ -259,53 +254,3 @@ def _check_loaded(stage: Stage, model: PreTrainedModel) -> None:
                 f"{name} of this {type(model).__name__} has no values, but stage {stage.index}, which needs it, is this "
                 "process's; load the model with the same devices, device_map and num_stages as it is trained with"
             )
-
-
-def compose(
-    stages: Sequence[Stage],
-    batch: dict[str, torch.Tensor],
-    memories: Sequence[Memory | None] | None = None,
-    targets: Targets | None = None,
-) -> torch.Tensor:
-    """Runs all stages in turn, as the unsplit model would, moving the batch and hidden state along.
-
-    Args:
-        stages: all of them, with weights.
-        batch: what the family takes, e.g. `input_ids` [batch, time].
-        memories: of each stage, as in `Stage.forward`; None for no memory.
-        targets: as in `Stage.forward`, on any device.
-
-    Returns:
-        Logits [batch, time, vocabulary] on the last stage's device; with targets the loss.
-    """
-    hidden = None
-    for stage, memory in zip(stages, memories or [None] * len(stages), strict=True):
-        device = next(stage.parameters()).device
-        given = hidden if hidden is None else hidden.to(device)
-        last = to_device(targets, device) if stage.is_last and targets is not None else None
-        hidden = stage(select(stage.family, batch, device), given, memory, last)
-    return hidden
-
-
-def to_device(values: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Tensors among the values moved to a device, everything else as it is."""
-    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in values.items()}
-
-
-def select(family: Family, batch: Mapping[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
-    """The part of a batch that stages compute with, on a device."""
-    return {
-        key: batch[key].to(device, non_blocking=True)
-        for key in batch
-        if key in family.batch_keys and batch[key] is not None
-    }
-
-
-def _place(stage: Stage, device: torch.device) -> None:
-    for parameter in stage.parameters():
-        if parameter.device != device:
-            parameter.data = parameter.data.to(device)
-    for module in stage.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.device != device:
-                module._buffers[name] = buffer.to(device)

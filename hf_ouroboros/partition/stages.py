@@ -2,111 +2,148 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
-from types import MethodType
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig
 
-from ..errors import UnsupportedModelError
-from .families import Family, Memory, Targets
+from .anatomy import HIDDEN
 from .units import StageSpan, Unit
 
+if TYPE_CHECKING:
+    from .families import Family
 
-class Stage(nn.Module):
+Boundary = dict[str, torch.Tensor]
+"""What crosses from a stage to the next: the hidden state, by the name `HIDDEN`, and what else later layers get."""
+
+Memory = dict[str, torch.Tensor]
+"""What the layers of a stage remember of a segment, by names that the family gives; [rows of the batch, ...] each."""
+
+Targets = dict[str, Any]
+"""What a head computes the loss from: keyword arguments of its forward (labels, by what to divide)."""
+
+
+class Stage(nn.Module, ABC):
     """A contiguous run of units of a model, as a module of its own.
 
-    Its modules are shadows of the model's: own module objects, so that neither train/eval switches nor swapped
-    weights reach the model, but the same Parameter objects under the same names.
-
     Args:
-        model: the complete model.
+        config: the model's configuration.
         family: what the splitter knows about this architecture.
         units: all units of the model.
         span: which of them belong to this stage.
         num_stages: K.
+
+    Attributes:
+        batch_keys: what of a batch the stage computes with.
+        draws: whether its forward in training mode draws random numbers.
     """
 
-    def __init__(self, model: PreTrainedModel, family: Family, units: Sequence[Unit], span: StageSpan, num_stages: int):
+    batch_keys: frozenset[str]
+    draws: bool
+
+    def __init__(
+        self, config: PretrainedConfig, family: Family, units: Sequence[Unit], span: StageSpan, num_stages: int
+    ):
         super().__init__()
         own = units[span.start : span.stop]
         self.index = span.index
         self.is_first = span.index == 0
         self.is_last = span.index == num_stages - 1
         self.family = family
-        self.config = model.config
+        self.config = config
         self.layer_names = [unit.modules[0] for unit in own if unit.kind == "layer"]
-        self.head_names = [unit.modules[0] for unit in own if unit.kind == "head"]
-        shadows: dict[int, nn.Module] = {}
-        for unit in own:
-            for name in unit.modules:
-                _attach(self, name, _shadow(model.get_submodule(name), shadows))
+        self.head_names = [name for unit in own if unit.kind == "head" for name in unit.modules]
 
     @property
     def layers(self) -> dict[str, nn.Module]:
         """The stage's layers by name, in execution order."""
         return {name: self.get_submodule(name) for name in self.layer_names}
 
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are."""
+        return next(self.parameters()).device
+
+    def trains(self, name: str, tensor: torch.Tensor) -> bool:
+        """Whether a gradient flows back through what crosses a boundary by this name."""
+        return tensor.is_floating_point()
+
+    @abstractmethod
     def forward(
         self,
         batch: dict[str, torch.Tensor],
-        hidden: torch.Tensor | None = None,
+        received: Boundary | None = None,
         memory: Memory | None = None,
         targets: Targets | None = None,
-    ) -> torch.Tensor:
+    ) -> Boundary | torch.Tensor:
         """Runs the stage's units.
 
         Args:
-            batch: the micro-batch: `input_ids` [batch, time] and what the family takes besides (masks, positions).
-            hidden: output of the stage before, [batch, time, width]; None on the first stage.
+            batch: the micro-batch: `input_ids` [batch, time] and what the model takes besides (masks, positions).
+            received: output of the stage before; None on the first stage.
             memory: what the stage's layers remember of the segment before, empty at the beginning of a text; is
                 overwritten with what they remember of this one, by new tensors. None: nothing is remembered.
             targets: on the last stage, of a family whose head computes the loss: what it computes it from.
 
         Returns:
-            The hidden state for the next stage; on the last one the logits [batch, time, vocabulary], or with targets
-            the loss, a scalar.
+            What the next stage receives; on the last stage the logits [batch, time, vocabulary], or with targets the
+            loss, a scalar.
         """
-        if self.is_first:
-            hidden = self.family.embed(self, batch)
-        if self.layer_names:
-            hidden = self.family.run_layers(self, hidden, batch, memory)
-        if targets is not None:
-            return self.family.loss(self, hidden, targets)
-        for name in self.head_names:
-            hidden = self.get_submodule(name)(hidden)
-        return hidden
+
+    def place(self, device: torch.device) -> None:
+        """Moves the stage's parameters and buffers to a device."""
+        for parameter in self.parameters():
+            if parameter.device != device:
+                parameter.data = parameter.data.to(device)
+        for module in self.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.device != device:
+                    module._buffers[name] = buffer.to(device)
 
 
-def _shadow(module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
-    """A copy of the module tree that shares parameters, buffers and hooks."""
-    if id(module) not in known:
-        twin = copy.copy(module)  # nn.Module copies its __dict__ shallowly
-        known[id(module)] = twin
-        # accelerate leaves an instance attribute `forward` behind when it removes its hooks; bound to the original,
-        # it would compute with the model's weights instead of the shadow's.
-        forward = twin.__dict__.get("forward")
-        if getattr(forward, "__self__", None) is module:
-            twin.forward = MethodType(forward.__func__, twin)
-        elif forward is not None:
-            raise UnsupportedModelError(
-                f"the forward of a {type(module).__name__} of this model was replaced by {forward!r:.80}, which would "
-                "compute with the model's weights of now; undo the replacement before the model is split"
-            )
-        twin._parameters = dict(module._parameters)
-        twin._buffers = dict(module._buffers)
-        twin._modules = {
-            name: child if child is None else _shadow(child, known) for name, child in module._modules.items()
-        }
-    return known[id(module)]
+def hidden_of(received: Mapping[str, torch.Tensor] | None) -> torch.Tensor | None:
+    """The hidden state among what a stage received."""
+    return None if received is None else received[HIDDEN]
 
 
-def _attach(root: nn.Module, name: str, module: nn.Module) -> None:
-    *parents, leaf = name.split(".")
-    for parent in parents:
-        if parent not in root._modules:
-            root.add_module(parent, nn.Module())
-        root = root._modules[parent]
-    root.add_module(leaf, module)
+def to_device(values: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Tensors among the values moved to a device, everything else as it is."""
+    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in values.items()}
+
+
+def select(stage: Stage, batch: Mapping[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
+    """The part of a batch that a stage computes with, on a device."""
+    return {
+        key: batch[key].to(device, non_blocking=True)
+        for key in batch
+        if key in stage.batch_keys and batch[key] is not None
+    }
+
+
+def compose(
+    stages: Sequence[Stage],
+    batch: dict[str, torch.Tensor],
+    memories: Sequence[Memory | None] | None = None,
+    targets: Targets | None = None,
+) -> torch.Tensor:
+    """Runs all stages in turn, as the unsplit model would, moving the batch and hidden state along.
+
+    Args:
+        stages: all of them, with weights.
+        batch: what the model takes, e.g. `input_ids` [batch, time].
+        memories: of each stage, as in `Stage.forward`; None for no memory.
+        targets: as in `Stage.forward`, on any device.
+
+    Returns:
+        Logits [batch, time, vocabulary] on the last stage's device; with targets the loss.
+    """
+    state: Any = None
+    for stage, memory in zip(stages, memories or [None] * len(stages), strict=True):
+        device = stage.device
+        given = None if state is None else to_device(state, device)
+        last = to_device(targets, device) if stage.is_last and targets is not None else None
+        state = stage(select(stage, batch, device), given, memory, last)
+    return state

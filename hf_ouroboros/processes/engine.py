@@ -18,7 +18,7 @@ from .grid import ProcessGrid
 from .replica_mean import GroupMean
 from .reports import Reports, fingerprint
 from .transport import ProcessTransport
-from .wires import HiddenSpec
+from .wires import BoundarySpec
 
 
 class ProcessEngine(Engine):
@@ -41,7 +41,7 @@ class ProcessEngine(Engine):
         settings: EngineSettings,
         timeline: Timeline | None,
         grid: ProcessGrid,
-        specs: Sequence[HiddenSpec],
+        specs: Sequence[BoundarySpec],
         check: Callable[[], None] = lambda: None,
     ):
         plan = partition.plan

@@ -2,40 +2,101 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
-from ..partition import Partition, select
+from ..errors import UnsupportedModelError
+from ..partition import Boundary, Partition, select, to_device
 from .grid import ProcessGrid
-from .wires import HiddenSpec
+from .wires import BoundarySpec, TensorSpec
+
+SHAPES = ({"batch": 2, "time": 5}, {"batch": 3, "time": 7})
+"""Two, so that a dimension tells whether it depends on the batch."""
+
+PRODUCTS = (("batch",), ("time",), ("batch", "time"))
 
 
 @torch.no_grad()
-def hidden_specs(
+def boundary_specs(
     partition: Partition, grid: ProcessGrid, row: dist.ProcessGroup, autocast_dtype: torch.dtype | None
-) -> list[HiddenSpec]:
-    """Shape and dtype of every stage's output but the last one's; called by all processes at the same point.
+) -> list[BoundarySpec]:
+    """Shapes and dtypes of every stage's output but the last one's; called by all processes at the same point.
 
     Args:
         partition: the split model; only the stages of this process need weights.
         grid: the processes.
         row: a group of this replica's processes.
         autocast_dtype: dtype of mixed precision; None for none.
+
+    Raises:
+        UnsupportedModelError: a shape depends on the batch in another way than its numbers of rows and tokens.
     """
-    batch = {"input_ids": torch.zeros(1, 4, dtype=torch.long)}
-    hidden: torch.Tensor | None = None
-    specs: list[HiddenSpec] = []
+    outputs = [_outputs(partition, grid, row, autocast_dtype, sizes) for sizes in SHAPES]
+    return [
+        BoundarySpec(
+            {
+                name: TensorSpec(
+                    _sizes(partition, name, tuple(small[name].shape), tuple(large[name].shape)),
+                    small[name].dtype,
+                    partition.stages[0].trains(name, small[name]),
+                )
+                for name in small
+            }
+        )
+        for small, large in zip(*outputs, strict=True)
+    ]
+
+
+def _outputs(
+    partition: Partition,
+    grid: ProcessGrid,
+    row: dist.ProcessGroup,
+    autocast_dtype: torch.dtype | None,
+    sizes: Mapping[str, int],
+) -> list[Boundary]:
+    batch = {"input_ids": torch.zeros(sizes["batch"], sizes["time"], dtype=torch.long)}
+    state: Any = None
+    found: list[Boundary] = []
     for stage, device_index in zip(partition.stages[:-1], partition.plan.placement, strict=False):
         message = [None]
         if device_index == grid.device_index:
             was_training = stage.training
             stage.eval()
             with torch.autocast(grid.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
-                given = None if hidden is None else hidden.to(grid.device)
-                hidden = stage(select(stage.family, batch, grid.device), given).cpu()
+                given = None if state is None else to_device(state, grid.device)
+                state = stage(select(stage, batch, grid.device), given)
             stage.train(was_training)
-            message = [hidden]
+            message = [to_device(state, torch.device("cpu"))]
         dist.broadcast_object_list(message, grid.rank_of(device_index), group=row)
-        hidden = message[0]
-        specs.append(HiddenSpec(tuple(hidden.shape[2:]), hidden.dtype))
-    return specs
+        state = message[0]
+        found.append(state)
+    return found
+
+
+def _sizes(
+    partition: Partition, name: str, small: tuple[int, ...], large: tuple[int, ...]
+) -> tuple[int | tuple[str, ...], ...]:
+    sizes: list[int | tuple[str, ...]] = []
+    for pair in zip(small, large, strict=True):
+        if pair[0] == pair[1]:
+            sizes.append(pair[0])
+            continue
+        fitting = [p for p in PRODUCTS if pair == tuple(_product(p, shape) for shape in SHAPES)]
+        if not fitting:
+            raise UnsupportedModelError(
+                f"{type(partition.model).__name__} can't be trained in several processes: {name}, which crosses from stage "
+                f"to stage, has the shapes {small} and {large} for batches of {SHAPES[0]} and {SHAPES[1]}, which is no "
+                "product of rows and tokens; run it in one process"
+            )
+        sizes.append(fitting[0])
+    return tuple(sizes)
+
+
+def _product(names: tuple[str, ...], sizes: Mapping[str, int]) -> int:
+    result = 1
+    for name in names:
+        result *= sizes[name]
+    return result

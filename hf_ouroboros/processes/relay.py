@@ -13,9 +13,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..engine.streams import Reading, Segment
-from ..partition import Partition, Targets, select, to_device
+from ..partition import Boundary, Partition, Targets, select, to_device
 from .grid import ProcessGrid
-from .wires import HiddenSpec, Wires
+from .wires import BoundarySpec, Wires
 
 
 class Relay:
@@ -30,16 +30,16 @@ class Relay:
         reading: what stages remember of the batches before; None for nothing.
     """
 
-    def __init__(self, partition: Partition, grid: ProcessGrid, specs: Sequence[HiddenSpec]):
+    def __init__(self, partition: Partition, grid: ProcessGrid, specs: Sequence[BoundarySpec]):
         placement = partition.plan.placement
         self._partition = partition
         self._grid = grid
         self._specs = specs
-        self._wires = Wires(grid, placement)
+        self._wires = Wires(grid, placement, max(map(len, specs), default=1))
         self._own = [k for k, device in enumerate(placement) if device == grid.device_index]
         # A first stage that is the last one, too, has to know what `run` wants of it.
         self._ahead = {0} if self._own[0] == 0 and len(placement) > 1 else set()
-        self._begun: deque[tuple[Segment | None, torch.Tensor | None]] = deque()
+        self._begun: deque[tuple[Segment | None, Boundary | None]] = deque()
         self.reading: Reading | None = None
         self.has_logits = placement[-1] == grid.device_index
         self.depth = grid.num_devices
@@ -56,11 +56,11 @@ class Relay:
         """
         if not self._begun:
             self.begin(batch)
-        segment, hidden = self._begun.popleft()
+        segment, state = self._begun.popleft()
         for stage in self._own:
             if stage not in self._ahead:
-                hidden = self._stage(stage, batch, hidden, segment, targets)
-        return hidden if self.has_logits else None
+                state = self._stage(stage, batch, state, segment, targets)
+        return state if self.has_logits else None
 
     def begin(self, batch: Mapping[str, Any]) -> None:
         """Runs the first stage, where it is here, for a batch that `run` will be called with later."""
@@ -72,22 +72,21 @@ class Relay:
         self,
         stage: int,
         batch: Mapping[str, Any],
-        hidden: torch.Tensor | None,
+        received: Boundary | None,
         segment: Segment | None,
         targets: Targets | None = None,
-    ) -> torch.Tensor | None:
+    ) -> Boundary | torch.Tensor | None:
         module = self._partition.stages[stage]
         if stage > 0 and not self._wires.is_local("hidden", stage):
-            spec = self._specs[stage - 1]
-            hidden = self._wires.post("hidden", stage, spec.shape(batch), spec.dtype).wait()
+            received = self._wires.post_all("hidden", stage, self._specs[stage - 1].shapes(batch)).wait()
         memories = None if self.reading is None else self.reading.memories[stage]
         memory = None if memories is None else memories.recall(segment)
         last = to_device(targets, self._grid.device) if module.is_last and targets is not None else None
-        output = module(select(module.family, batch, self._grid.device), hidden, memory, last)
+        output = module(select(module, batch, self._grid.device), received, memory, last)
         if memories is not None:
             memories.keep(segment, memory)
         if not module.is_last and not self._wires.is_local("hidden", stage + 1):
-            self._wires.send("hidden", stage + 1, output)
+            self._wires.send_all("hidden", stage + 1, output)
             return None
         return output
 

@@ -12,8 +12,9 @@ import torch.distributed as dist
 
 from ..engine.transport import Aborted
 from ..errors import ConnectionLostError
+from ..partition import Boundary
 from .grid import ProcessGrid
-from .wires import DIRECTIONS, HiddenSpec, Posted, Wires
+from .wires import DIRECTIONS, BoundarySpec, PostedBoundary, Wires
 
 
 class ProcessTransport:
@@ -33,14 +34,14 @@ class ProcessTransport:
         self,
         grid: ProcessGrid,
         placement: Sequence[int],
-        specs: Sequence[HiddenSpec],
+        specs: Sequence[BoundarySpec],
         waiting: Callable[[str | None, int | None], None] = lambda what, peer: None,
     ):
         self.aborted = threading.Event()
         self._grid = grid
         self._specs = specs
         self._waiting = waiting
-        self._wires = Wires(grid, placement)
+        self._wires = Wires(grid, placement, max(map(len, specs), default=1))
         self._lease = grid.lease_group("row")
         self._row = self._lease.group
         self._num_stages = len(placement)
@@ -52,28 +53,28 @@ class ProcessTransport:
     def expect_hidden(self, stage: int, tick: int, batch: Mapping[str, Any]) -> None:
         """Posts the receive of a hidden state."""
         if not self._wires.is_local("hidden", stage):
-            spec = self._specs[stage - 1]
-            self._post("hidden", stage, tick, spec.shape(batch), spec.dtype)
+            self._post("hidden", stage, tick, self._specs[stage - 1].shapes(batch))
 
-    def expect_gradient(self, stage: int, tick: int, output: torch.Tensor) -> None:
-        """Posts the receive of an output's gradient."""
+    def expect_gradient(self, stage: int, tick: int, output: Boundary) -> None:
+        """Posts the receive of an output's gradients."""
         if not self._wires.is_local("gradient", stage):
-            self._post("gradient", stage, tick, output.shape, output.dtype)
+            spec = self._specs[stage]
+            self._post("gradient", stage, tick, {n: (t.shape, t.dtype) for n, t in output.items() if spec.trained(n)})
 
-    def _post(self, direction: str, stage: int, tick: int, shape: Sequence[int], dtype: torch.dtype) -> None:
+    def _post(self, direction: str, stage: int, tick: int, shapes: Mapping[str, Any]) -> None:
         with self._talking(f"{direction} of tick {tick} for stage {stage}", self._wires.peer(direction, stage)):
-            posted = self._wires.post(direction, stage, shape, dtype)
+            posted = self._wires.post_all(direction, stage, shapes)
         self._arriving[direction, stage].append((tick, posted))
 
-    def send(self, direction: str, stage: int, tick: int, tensor: torch.Tensor | None) -> None:
+    def send(self, direction: str, stage: int, tick: int, tensors: Boundary | None) -> None:
         """Sends `direction` of a tick to a stage; never waits."""
         if self._wires.is_local(direction, stage):
-            self._arriving[direction, stage].append((tick, tensor))
+            self._arriving[direction, stage].append((tick, tensors))
             return
         with self._talking(f"{direction} of tick {tick} to stage {stage}", None):
-            self._wires.send(direction, stage, tensor)
+            self._wires.send_all(direction, stage, tensors)
 
-    def receive(self, direction: str, stage: int, tick: int) -> torch.Tensor | None:
+    def receive(self, direction: str, stage: int, tick: int) -> Boundary | None:
         """Waits for what was sent to this stage for this tick.
 
         Raises:
@@ -85,7 +86,7 @@ class ProcessTransport:
         expected, item = self._arriving[direction, stage].popleft()
         if expected != tick:
             raise RuntimeError(f"stage {stage} expected the {direction} of tick {tick} but got tick {expected}")
-        if item is None or torch.is_tensor(item):
+        if not isinstance(item, PostedBoundary):
             return item
         with self._talking(f"{direction} of tick {tick} for stage {stage}", self._wires.peer(direction, stage)):
             return item.wait()
@@ -124,7 +125,7 @@ class ProcessTransport:
         """
         for items in self._arriving.values():
             for _, item in items:
-                if isinstance(item, Posted):
+                if isinstance(item, PostedBoundary):
                     item.abandon()
         self._wires.close(drained)
         self._lease.end(drained)

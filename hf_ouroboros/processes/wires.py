@@ -8,6 +8,7 @@ from outside would not bump its version counter.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..partition import Boundary
 from .grid import ProcessGrid
 from .groups import POOL, Lease
 
@@ -26,15 +28,47 @@ _TAGS = itertools.count(1)
 
 
 @dataclass(frozen=True)
-class HiddenSpec:
-    """What a stage puts out: [batch, time, *tail] of a dtype."""
+class TensorSpec:
+    """Shape and dtype of one tensor of a boundary, for every micro-batch.
 
-    tail: tuple[int, ...]
+    Args:
+        sizes: of every dimension, a number or names of sizes of the batch whose product it is: "batch", "time".
+        dtype: of its elements.
+        trained: whether its gradient is sent back.
+    """
+
+    sizes: tuple[int | tuple[str, ...], ...]
     dtype: torch.dtype
+    trained: bool = True
 
     def shape(self, batch: Mapping[str, Any]) -> tuple[int, ...]:
-        """Shape of the hidden state of a micro-batch."""
-        return (*batch["input_ids"].shape, *self.tail)
+        """Its shape for a micro-batch."""
+        known = sizes_of(batch)
+        return tuple(s if isinstance(s, int) else math.prod(known[name] for name in s) for s in self.sizes)
+
+
+@dataclass(frozen=True)
+class BoundarySpec:
+    """What a stage puts out, by name, in the order in which it is sent."""
+
+    tensors: Mapping[str, TensorSpec]
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def shapes(self, batch: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shapes and dtypes for a micro-batch."""
+        return {name: (spec.shape(batch), spec.dtype) for name, spec in self.tensors.items()}
+
+    def trained(self, name: str) -> bool:
+        """Whether a gradient is sent back for the tensor of this name."""
+        return self.tensors[name].trained
+
+
+def sizes_of(batch: Mapping[str, Any]) -> dict[str, int]:
+    """The sizes on which shapes of a micro-batch's tensors depend."""
+    first = batch["input_ids"] if batch.get("input_ids") is not None else batch["inputs_embeds"]
+    return {"batch": first.shape[0], "time": first.shape[1]}
 
 
 class Posted:
@@ -54,17 +88,35 @@ class Posted:
         return self._tensor
 
 
+class PostedBoundary:
+    """The receives of a boundary's tensors."""
+
+    def __init__(self, tensors: Mapping[str, Posted]):
+        self._tensors = tensors
+
+    def abandon(self) -> None:
+        """To be called instead of `wait()` when nobody will send any more."""
+        for posted in self._tensors.values():
+            posted.abandon()
+
+    def wait(self) -> Boundary:
+        """The tensors, once they are there."""
+        return {name: posted.wait() for name, posted in self._tensors.items()}
+
+
 class Wires:
     """The channels of this process; created by all processes at the same point.
 
     Args:
         grid: the processes.
         placement: device index of every stage.
+        tensors: how many a boundary has at most.
     """
 
-    def __init__(self, grid: ProcessGrid, placement: Sequence[int]):
+    def __init__(self, grid: ProcessGrid, placement: Sequence[int], tensors: int = 1):
         self._grid = grid
         self._placement = placement
+        self._tensors = tensors
         self._sending: defaultdict[tuple[str, int], deque[tuple[dist.Work, torch.Tensor]]] = defaultdict(deque)
         self._groups: dict[tuple[str, int], tuple[dist.ProcessGroup, int]] = {}
         self._leases: list[Lease] = []
@@ -102,7 +154,7 @@ class Wires:
         ahead of its neighbour, so a message that is older than the K + 2 newest ones has been received: the wait ends
         at once, and nobody waits to send.
         """
-        return len(self._placement) + 2
+        return (len(self._placement) + 2) * self._tensors
 
     @property
     def num_sending(self) -> int:
@@ -131,6 +183,15 @@ class Wires:
         tensor = tensor.contiguous()
         target = self._grid.rank_of(self._placement[stage])
         sending.append((dist.isend(tensor, target, group=group, tag=tag), tensor))
+
+    def send_all(self, direction: str, stage: int, tensors: Boundary) -> None:
+        """Starts to send a boundary's tensors, in their order."""
+        for tensor in tensors.values():
+            self.send(direction, stage, tensor)
+
+    def post_all(self, direction: str, stage: int, shapes: Mapping[str, Any]) -> PostedBoundary:
+        """Starts to receive a boundary's tensors, of these shapes and dtypes."""
+        return PostedBoundary({name: self.post(direction, stage, *shape) for name, shape in shapes.items()})
 
     def post(self, direction: str, stage: int, shape: Sequence[int], dtype: torch.dtype) -> Posted:
         """Starts to receive the next tensor of a channel."""

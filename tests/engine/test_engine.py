@@ -532,7 +532,10 @@ def test_failing_step() -> None:
 
 def test_bad_batch() -> None:
     engine = small_engine()
-    with pytest.raises(WorkerError, match=r"worker on cpu:0 failed during Forward\(stage=0, tick=0\): KeyError"):
+    with pytest.raises(
+        WorkerError,
+        match=r"worker on cpu:0 failed during Forward\(stage=0, tick=0\): EngineError: a batch needs input_ids",
+    ):
         engine.submit({"labels": torch.zeros(1, 2)})
         engine.step()
         engine.synchronize()

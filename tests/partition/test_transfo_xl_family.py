@@ -15,8 +15,7 @@ from hf_ouroboros.errors import UnsupportedModelError, UnsupportedOptionError
 from hf_ouroboros.models.transfo_xl import TransfoXLConfig, TransfoXLLMHeadModel, TransfoXLMemory
 from hf_ouroboros.partition import Partition, compose, split_model
 from hf_ouroboros.partition.device_map import plan_stages
-from hf_ouroboros.partition.families.transfo_xl import TransfoXLFamily
-from hf_ouroboros.partition.split import model_units
+from hf_ouroboros.partition.families.transfo_xl import TransfoXLFamily, TransfoXLStage
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -133,19 +132,19 @@ def test_cost_of_the_adaptive_softmax() -> None:
         model = TransfoXLLMHeadModel(TransfoXLConfig(**shape))
         plain = TransfoXLLMHeadModel(TransfoXLConfig(cutoffs=[], **shape))
     family = TransfoXLFamily()
-    adaptive, whole = (model_units(m, family)[-1].cost for m in (model, plain))
+    adaptive, whole = (family.units(m)[-1].cost for m in (model, plain))
     assert whole == 267735 * 410
     assert 20000 * 410 < adaptive < whole / 5  # more than the shortlist
     rows = 20003 + 20000 * math.log(2) / math.log(267735)  # shortlist, clusters, and the other words by their frequency
     rows += 160000 * math.log(5) / math.log(267735) + 67735 * math.log(267735 / 200000) / math.log(267735)
     assert math.isclose(adaptive, rows * 410)
-    units = model_units(model, family)
+    units = family.units(model)
     first, _, last = plan_stages("auto", units, cpu_devices(2), tied=True, num_stages=3)
     others = [unit.kind for span in (first, last) for unit in units[span.start : span.stop]]
     assert others.count("layer") >= 2  # the device with the softmax has time for layers, too
     with torch.device("meta"):
         divided = TransfoXLLMHeadModel(TransfoXLConfig(**{**shape, "div_val": 4, "d_embed": 512}))
-    assert model_units(divided, family)[-1].cost < adaptive * 1.3
+    assert family.units(divided)[-1].cost < adaptive * 1.3
 
 
 # ---- relative biases that all layers share ----
@@ -195,12 +194,12 @@ def test_gradient_checkpointing_is_refused() -> None:
 
 
 def test_stages_that_forget_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def forgets_a_layer(self: Any, stage: Any, hidden: torch.Tensor, batch: Any, memory: Any) -> torch.Tensor:
-        stage.layer_names = stage.layer_names[1:]
-        return run_layers(self, stage, hidden, batch, memory) if stage.layer_names else hidden
+    def forgets_a_layer(self: Any, hidden: torch.Tensor, batch: Any, memory: Any) -> torch.Tensor:
+        self.layer_names = self.layer_names[1:]
+        return run_layers(self, hidden, batch, memory) if self.layer_names else hidden
 
-    run_layers = TransfoXLFamily.run_layers
-    monkeypatch.setattr(TransfoXLFamily, "run_layers", forgets_a_layer)
+    run_layers = TransfoXLStage._run_layers
+    monkeypatch.setattr(TransfoXLStage, "_run_layers", forgets_a_layer)
     with pytest.raises(UnsupportedModelError, match="TransfoXLLMHeadModel don't compute what the model computes"):
         split(tiny_xl(**CUT), 2)
 
@@ -215,7 +214,7 @@ def test_evaluation_config() -> None:
 
 def test_evaluation_config_of_a_model_without_memory() -> None:
     partition = split_model(tiny_gpt2(), cpu_devices(1))
-    with pytest.raises(UnsupportedOptionError, match="eval_mem_len=20: a GPT-2 has no memory"):
+    with pytest.raises(UnsupportedOptionError, match="eval_mem_len=20: a gpt2 model has no memory"):
         partition.evaluation_config(mem_len=20)
     assert not partition.remembers
 

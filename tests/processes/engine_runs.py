@@ -12,7 +12,7 @@ from rig import in_processes
 
 from hf_ouroboros.processes import ProcessGrid
 from hf_ouroboros.processes.engine import ProcessEngine
-from hf_ouroboros.processes.probe import hidden_specs
+from hf_ouroboros.processes.probe import boundary_specs
 
 
 class ProcessRun(Run):
@@ -23,7 +23,7 @@ class ProcessRun(Run):
         super().__init__(case, schedule)
 
     def make_engine(self, partition: Any, settings: Any) -> ProcessEngine:
-        specs = hidden_specs(partition, self.grid, self.grid.standing_group("row", "set-up"), None)
+        specs = boundary_specs(partition, self.grid, self.grid.standing_group("row", "set-up"), None)
         self.partition = partition
         loss = self.case.loss(self.grid.replicas)  # as Trainer scales it: the mean of all is that of the whole batch
         return ProcessEngine(partition, self.optimizer, loss, settings, None, self.grid, specs)

@@ -15,7 +15,7 @@ from hf_ouroboros.errors import UnsupportedOptionError
 from hf_ouroboros.processes import ProcessGrid
 from hf_ouroboros.processes.replica_mean import GroupMean
 from hf_ouroboros.processes.reports import Reports, fingerprint
-from hf_ouroboros.processes.wires import HiddenSpec, Wires
+from hf_ouroboros.processes.wires import BoundarySpec, TensorSpec, Wires
 
 CPU = torch.device("cpu")
 
@@ -110,8 +110,13 @@ def test_processes_with_different_micro_batches() -> None:
         assert text.startswith("the processes of replica 1 got different micro-batches at ticks 4 to 5")
 
 
-def test_shape_of_a_hidden_state() -> None:
-    assert HiddenSpec((8,), torch.float32).shape({"input_ids": torch.zeros(2, 3)}) == (2, 3, 8)
+def test_shapes_of_a_boundary() -> None:
+    hidden = TensorSpec((("batch",), ("time",), 8), torch.float32)
+    rows = TensorSpec((("batch", "time"), 1), torch.int64, trained=False)
+    spec = BoundarySpec({"hidden": hidden, "rows": rows})
+    shapes = spec.shapes({"input_ids": torch.zeros(2, 3)})
+    assert shapes == {"hidden": ((2, 3, 8), torch.float32), "rows": ((6, 1), torch.int64)}
+    assert (spec.trained("hidden"), spec.trained("rows"), len(spec)) == (True, False, 2)
 
 
 def memory(rank: int, folder: str) -> tuple[int, int, int, list[str]]:

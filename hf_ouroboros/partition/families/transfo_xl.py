@@ -1,31 +1,41 @@
-"""Transformer-XL: adaptive embedding, layers with memories of their own, adaptive softmax that computes the loss."""
+"""Transformer-XL: adaptive embedding, layers with memories of their own, adaptive softmax that computes the loss.
+
+It is special in two ways, so its stages run its modules themselves instead of its forward: a layer's memory stays with
+the layer, and the softmax computes the loss without an array over the vocabulary.
+"""
 
 from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ...errors import UnsupportedModelError
 from ...models.transfo_xl import TransfoXLConfig, TransfoXLLMHeadModel, TransfoXLMemory
 from ...models.transfo_xl.context import attention_context, valid_keys
 from ...models.transfo_xl.memory import first_memory, next_memory
+from ..anatomy import HIDDEN
+from ..shadow import shadow
+from ..stages import Boundary, Memory, Stage, Targets, hidden_of
+from ..units import StageSpan, Unit
+from .base import Family
 
 VALID = "valid"
 
 
-class TransfoXLFamily:
-    """Runs a `TransfoXLLMHeadModel` layer by layer, as `TransfoXLModel.forward` does.
+class TransfoXLFamily(Family):
+    """Tables and projections of the embedding may be those of the softmax."""
 
-    Tables and projections of the embedding may be those of the softmax; a layer's memory stays with the layer.
-    """
-
-    model_class = TransfoXLLMHeadModel
-    batch_keys = frozenset({"input_ids", "attention_mask"})
     computes_loss = True
+    draws_in_turn = False  # dropout of the positions, which all layers share, is drawn by every stage
+
+    def accepts(self, model: nn.Module) -> bool:
+        """A `TransfoXLLMHeadModel`."""
+        return isinstance(model, TransfoXLLMHeadModel)
 
     def check(self, model: TransfoXLLMHeadModel) -> None:
         """Refuses relative biases that all layers share: they would belong to every stage, each with another delay."""
@@ -44,9 +54,13 @@ class TransfoXLFamily:
         """Names of the layers."""
         return [f"transformer.layers.{i}" for i in range(len(model.transformer.layers))]
 
-    def head(self, model: TransfoXLLMHeadModel) -> list[str]:
+    def head(self, model: TransfoXLLMHeadModel) -> list[tuple[str, ...]]:
         """Last dropout and softmax."""
-        return ["transformer.final_drop", "crit"]
+        return [("transformer.final_drop",), ("crit",)]
+
+    def make_stage(self, model: PreTrainedModel, units: Sequence[Unit], span: StageSpan, num_stages: int) -> Stage:
+        """A stage that runs its modules one after the other."""
+        return TransfoXLStage(model, self, units, span, num_stages)
 
     def cost(self, model: TransfoXLLMHeadModel, name: str) -> float | None:
         """Of the adaptive softmax: the words of a cluster cost something only where the target is one of them.
@@ -65,26 +79,62 @@ class TransfoXLFamily:
             total += share * width * (end - start + (config.d_model if config.has_projections else 0))
         return total
 
-    def embed(self, stage: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Adaptive embedding, then dropout: [batch, time, d_model]."""
-        hidden = stage.get_submodule("transformer.word_emb")(batch["input_ids"])
-        return stage.get_submodule("transformer.drop")(hidden)
+    def remembers(self, config: TransfoXLConfig) -> bool:
+        """Whether there is a memory."""
+        return config.mem_len > 0
 
-    def run_layers(
+    def evaluation_config(self, config: TransfoXLConfig, **options: int) -> TransfoXLConfig:
+        """A copy with another `mem_len` or `clamp_len`."""
+        changed = copy.copy(config)
+        for name, value in options.items():
+            setattr(changed, name, value)
+        return changed
+
+
+class TransfoXLStage(Stage):
+    """A run of units of a `TransfoXLLMHeadModel`, which it runs as `TransfoXLModel.forward` does."""
+
+    batch_keys = frozenset({"input_ids", "attention_mask"})
+    draws = False  # but for dropout modules, which are found by themselves
+
+    def __init__(self, model: PreTrainedModel, family: Family, units: Sequence[Unit], span: StageSpan, num_stages: int):
+        super().__init__(model.config, family, units, span, num_stages)
+        own = {name for unit in units[span.start : span.stop] for name in unit.modules}
+        whole = shadow(model)  # one shadow, so that modules that share something still do
+        for name in own:
+            _attach(self, name, whole.get_submodule(name))
+
+    def forward(
         self,
-        stage: nn.Module,
-        hidden: torch.Tensor,
         batch: dict[str, torch.Tensor],
-        memory: dict[str, torch.Tensor] | None,
-    ) -> torch.Tensor:
+        received: Boundary | None = None,
+        memory: Memory | None = None,
+        targets: Targets | None = None,
+    ) -> Boundary | torch.Tensor:
+        """See `Stage.forward`."""
+        hidden = hidden_of(received)
+        if self.is_first:
+            hidden = self.get_submodule("transformer.drop")(
+                self.get_submodule("transformer.word_emb")(batch["input_ids"])
+            )
+        if self.layer_names:
+            hidden = self._run_layers(hidden, batch, memory)
+        if targets is not None:
+            hidden = self.get_submodule("transformer.final_drop")(hidden)
+            return self.get_submodule("crit")(hidden, **targets)[0]
+        for name in self.head_names:
+            hidden = self.get_submodule(name)(hidden)
+        return hidden if self.is_last else {HIDDEN: hidden}
+
+    def _run_layers(self, hidden: torch.Tensor, batch: dict[str, torch.Tensor], memory: Memory | None) -> torch.Tensor:
         """Layers that attend to their own inputs of the segment before; `memory` has them by layer, and which count."""
-        layers, config = stage.layers, stage.config
+        layers, config = self.layers, self.config
         if memory:
             before = TransfoXLMemory(tuple(memory[name] for name in layers), memory.get(VALID))
         else:
             before = first_memory(config, len(hidden), len(layers), hidden.dtype, hidden.device)
         valid = valid_keys(hidden, before.rows, before.valid, batch.get("attention_mask"))
-        context = attention_context(config, hidden, before.rows, valid, training=stage.training)
+        context = attention_context(config, hidden, before.rows, valid, training=self.training)
         inputs = []
         for layer, state in zip(layers.values(), before, strict=True):
             inputs.append(hidden)
@@ -96,18 +146,11 @@ class TransfoXLFamily:
                 memory[VALID] = after.valid
         return hidden
 
-    def loss(self, stage: nn.Module, hidden: torch.Tensor, targets: dict[str, Any]) -> torch.Tensor:
-        """The softmax's loss, for which it never builds an array over the vocabulary."""
-        hidden = stage.get_submodule("transformer.final_drop")(hidden)
-        return stage.get_submodule("crit")(hidden, **targets)[0]
 
-    def remembers(self, config: TransfoXLConfig) -> bool:
-        """Whether there is a memory."""
-        return config.mem_len > 0
-
-    def evaluation_config(self, config: TransfoXLConfig, **options: int) -> TransfoXLConfig:
-        """A copy with another `mem_len` or `clamp_len`."""
-        changed = copy.copy(config)
-        for name, value in options.items():
-            setattr(changed, name, value)
-        return changed
+def _attach(root: nn.Module, name: str, module: nn.Module) -> None:
+    *parents, leaf = name.split(".")
+    for parent in parents:
+        if parent not in root._modules:
+            root.add_module(parent, nn.Module())
+        root = root._modules[parent]
+    root.add_module(leaf, module)

@@ -1,0 +1,88 @@
+"""Family: what the splitter has to know about a kind of model, with the answers of an ordinary decoder as defaults."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ...errors import UnsupportedOptionError
+from ..stages import Stage
+from ..units import StageSpan, Unit
+
+
+class Family(ABC):
+    """One kind of model. It has no state; a new kind is one file with one class, listed in `FAMILIES`.
+
+    Attributes:
+        computes_loss: whether the head can compute the loss without logits, from the targets of `Stage.forward`.
+        draws_in_turn: whether all stages, one after the other, draw the random numbers that the unsplit model draws.
+    """
+
+    computes_loss: bool = False
+    draws_in_turn: bool = True
+
+    @abstractmethod
+    def accepts(self, model: nn.Module) -> bool:
+        """Whether this family knows the model."""
+
+    @abstractmethod
+    def check(self, model: PreTrainedModel) -> None:
+        """Raises UnsupportedModelError for features of this model that stages can't reproduce."""
+
+    @abstractmethod
+    def embedding(self, model: PreTrainedModel) -> tuple[str, ...]:
+        """Names of the modules that turn token ids into the first hidden state."""
+
+    @abstractmethod
+    def layers(self, model: PreTrainedModel) -> list[str]:
+        """Names of the layers in execution order."""
+
+    @abstractmethod
+    def head(self, model: PreTrainedModel) -> list[tuple[str, ...]]:
+        """Names of the modules after the layers, in execution order; those of a tuple stay together."""
+
+    @abstractmethod
+    def make_stage(self, model: PreTrainedModel, units: Sequence[Unit], span: StageSpan, num_stages: int) -> Stage:
+        """One stage of a model, which may be on the meta device."""
+
+    def cost(self, model: PreTrainedModel, name: str) -> float | None:
+        """Multiply-adds per token of a module; None: as many as its matrices have elements."""
+        return None
+
+    def remembers(self, config: PretrainedConfig) -> bool:
+        """Whether layers remember a segment while they read the next one."""
+        return False
+
+    def evaluation_config(self, config: PretrainedConfig, **options: int) -> PretrainedConfig:
+        """A copy of the configuration with `mem_len`, `clamp_len` as evaluation wants them.
+
+        Raises:
+            UnsupportedOptionError: the architecture has no such thing.
+        """
+        given = ", ".join(f"eval_{name}={value}" for name, value in options.items())
+        raise UnsupportedOptionError(
+            f"{given}: a {config.model_type} model has no memory that carries over from segment to segment; leave it out "
+            "(models that do: Transformer-XL)"
+        )
+
+    def units(self, model: PreTrainedModel) -> list[Unit]:
+        """The model's units in execution order, with cost (multiply-adds per token) and bytes."""
+        seen: set[int] = set()
+
+        def unit(modules: Iterable[str], kind: str) -> Unit:
+            modules = tuple(modules)
+            parameters = [p for name in modules for p in model.get_submodule(name).parameters()]
+            fresh = [p for p in parameters if id(p) not in seen]
+            seen.update(id(p) for p in parameters)
+            # An embedding is looked up, not multiplied: it costs next to nothing beside a layer.
+            known = self.cost(model, modules[0])
+            counted = sum(p.numel() for p in parameters if p.dim() > 1) if kind != "embedding" else 0
+            cost = counted if known is None else known
+            return Unit(modules, kind, float(cost), sum(p.numel() * p.element_size() for p in fresh))
+
+        embedding = unit(self.embedding(model), "embedding")
+        layers = [unit([name], "layer") for name in self.layers(model)]
+        return [embedding, *layers, *(unit(names, "head") for names in self.head(model))]

@@ -1,0 +1,55 @@
+"""Any causal language model that is a row of layers: a stage runs the model's own forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ...errors import UnsupportedModelError
+from ..anatomy import find_anatomy
+from ..shadow_stage import ShadowStage
+from ..stages import Stage
+from ..units import StageSpan, Unit
+from .base import Family
+
+
+class DecoderFamily(Family):
+    """Reads off the model, by its anatomy, what there is to know."""
+
+    def accepts(self, model: nn.Module) -> bool:
+        """Every Transformers model; `check` has the reasons why not."""
+        return isinstance(model, PreTrainedModel)
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Refuses what its anatomy refuses, and what would be another function in every forward."""
+        config = model.config
+        if getattr(config, "add_cross_attention", False):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} with config.add_cross_attention=True can't be split into stages"
+            )
+        for module in (config, *model.modules()):
+            rate = getattr(module, "layerdrop", 0.0)
+            if isinstance(rate, float) and rate > 0:
+                raise UnsupportedModelError(
+                    f"layerdrop={rate}: layers that are skipped at random can't be split into stages; set layerdrop to 0"
+                )
+        find_anatomy(model)
+
+    def embedding(self, model: PreTrainedModel) -> tuple[str, ...]:
+        """Names of the embedding modules."""
+        return find_anatomy(model).embedding
+
+    def layers(self, model: PreTrainedModel) -> list[str]:
+        """Names of the layers."""
+        return list(find_anatomy(model).layers)
+
+    def head(self, model: PreTrainedModel) -> list[tuple[str, ...]]:
+        """Final norm and output projection."""
+        anatomy = find_anatomy(model)
+        return [names for names in (anatomy.norms, anatomy.head) if names]
+
+    def make_stage(self, model: PreTrainedModel, units: Sequence[Unit], span: StageSpan, num_stages: int) -> Stage:
+        """A stage that is a shadow of the model."""
+        return ShadowStage(model, self, find_anatomy(model), units, span, num_stages)

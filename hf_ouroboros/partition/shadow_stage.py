@@ -1,0 +1,313 @@
+"""ShadowStage: a stage that is the model itself, running its own forward, whose foreign layers pass through.
+
+A stage of layers 1 and 2 of four:
+
+    token ids -> [stub] -> [passes] -> [layer 1] -> [layer 2] -> [captures, and ends the forward]
+                                       ^ gets what was received, whatever the stub has put out
+
+Masks, rotary positions, layer types, soft caps and multipliers are thus the model's own. What comes before the stage's
+layers only has to have the right shapes; what comes after them never runs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import EngineError, UnsupportedModelError
+from .anatomy import HIDDEN, Anatomy, Answers, call_options, logits_of
+from .shadow import Path, hollow, leaf, leaves, map_leaves, on_meta, shadow, with_leaf
+from .stages import Boundary, Memory, Stage, Targets
+from .units import StageSpan, Unit
+
+NOT_OF_A_BATCH = frozenset(
+    {"labels", "past_key_values", "use_cache", "return_dict", "logits_to_keep", "num_items_in_batch", "cache_position"}
+)
+"""Arguments of a model's forward that stages are not given from a batch, besides those that begin with `output_`."""
+
+
+class _EndReached(Exception):
+    """The forward has got to the end of the stage."""
+
+
+class ShadowStage(Stage):
+    """A shadow of the whole model, of which only some units are real.
+
+    Args:
+        model: the model; parameters of other stages may be on the meta device.
+        family: what made this stage.
+        anatomy: of the model.
+        units: all units of the model.
+        span: which of them belong to this stage.
+        num_stages: K.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        family: Any,
+        anatomy: Anatomy,
+        units: Sequence[Unit],
+        span: StageSpan,
+        num_stages: int,
+    ):
+        super().__init__(model.config, family, units, span, num_stages)
+        parameters = inspect.signature(type(model).forward).parameters
+        self.batch_keys = frozenset(n for n in parameters if not n.startswith("output_")) - NOT_OF_A_BATCH - {"self"}
+        self.draws = anatomy.draws
+        self._options = call_options(model)
+        self._anatomy = anatomy
+        # Unit 0 is the embedding, unit 1 + i layer i: a stage that begins with unit u receives what crosses boundary u - 1.
+        self._entry = None if self.is_first else span.start - 1
+        self._exit = None if self.is_last else span.stop - 1
+        self._own = range(max(span.start - 1, 0), min(span.stop - 1, anatomy.num_layers))
+        carried_in = {} if self._entry is None else anatomy.carried(self._entry)
+        carried_out = {} if self._exit is None else anatomy.carried(self._exit)
+        self._relayed = [name for name in carried_out if name in carried_in]
+        wanted = {name: places[0] for name, places in carried_out.items() if name not in carried_in}
+        self._wanted = {i: [(n, p) for n, (j, p) in wanted.items() if j == i] for i, _ in wanted.values()}
+        self._last_capture = max([self._exit or 0, *self._wanted])
+        self._received: Boundary | None = None
+        self._captured: Boundary = {}
+        self._entered = False
+        self._stub_device = torch.device("cpu")
+        self._stubs_have_memory = False
+        # The shadow is not a child: its children are this module's children, under the same names.
+        core = shadow(model, self._replacements(model, units, span))
+        self.__dict__["_core"] = core
+        self._modules, self._parameters, self._buffers = core._modules, core._parameters, core._buffers
+        self._drop_foreign_parameters(core)
+        self._open(core)
+
+    def forward(
+        self,
+        batch: dict[str, torch.Tensor],
+        received: Boundary | None = None,
+        memory: Memory | None = None,
+        targets: Targets | None = None,
+    ) -> Boundary | torch.Tensor:
+        """See `Stage.forward`; `memory` and `targets` are not used.
+
+        Raises:
+            EngineError: the batch has no tokens.
+            UnsupportedModelError: the forward did not come by the stage's beginning or end.
+        """
+        tokens = next((batch[key] for key in ("input_ids", "inputs_embeds") if key in batch), None)
+        if tokens is None:
+            raise EngineError(f"a batch needs input_ids (or inputs_embeds), but has {', '.join(batch) or 'nothing'}")
+        self._stub_device = tokens.device
+        try:
+            return self._run(batch, received)
+        except RuntimeError as error:
+            # The model writes into what a stub has put out (as at set-up already): then it has to have memory.
+            if self._stubs_have_memory or "single memory location" not in str(error):
+                raise
+            self._stubs_have_memory = True
+            return self._run(batch, received)
+
+    def _run(self, batch: dict[str, torch.Tensor], received: Boundary | None) -> Boundary | torch.Tensor:
+        self._received, self._captured = received, {}
+        self._entered = self._entry is None
+        try:
+            output = self._core(**batch, **self._options)
+        except _EndReached:
+            self._check(self._entered, "beginning")
+            for name in self._relayed:  # a view: the graph gets a node at which gradients from further on arrive first
+                self._captured[name] = received[name].view_as(received[name])
+            return self._captured
+        finally:
+            self._received, self._captured = None, {}
+        self._check(self._entered, "beginning")
+        self._check(self.is_last, "end")
+        return logits_of(output)
+
+    def trains(self, name: str, tensor: torch.Tensor) -> bool:
+        """See `Stage.trains`."""
+        return tensor.is_floating_point() and self._anatomy.trained(name)
+
+    def train(self, mode: bool = True) -> ShadowStage:
+        """Switches the stage, the shadow's root included."""
+        self._core.training = mode
+        return super().train(mode)
+
+    def _check(self, reached: bool, where: str) -> None:
+        if not reached:
+            raise UnsupportedModelError(
+                f"a forward of {type(self._core).__name__} did not come by the {where} of stage {self.index}: it skipped a "
+                "layer or ran them in another order than at set-up, which stages can't reproduce"
+            )
+
+    # ---- making the shadow ----
+
+    def _replacements(self, model: PreTrainedModel, units: Sequence[Unit], span: StageSpan) -> dict[int, Any]:
+        """What stands in the place of foreign layers, and of the largest foreign modules outside of the layers."""
+        anatomy = self._anatomy
+        own = {name for unit in units[span.start : span.stop] for name in unit.modules}
+        made: dict[int, Callable[[nn.Module], nn.Module]] = {}
+        for i, layer in enumerate(model.get_submodule(anatomy.stack)):
+            if i not in self._own:
+                made[id(layer)] = lambda module, i=i: self._passing(module, i)
+        if not self.is_first:
+            made |= {id(model.get_submodule(name)): _identity for name in anatomy.early_dropouts}
+        if self._exit == anatomy.num_layers + 1:
+            made[id(model.get_submodule(anatomy.head[0]))] = self._ending_head
+        keep = [*own, anatomy.stack]
+
+        def visit(name: str, module: nn.Module) -> None:
+            if id(module) in made or name in own or name == anatomy.stack:
+                return
+            around = not name or any(k.startswith(f"{name}.") for k in keep)
+            # Lists are looped over and dictionaries looked up, so they stay what they are.
+            container = isinstance(module, (nn.ModuleList, nn.ModuleDict))
+            if not around and not container and any(True for _ in module.parameters()):
+                made[id(module)] = self._stub
+                return
+            for child_name, child in module.named_children():
+                visit(f"{name}.{child_name}" if name else child_name, child)
+
+        visit("", model)
+        return made
+
+    def _drop_foreign_parameters(self, core: nn.Module) -> None:
+        """Takes parameters of foreign units out of modules that hold others' modules too."""
+        own = {id(p) for name in (*self._own_modules(core),) for p in core.get_submodule(name).parameters()}
+        for module in core.modules():
+            for name, parameter in list(module._parameters.items()):
+                if parameter is not None and id(parameter) not in own:
+                    del module._parameters[name]
+                    module.__dict__[name] = _nothing(parameter)
+
+    def _own_modules(self, core: nn.Module) -> list[str]:
+        anatomy = self._anatomy
+        outside = [*(anatomy.embedding if self.is_first else ()), *self.head_names]
+        return [*outside, *(anatomy.layers[i] for i in self._own)]
+
+    def _open(self, core: nn.Module) -> None:
+        """Lets what is received in, and what the last layer puts out leave."""
+        anatomy, layers = self._anatomy, core.get_submodule(self._anatomy.stack)
+        if self._entry is not None:
+            places = anatomy.carried(self._entry)
+            for i in self._own:
+                extras = [(name, path) for name, found in places.items() for j, path in found if j == i]
+                if i == self._entry or extras:
+                    self._inject(layers[i], anatomy.calls[i].hidden if i == self._entry else None, extras)
+            if self._entry == anatomy.num_layers + 1:
+                self._inject(core.get_submodule(anatomy.head[0]), anatomy.head_input, [])
+        if self._exit == anatomy.num_layers:
+            self._end_after(layers[anatomy.num_layers - 1])
+
+    def _inject(self, module: nn.Module, hidden: Path | None, extras: Sequence[tuple[str, Path]]) -> None:
+        forward = module.forward
+
+        def injected(*args: Any, **kwargs: Any) -> Any:
+            given: Any = (args, kwargs)
+            if hidden is not None:
+                self._entered = True
+                given = with_leaf(given, hidden, self._received[HIDDEN])
+            for name, path in extras:
+                given = with_leaf(given, path, self._received[name])
+            return forward(*given[0], **given[1])
+
+        module.forward = injected
+
+    def _end_after(self, layer: nn.Module) -> None:
+        forward, call = layer.forward, self._anatomy.calls[-1]
+
+        def ending(*args: Any, **kwargs: Any) -> Any:
+            self._captured[HIDDEN] = call.hidden_of(forward(*args, **kwargs))
+            raise _EndReached
+
+        layer.forward = ending
+
+    # ---- what stands in for foreign modules ----
+
+    def _passing(self, module: nn.Module, i: int) -> nn.Module:
+        """A foreign layer: gives on what it gets; at the end of the stage, takes it and ends the forward."""
+        twin, call, last = hollow(module), self._anatomy.calls[i], self._anatomy.num_layers - 1
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            given = (args, kwargs)
+            if self._exit is not None and i >= self._exit:
+                if i == self._exit:
+                    self._captured[HIDDEN] = leaf(given, call.hidden)
+                for name, path in self._wanted.get(i, ()):
+                    self._captured[name] = leaf(given, path)
+                if i == self._last_capture:
+                    raise _EndReached
+            hidden = leaf(given, call.hidden)
+            if i == last and self._entry == last + 1:
+                self._entered = True
+                hidden = self._received[HIDDEN]
+            return call.returning(hidden)
+
+        twin.forward = forward
+        return twin
+
+    def _ending_head(self, module: nn.Module) -> nn.Module:
+        twin = _without_values(module)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self._captured[HIDDEN] = leaf((args, kwargs), self._anatomy.head_input)
+            raise _EndReached
+
+        twin.forward = forward
+        return twin
+
+    def _stub(self, module: nn.Module) -> nn.Module:
+        """A foreign module before the stage: only the shape of what it puts out matters, which the meta device tells."""
+        twin, meta = _without_values(module), on_meta(module)
+        shapes: dict[Any, Any] = {}
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            given = (args, kwargs)
+            key = (self.training, *((path, t.shape, t.dtype) for path, t in leaves(given)))
+            if key not in shapes:
+                if len(shapes) > 64:
+                    shapes.clear()
+                shapes[key] = _output_on_meta(meta, map_leaves(given, lambda t: t.to("meta")))
+            return map_leaves(shapes[key], self._stand_in)
+
+        twin.forward = forward
+        return twin
+
+    def _stand_in(self, like: torch.Tensor) -> torch.Tensor:
+        stand_in = _nothing(like, self._stub_device)
+        return stand_in.contiguous() if self._stubs_have_memory else stand_in
+
+
+def _output_on_meta(module: nn.Module, given: Any) -> Any:
+    for scope in (nullcontext, Answers):
+        try:
+            with torch.no_grad(), scope():
+                return module(*given[0], **given[1])
+        except RuntimeError:  # it asks for values, e.g. whether all of a mask is true
+            if scope is Answers:
+                raise
+    return None
+
+
+def _identity(module: nn.Module) -> nn.Module:
+    twin = hollow(module)
+    twin.forward = lambda value, *args, **kwargs: value
+    return twin
+
+
+def _without_values(module: nn.Module) -> nn.Module:
+    """A hollow module whose parameters can still be asked for shape and dtype (`embedding.weight.dtype`)."""
+    twin = hollow(module)
+    for mine, theirs in zip(twin.modules(), module.modules(), strict=True):
+        for name, parameter in theirs._parameters.items():
+            mine.__dict__[name] = None if parameter is None else _nothing(parameter)
+        mine._buffers = dict(theirs._buffers)
+    return twin
+
+
+def _nothing(like: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
+    """Zeros of a shape, which take no memory."""
+    return torch.zeros((), dtype=like.dtype, device=device or "cpu").expand(like.shape)
