@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch.func import functional_call
 
-from .engine.losses import LossFunction, loss_of, targets_for
+from .engine.losses import LossFunction, finishing
 from .engine.optimizers import snapshot_hyperparameters
 from .engine.randomness import seeded_dropout
 from .engine.settings import EngineSettings, FinishedLoss
@@ -140,11 +140,9 @@ class Reference:
                 if self.settings.autocast_dtype is not None:
                     scopes.enter_context(torch.autocast(self._device.type, dtype=self.settings.autocast_dtype))
                 inputs, memory = select(stage, batch, self._device), self._memories[k].recall(segment)
-                targets = targets_for(self._loss_fn, batch, context, self._device) if stage.is_last else None
-                state = functional_call(stage, replaced, (inputs, state, memory, targets), tie_weights=False)
+                finish = finishing(self._loss_fn, batch, inputs, context, self._device) if stage.is_last else None
+                state = functional_call(stage, replaced, (inputs, state, memory, finish), tie_weights=False)
                 self._memories[k].keep(segment, memory)
-                if stage.is_last:
-                    state = loss_of(self._loss_fn, state, targets, batch, context)
         return state, heads
 
     def step(self) -> int:

@@ -12,33 +12,52 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import ModelOutput
 
-from .engine.streams import Reading
+from .engine.streams import COLUMNS, SEGMENTS, Reading
 from .errors import CheckpointError, EngineError
-from .partition import Partition, Targets, compose
+from .partition import Finish, ModelCall, Partition, compose, to_device
+from .partition.families import find_family
 from .processes.relay import Relay
 
 
-class LogitsModel(nn.Module):
-    """Stands in for a model whose logits are already known, so that `Trainer.compute_loss` can be used as it is.
+class HeadModel(nn.Module):
+    """Stands in for the model in `Trainer.compute_loss`: calling it goes on where the last stage stands.
 
     Args:
         model: the model it stands in for.
-        logits: [batch, time, vocabulary].
+        call: what is left of a call of it.
+        needs_logits: whether logits are wanted even of a model that gives the loss without them.
     """
 
-    def __init__(self, model: PreTrainedModel, logits: torch.Tensor):
+    def __init__(self, model: PreTrainedModel, call: ModelCall, needs_logits: bool):
         super().__init__()
         self.config = model.config
         self._name = causal_name(model)
-        self._logits = logits
+        self._call = call
+        self._without_labels = needs_logits and find_family(model).computes_loss
 
     def _get_name(self) -> str:
         return self._name
 
-    def forward(self, **inputs: Any) -> CausalLMOutput:
-        """Output with loss (where there are labels) and logits."""
-        return causal_lm_output(self._logits, inputs)
+    def forward(self, **inputs: Any) -> ModelOutput:
+        """What the model returns."""
+        return call_model(self._call, inputs, self._without_labels)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Refuses: the parameters are in other stages, at other moments.
+
+        Raises:
+            EngineError: always.
+        """
+        raise EngineError(
+            "compute_loss asks for the model's parameters, but a penalty on them would belong to every stage at a moment of "
+            "its own; use weight_decay, or a penalty in an optimizer"
+        )
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As `parameters`."""
+        return self.parameters()
 
 
 class StagedModel(nn.Module):
@@ -74,20 +93,26 @@ class StagedModel(nn.Module):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Nothing: gradients live in the workers, which may be writing them."""
 
-    def forward(self, **inputs: Any) -> CausalLMOutput:
+    def forward(self, **inputs: Any) -> ModelOutput:
         """Runs all stages in turn; the pipeline has to be synchronized."""
-        targets = head_targets(inputs, inputs.get("num_items_in_batch")) if self.loss_only else None
-        with self.forward_scope():
-            run = self._run if self.relay is None else self.relay.run
-            output = run(inputs, targets)
-        return CausalLMOutput(loss=output) if targets is not None else causal_lm_output(output.float(), inputs)
+        inputs = to_device(inputs, self._partition[0].device_of_loss)
+        without_labels = not self.loss_only and self._partition[0].stages[0].family.computes_loss
 
-    def _run(self, inputs: dict[str, Any], targets: Targets | None) -> torch.Tensor:
+        def finish(call: ModelCall) -> ModelOutput:
+            return call_model(call, inputs, without_labels)
+
+        with self.forward_scope():
+            output = self._run(inputs, finish) if self.relay is None else self.relay.run(inputs, finish)
+        if self._autocast_dtype is not None and output.get("logits") is not None:
+            output["logits"] = output["logits"].float()  # as accelerate does for an unsplit model
+        return output
+
+    def _run(self, inputs: dict[str, Any], finish: Finish) -> ModelOutput:
         if self._reading is None:
-            return compose(self.stages, inputs, targets=targets)
+            return compose(self.stages, inputs, finish=finish)
         segment = self._reading.streams.enter(inputs)
         memories = [memory.recall(segment) for memory in self._reading.memories]
-        output = compose(self.stages, inputs, memories, targets)
+        output = compose(self.stages, inputs, memories, finish)
         for kept, memory in zip(self._reading.memories, memories, strict=True):
             kept.keep(segment, memory)
         return output
@@ -131,11 +156,19 @@ def causal_name(model: PreTrainedModel) -> str:
     return name if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else "GPT2LMHeadModel"
 
 
-def head_targets(inputs: Mapping[str, Any], num_items: torch.Tensor | int | None) -> Targets | None:
-    """What a head computes the loss of a batch from; None without labels."""
-    if inputs.get("labels") is None and inputs.get("shift_labels") is None:
-        return None
-    return {key: inputs.get(key) for key in ("labels", "shift_labels")} | {"num_items_in_batch": num_items}
+def call_model(call: ModelCall, inputs: Mapping[str, Any], without_labels: bool) -> ModelOutput:
+    """Calls a model on its last stage.
+
+    Args:
+        call: the model.
+        inputs: of a batch, labels included; its place in a stream is left out.
+        without_labels: whether the model gives either loss or logits, and logits are wanted.
+    """
+    given = {key: value for key, value in inputs.items() if key not in (COLUMNS, SEGMENTS)}
+    if not without_labels:
+        return call(**given)
+    logits = call(**{key: value for key, value in given.items() if key not in ("labels", "shift_labels")}).logits
+    return causal_lm_output(logits, given)
 
 
 def causal_lm_output(logits: torch.Tensor, inputs: Mapping[str, Any]) -> CausalLMOutput:

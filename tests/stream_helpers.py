@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from helpers import VOCABULARY, Batch, Case
 
-from hf_ouroboros.engine.losses import HeadLoss
+from hf_ouroboros.engine.losses import LossOfModel
 from hf_ouroboros.models.transfo_xl import TransfoXLConfig, TransfoXLLMHeadModel
 
 TIME = 5
@@ -55,7 +55,7 @@ def stream_batch(group: int, rows: int, segment: int, seed: int = 0, time: int =
     }
 
 
-class StreamLoss(HeadLoss):
+class StreamLoss(LossOfModel):
     """Sum of the losses of a micro-batch over the targets of its update.
 
     Args:
@@ -65,14 +65,10 @@ class StreamLoss(HeadLoss):
     def __init__(self, replicas: int = 1):
         self.replicas = replicas
 
-    def targets(self, batch: Mapping[str, Any], context: Any) -> dict[str, Any]:
-        return {"shift_labels": batch["shift_labels"], "num_items_in_batch": context}
-
-    def finish(self, loss: torch.Tensor, context: Any) -> torch.Tensor:
-        return loss * self.replicas
-
-    def __call__(self, logits: torch.Tensor, batch: Mapping[str, Any], context: Any) -> torch.Tensor:
-        raise AssertionError("the head computes the loss")
+    def __call__(self, model: Any, inputs: dict[str, Any], context: Any) -> torch.Tensor:
+        output = model(shift_labels=inputs["shift_labels"], num_items_in_batch=context)
+        assert output.logits is None, "the head computes the loss"
+        return output.loss * self.replicas
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from trainer_helpers import Rows, assert_same, copied, split_options, tiny_model
+from transformers.modeling_outputs import CausalLMOutput
 
 from hf_ouroboros import split_model
-from hf_ouroboros.staged import LogitsModel, StagedModel, StagedOptimizer, causal_lm_output
+from hf_ouroboros.errors import EngineError
+from hf_ouroboros.staged import HeadModel, StagedModel, StagedOptimizer, causal_lm_output
 
 
 def batch(count: int = 4) -> dict[str, torch.Tensor]:
@@ -82,14 +84,22 @@ def test_modes_and_gradients() -> None:
     assert model.lm_head.weight.grad is not None, "gradients are the workers'"
 
 
-def test_logits_model() -> None:
+def test_head_model() -> None:
     model, logits = tiny_model(), torch.randn(4, 10, 61)
-    stand_in = LogitsModel(model, logits)
+    calls: list[dict[str, Any]] = []
+
+    def call(**inputs: Any) -> CausalLMOutput:
+        calls.append(inputs)
+        return CausalLMOutput(loss=logits.sum(), logits=logits)
+
+    stand_in = HeadModel(model, call, needs_logits=True)
     assert stand_in._get_name() == "GPT2LMHeadModel" and stand_in.config is model.config
-    output = stand_in(**batch())
-    assert output.logits is logits
-    assert torch.equal(output.loss, causal_lm_output(logits, batch()).loss)
-    assert output["loss"] is output.loss and output[0] is output.loss
+    output = stand_in(**batch(), stream_columns=torch.arange(4))
+    assert output.logits is logits and torch.equal(output.loss, logits.sum())
+    assert calls[0].keys() == batch().keys()
+    for ask in (stand_in.parameters, stand_in.named_parameters):
+        with pytest.raises(EngineError, match="compute_loss asks for the model's parameters"):
+            ask()
 
 
 class FakeEngine:

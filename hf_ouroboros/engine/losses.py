@@ -1,4 +1,4 @@
-"""The loss on the last stage: from the logits, or by the head itself, which then need not build them."""
+"""The loss on the last stage: of its logits, or of whatever calling the model gives."""
 
 from __future__ import annotations
 
@@ -8,36 +8,50 @@ from typing import Any
 
 import torch
 
-from ..partition import Targets, to_device
+from ..partition import Finish, ModelCall, to_device
 
-LossFunction = Callable[[torch.Tensor, Mapping[str, Any], Any], torch.Tensor]
+LossOfLogits = Callable[[torch.Tensor, Mapping[str, Any], Any], torch.Tensor]
 """(logits [batch, time, vocabulary], micro-batch, whatever was submitted with it) -> scalar loss."""
 
 
-class HeadLoss(ABC):
-    """A loss function for models whose head can compute the loss: an adaptive softmax never builds all logits."""
+class LossOfModel(ABC):
+    """A loss function that calls the model itself, as a script's training step does."""
 
     @abstractmethod
-    def targets(self, batch: Mapping[str, Any], context: Any) -> Targets | None:
-        """What the head computes this micro-batch's loss from; None if the logits are wanted."""
+    def __call__(self, model: ModelCall, inputs: dict[str, Any], context: Any) -> torch.Tensor:
+        """The scalar loss of a micro-batch.
 
-    @abstractmethod
-    def finish(self, loss: torch.Tensor, context: Any) -> torch.Tensor:
-        """The micro-batch's loss in the scale of its update, of what the head computed."""
-
-    @abstractmethod
-    def __call__(self, logits: torch.Tensor, batch: Mapping[str, Any], context: Any) -> torch.Tensor:
-        """The loss where the logits were wanted."""
+        Args:
+            model: called once, with all inputs that the stages compute with, and with labels or whatever else it takes.
+            inputs: the micro-batch, on the last stage's device; a dict of its own.
+            context: whatever was submitted with it.
+        """
 
 
-def targets_for(loss_fn: LossFunction, batch: Mapping[str, Any], context: Any, device: torch.device) -> Targets | None:
-    """What the last stage is given to compute the loss from; None if it has to give the logits."""
-    targets = loss_fn.targets(batch, context) if isinstance(loss_fn, HeadLoss) else None
-    return None if targets is None else to_device(targets, device)
+LossFunction = LossOfLogits | LossOfModel
 
 
-def loss_of(
-    loss_fn: LossFunction, output: torch.Tensor, targets: Targets | None, batch: Mapping[str, Any], context: Any
-) -> torch.Tensor:
-    """The loss, of what the last stage put out: the head's loss where it had targets, else logits."""
-    return loss_fn(output, batch, context) if targets is None else loss_fn.finish(output, context)
+def finishing(
+    loss_fn: LossFunction,
+    batch: Mapping[str, Any],
+    selected: Mapping[str, torch.Tensor],
+    context: Any,
+    device: torch.device,
+) -> Finish:
+    """What the last stage does with the model.
+
+    Args:
+        loss_fn: gives the loss.
+        batch: the micro-batch, wherever it is.
+        selected: the part of it that the stages compute with, on the device.
+        context: submitted with it.
+        device: of the last stage.
+    """
+
+    def finish(model: ModelCall) -> torch.Tensor:
+        if isinstance(loss_fn, LossOfModel):
+            rest = {key: value for key, value in batch.items() if key not in selected}
+            return loss_fn(model, {**to_device(rest, device), **selected}, context)
+        return loss_fn(model(**selected).logits, batch, context)
+
+    return finish

@@ -12,9 +12,9 @@ import torch
 from torch.func import functional_call
 from torch.nn.utils import get_total_norm
 
-from ..partition import Boundary, Memory, Partition, Targets, select, to_device
+from ..partition import Boundary, Finish, Memory, Partition, select, to_device
 from .averaging import BucketedMean, ReplicaMean
-from .losses import LossFunction, loss_of, targets_for
+from .losses import LossFunction, finishing
 from .optimizers import StageOptimizer
 from .randomness import has_dropout, seeded_dropout
 from .settings import EngineSettings, Hyperparameters
@@ -165,13 +165,11 @@ class StageRunner:
                 scopes.enter_context(torch.autocast(self.device.type, dtype=self.settings.autocast_dtype))
             weights = {name: item.leaves[source] for name, source in self._bindings}
             memory = None if item.memory is None else dict(item.memory)
-            targets: Targets | None = None
+            finish: Finish | None = None
             if self.stage.is_last:
-                targets = targets_for(self._loss_fn, item.full_batch, item.context, self.device)
-            arguments = item.batch, item.received, memory, targets
+                finish = finishing(self._loss_fn, item.full_batch, item.batch, item.context, self.device)
+            arguments = item.batch, item.received, memory, finish
             output = functional_call(self.stage, weights, arguments, tie_weights=False)
-            if self.stage.is_last:
-                output = loss_of(self._loss_fn, output, targets, item.full_batch, item.context)
             return output, memory
 
     # ---- backward ----

@@ -1,16 +1,15 @@
-"""The loss of a micro-batch on the last stage, by Trainer's own rules."""
+"""The loss of a micro-batch on the last stage, by Trainer's own rules, of the model's own forward."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from transformers import Trainer
 
-from ..engine.losses import HeadLoss
-from ..partition import Targets, to_device
-from ..staged import LogitsModel, head_targets
+from ..engine.losses import LossOfModel
+from ..partition import ModelCall
+from ..staged import HeadModel
 
 
 class LossContext(NamedTuple):
@@ -20,8 +19,8 @@ class LossContext(NamedTuple):
     accumulation_steps: int
 
 
-class TrainerLoss(HeadLoss):
-    """Labels, smoothing and custom losses as in Trainer; a head that can compute the stock loss does so.
+class TrainerLoss(LossOfModel):
+    """Labels, smoothing and custom losses as in Trainer, which calls the model as it always does.
 
     Args:
         trainer: whose `compute_loss` decides.
@@ -30,28 +29,26 @@ class TrainerLoss(HeadLoss):
     def __init__(self, trainer: Any):
         self._trainer = trainer
 
-    def targets(self, batch: Mapping[str, Any], context: LossContext) -> Targets | None:
-        """The labels, if the head's own loss is what the trainer's would be."""
-        return head_targets(batch, context.num_items) if head_computes_loss(self._trainer) else None
-
-    def finish(self, loss: torch.Tensor, context: LossContext) -> torch.Tensor:
-        """The loss in the scale of its update."""
+    def __call__(self, model: ModelCall, inputs: dict[str, Any], context: LossContext) -> torch.Tensor:
+        """See `LossOfModel`."""
         trainer = self._trainer
-        scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
-        if scaled is None:
-            scaled = context.num_items is not None or trainer.compute_loss_func is not None
+        head = HeadModel(trainer.model, model, needs_logits=not head_computes_loss(trainer))
+        loss = trainer.compute_loss(head, inputs, num_items_in_batch=context.num_items)
         if trainer._counts_all_replicas and context.num_items is not None:
             loss = loss * trainer._grid.replicas  # gradients and losses are averaged over the replicas
-        return loss if scaled else loss / context.accumulation_steps
+        return loss if self._is_scaled(context) else loss / context.accumulation_steps
 
-    def __call__(self, logits: torch.Tensor, batch: Mapping[str, Any], context: LossContext) -> torch.Tensor:
-        """Loss of logits [batch, time, vocabulary]."""
-        trainer, head = self._trainer, LogitsModel(self._trainer.model, logits)
-        inputs = to_device(batch, logits.device)
-        return self.finish(trainer.compute_loss(head, inputs, num_items_in_batch=context.num_items), context)
+    def _is_scaled(self, context: LossContext) -> bool:
+        """Whether the loss is in the scale of its update already, as Trainer's training step asks."""
+        trainer = self._trainer
+        declared = getattr(trainer, "loss_is_scaled_for_ga", None)
+        if declared is not None:
+            return declared
+        by_model = trainer.model_accepts_loss_kwargs and context.num_items is not None
+        return by_model or trainer.compute_loss_func is not None
 
 
 def head_computes_loss(trainer: Any) -> bool:
-    """Whether the model's head can compute the loss that this trainer wants."""
+    """Whether calling the model with labels gives the loss that this trainer wants, so that nobody needs logits."""
     stock = trainer.compute_loss_func is None and type(trainer).compute_loss is Trainer.compute_loss
-    return stock and trainer.label_smoother is None and trainer._partition.stages[0].family.computes_loss
+    return stock and trainer.label_smoother is None

@@ -2,17 +2,18 @@
 
 from .plan import StagePlan, StageRow, torch_device
 from .split import Home, Partition, split_model
-from .stages import Boundary, Memory, Stage, Targets, compose, select, to_device
+from .stages import Boundary, Finish, Memory, ModelCall, Stage, compose, select, to_device
 
 __all__ = [
     "Boundary",
+    "Finish",
     "Home",
     "Memory",
+    "ModelCall",
     "Partition",
     "Stage",
     "StagePlan",
     "StageRow",
-    "Targets",
     "compose",
     "select",
     "split_model",

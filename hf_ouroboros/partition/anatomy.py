@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
-from .shadow import Path, leaf, leaves, on_meta
+from .shadow import Path, detached, leaf, leaves, on_meta
 
 HIDDEN = "hidden"
 PROBE_SHAPE = (2, 16)
@@ -81,7 +81,8 @@ class Anatomy:
     Args:
         stack: name of the list of layers.
         calls: how every layer is called, in order.
-        embedding: names of the modules before the layers (and of those with parameters that nobody uses).
+        embedding: names of the modules before the layers (and of those with parameters that nobody uses); parameters of
+            modules that hold the layers, too, are named by themselves, here and below.
         norms: names of the modules between the layers and the head.
         head: names of the modules from the output embedding on, or of all modules after the layers.
         head_input: place of the hidden state in the arguments of `head[0]`, if a stage may begin there; else None.
@@ -122,6 +123,7 @@ class Anatomy:
         return name == HIDDEN or any(e.name == name and e.trained for call in self.calls for e in call.extras.values())
 
 
+# By what `_key` tells apart. Without weights where that is possible.
 _KNOWN: dict[str, Anatomy | UnsupportedModelError] = {}
 
 
@@ -134,13 +136,25 @@ def find_anatomy(model: PreTrainedModel) -> Anatomy:
     key = _key(model)
     if key not in _KNOWN:
         try:
-            _KNOWN[key] = _Recording(model).anatomy()
+            _KNOWN[key] = _record(model)
         except UnsupportedModelError as error:
             _KNOWN[key] = error
     found = _KNOWN[key]
     if isinstance(found, UnsupportedModelError):
         raise UnsupportedModelError(str(found))
     return found
+
+
+def _record(model: PreTrainedModel) -> Anatomy:
+    try:
+        return _Recording(model, on_meta(model)).anatomy()
+    except _NeedsData as error:
+        if any(p.is_meta for p in model.parameters()):
+            raise
+        try:  # a few tokens through the weights themselves
+            return _Recording(model, detached(model)).anatomy()
+        except _NeedsData:
+            raise error from None
 
 
 def _key(model: PreTrainedModel) -> str:
@@ -187,17 +201,23 @@ class Answers(TorchDispatchMode):
                 return 1.0 if tensor.is_floating_point() else 1
             if func is torch.ops.aten.nonzero.default:
                 return torch.empty(1, tensor.dim(), dtype=torch.long, device="meta")
+            if func is torch.ops.aten.where.default:
+                return [torch.empty(1, dtype=torch.long, device="meta") for _ in range(tensor.dim())]
             if func is torch.ops.aten.equal.default:
                 return True
         return func(*args, **(kwargs or {}))
 
 
-class _Recording:
-    """One forward of a model's shadow on the meta device."""
+class _NeedsData(UnsupportedModelError):
+    """The forward does not run on the meta device."""
 
-    def __init__(self, model: PreTrainedModel):
+
+class _Recording:
+    """One forward of a model's shadow, on the meta device or with weights."""
+
+    def __init__(self, model: PreTrainedModel, twin: nn.Module):
         self.kind = type(model).__name__
-        self.twin = on_meta(model).train()
+        self.twin = twin.train()
         # A mixture's experts loop over what was routed to them, which needs data, in some implementations.
         self.config = self.twin.config
         self.names = {id(module): name for name, module in self.twin.named_modules()}
@@ -227,14 +247,16 @@ class _Recording:
         return _batched_experts(self.config)
 
     def _run(self) -> torch.Tensor:
-        ids = torch.zeros(PROBE_SHAPE, dtype=torch.long, device="meta")
+        device = next(self.twin.get_input_embeddings().parameters()).device
+        ids = torch.zeros(PROBE_SHAPE, dtype=torch.long, device=device)
         try:
             return logits_of(self.twin(input_ids=ids, **call_options(self.twin)))
         except UnsupportedModelError:
             raise
         except Exception as error:  # whatever a model does that needs data or more than token ids
-            raise self.refuse(
-                f"its forward does not run on token ids without data ({type(error).__name__}: {str(error)[:200]})"
+            raise _NeedsData(
+                f"{self.kind} can't be split into stages: its forward does not run on token ids alone, or not without "
+                f"weights ({type(error).__name__}: {str(error)[:200]})"
             ) from error
 
     def _find_stack(self) -> str:
@@ -358,7 +380,7 @@ class _Recording:
             for name, phases in self.phases.items()
             if phases == {"before"} and isinstance(self.twin.get_submodule(name), nn.modules.dropout._DropoutNd)
         ]
-        embedding = self._modules(first | unused, outside, others)
+        embedding = self._modules(first, outside, others) + self._modules(unused, outside, set())
         middle = self._modules(norms, outside, {"before", "between", "head"}) if norms else ()
         end = self._modules(head, outside, {"before", "between"} | ({"after"} if head_input else set()))
         return Anatomy(
@@ -449,7 +471,7 @@ class _Recording:
         return (head, norms, (0, 0)) if alone else (head | norms, set(), None)
 
     def _modules(self, group: set[str], outside: Mapping[str, nn.Parameter], others: set[str]) -> tuple[str, ...]:
-        """Names of the largest modules outside of the layers that have parameters of a group and of nobody else.
+        """Names of the largest modules (and single parameters) outside of the layers that are a group's and nobody else's.
 
         Args:
             group: names of parameters.
@@ -484,13 +506,8 @@ class _Recording:
         if self.head is not None and (head := self.names[id(self.head)]) in found:  # the stage begins with it
             found.remove(head)
             found.insert(0, head)
-        missing = [name for name in group if id(outside[name]) not in covered]
-        if missing:
-            raise self.refuse(
-                f"the parameter {missing[0]} belongs to no module that lies in one stage as a whole, but to one that also "
-                "holds others' parameters"
-            )
-        return tuple(found)
+        # Parameters of modules that hold the layers, too, are named by themselves.
+        return tuple(found) + tuple(name for name in sorted(group) if id(outside[name]) not in covered)
 
     def _without_parameters(self, when: set[str], known: Sequence[str]) -> tuple[str, ...]:
         """Names of the modules without parameters (dropout, rotary positions) that run in some phases only."""

@@ -12,6 +12,15 @@ from ..errors import UnsupportedModelError
 Owned = Callable[[str], bool]
 
 
+def named_parts(model: nn.Module, name: str) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of a module, or the parameter of this name, with their full names."""
+    module, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(module)
+    if leaf in parent._parameters:
+        return [(name, parent._parameters[leaf])]
+    return list(model.get_submodule(name).named_parameters(prefix=name))
+
+
 def names_of_parameters(model: nn.Module) -> list[tuple[nn.Parameter, tuple[str, ...]]]:
     """Every parameter once, in the model's order, with all of its names; a tied matrix has several."""
     found: dict[int, tuple[nn.Parameter, list[str]]] = {}

@@ -57,7 +57,8 @@ def take_sample(model: PreTrainedModel, keys: frozenset[str], training: bool, ru
 
 def _batch(model: PreTrainedModel, keys: frozenset[str]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     text = model.config.get_text_config()
-    length = min(16, getattr(text, "max_position_embeddings", None) or 16)
+    longest = getattr(text, "max_position_embeddings", None) or 16
+    length = min(16, longest) if longest > 0 else 16
     generator = torch.Generator().manual_seed(SEED)
     ids = torch.randint(text.vocab_size, (2, length), generator=generator)
     mask = torch.ones_like(ids)

@@ -92,19 +92,29 @@ def hollow(module: nn.Module, known: dict[int, nn.Module] | None = None) -> nn.M
     return twin
 
 
-def on_meta(module: nn.Module, replacements: Mapping[int, Replacement] | None = None) -> nn.Module:
+def on_meta(module: nn.Module) -> nn.Module:
     """A shadow on the meta device: parameters and buffers of the same shapes, without memory, all to be trained."""
-    twin = shadow(module, replacements)
+    twin = _with_parameters(module, lambda parameter: torch.empty_like(parameter.data, device="meta"))
+    for part in twin.modules():
+        part._buffers = {name: None if b is None else b.to("meta") for name, b in part._buffers.items()}
+    return twin
+
+
+def detached(module: nn.Module) -> nn.Module:
+    """A shadow with parameters of its own, all to be trained, that have the original's values and memory."""
+    return _with_parameters(module, lambda parameter: parameter.data)
+
+
+def _with_parameters(module: nn.Module, values: Callable[[nn.Parameter], torch.Tensor]) -> nn.Module:
+    twin = shadow(module)
     parameters: dict[int, nn.Parameter] = {}
     for part in twin.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
                 if id(parameter) not in parameters:
                     trained = parameter.is_floating_point()
-                    empty = torch.empty_like(parameter.data, device="meta")
-                    parameters[id(parameter)] = nn.Parameter(empty, requires_grad=trained)
+                    parameters[id(parameter)] = nn.Parameter(values(parameter), requires_grad=trained)
                 part._parameters[name] = parameters[id(parameter)]
-        part._buffers = {name: None if b is None else b.to("meta") for name, b in part._buffers.items()}
     return twin
 
 

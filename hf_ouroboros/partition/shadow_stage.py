@@ -19,11 +19,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+from transformers.utils import ModelOutput
 
 from ..errors import EngineError, UnsupportedModelError
 from .anatomy import HIDDEN, Anatomy, Answers, call_options, logits_of
+from .ownership import named_parts
 from .shadow import Path, hollow, leaf, leaves, map_leaves, on_meta, shadow, with_leaf
-from .stages import Boundary, Memory, Stage, Targets
+from .stages import Boundary, Finish, Memory, Stage
 from .units import StageSpan, Unit
 
 NOT_OF_A_BATCH = frozenset(
@@ -60,6 +63,8 @@ class ShadowStage(Stage):
         super().__init__(model.config, family, units, span, num_stages)
         parameters = inspect.signature(type(model).forward).parameters
         self.batch_keys = frozenset(n for n in parameters if not n.startswith("output_")) - NOT_OF_A_BATCH - {"self"}
+        self.foreign_outputs = frozenset(n for n in parameters if n.startswith("output_"))
+        self.foreign_outputs |= {"output_hidden_states", "output_attentions", "output_router_logits"}
         self.draws = anatomy.draws
         self._options = call_options(model)
         self._anatomy = anatomy
@@ -90,9 +95,9 @@ class ShadowStage(Stage):
         batch: dict[str, torch.Tensor],
         received: Boundary | None = None,
         memory: Memory | None = None,
-        targets: Targets | None = None,
-    ) -> Boundary | torch.Tensor:
-        """See `Stage.forward`; `memory` and `targets` are not used.
+        finish: Finish | None = None,
+    ) -> Boundary | Any:
+        """See `Stage.forward`; `memory` is not used.
 
         Raises:
             EngineError: the batch has no tokens.
@@ -102,20 +107,26 @@ class ShadowStage(Stage):
         if tokens is None:
             raise EngineError(f"a batch needs input_ids (or inputs_embeds), but has {', '.join(batch) or 'nothing'}")
         self._stub_device = tokens.device
+        if not self.is_last:
+            return self._attempt(batch, received)
+        call = _OneCall(self, batch, received)
+        return call(**batch).logits if finish is None else finish(call)
+
+    def _attempt(self, inputs: dict[str, Any], received: Boundary | None) -> Any:
         try:
-            return self._run(batch, received)
+            return self._run(inputs, received)
         except RuntimeError as error:
             # The model writes into what a stub has put out (as at set-up already): then it has to have memory.
             if self._stubs_have_memory or "single memory location" not in str(error):
                 raise
             self._stubs_have_memory = True
-            return self._run(batch, received)
+            return self._run(inputs, received)
 
-    def _run(self, batch: dict[str, torch.Tensor], received: Boundary | None) -> Boundary | torch.Tensor:
+    def _run(self, inputs: dict[str, Any], received: Boundary | None) -> Any:
         self._received, self._captured = received, {}
         self._entered = self._entry is None
         try:
-            output = self._core(**batch, **self._options)
+            output = self._core(**{**self._options, **inputs})
         except _EndReached:
             self._check(self._entered, "beginning")
             for name in self._relayed:  # a view: the graph gets a node at which gradients from further on arrive first
@@ -125,7 +136,7 @@ class ShadowStage(Stage):
             self._received, self._captured = None, {}
         self._check(self._entered, "beginning")
         self._check(self.is_last, "end")
-        return logits_of(output)
+        return output
 
     def trains(self, name: str, tensor: torch.Tensor) -> bool:
         """See `Stage.trains`."""
@@ -176,14 +187,14 @@ class ShadowStage(Stage):
 
     def _drop_foreign_parameters(self, core: nn.Module) -> None:
         """Takes parameters of foreign units out of modules that hold others' modules too."""
-        own = {id(p) for name in (*self._own_modules(core),) for p in core.get_submodule(name).parameters()}
+        own = {id(p) for name in self._own_modules() for _, p in named_parts(core, name)}
         for module in core.modules():
             for name, parameter in list(module._parameters.items()):
                 if parameter is not None and id(parameter) not in own:
                     del module._parameters[name]
                     module.__dict__[name] = _nothing(parameter)
 
-    def _own_modules(self, core: nn.Module) -> list[str]:
+    def _own_modules(self) -> list[str]:
         anatomy = self._anatomy
         outside = [*(anatomy.embedding if self.is_first else ()), *self.head_names]
         return [*outside, *(anatomy.layers[i] for i in self._own)]
@@ -279,6 +290,49 @@ class ShadowStage(Stage):
     def _stand_in(self, like: torch.Tensor) -> torch.Tensor:
         stand_in = _nothing(like, self._stub_device)
         return stand_in.contiguous() if self._stubs_have_memory else stand_in
+
+
+class _OneCall:
+    """The model on the last stage, which can be called once, with the inputs that the other stages have computed with.
+
+    Args:
+        stage: the last one.
+        batch: those inputs.
+        received: output of the stage before.
+    """
+
+    def __init__(self, stage: ShadowStage, batch: dict[str, torch.Tensor], received: Boundary | None):
+        self._stage, self._batch, self._received = stage, batch, received
+        self._called = False
+
+    def __call__(self, **inputs: Any) -> ModelOutput:
+        """What the model returns.
+
+        Raises:
+            EngineError: it is the second call, the inputs are others than the batch's, or the output is asked for what
+                other stages have.
+        """
+        stage = self._stage
+        if not (stage.is_first and stage.is_last):
+            if self._called:
+                raise EngineError(
+                    "the loss calls the model a second time for a micro-batch, but the stages before the last one have run "
+                    "it once; compute the loss of one call, or train with stock Trainer"
+                )
+            changed = [key for key in stage.batch_keys if inputs.get(key) is not self._batch.get(key)]
+            if changed:
+                raise EngineError(
+                    f"the loss calls the model with another {', '.join(sorted(changed))} than the batch's, but the stages "
+                    "before the last one have run on the batch; change the inputs in the data collator"
+                )
+            if wanted := [key for key in stage.foreign_outputs if inputs.get(key)]:
+                raise EngineError(
+                    f"{wanted[0]}=True asks for what layers of other stages put out, which they keep to themselves; leave "
+                    "it out, or run the saved model by itself"
+                )
+        self._called = True
+        output = stage._attempt(inputs, self._received)
+        return output if isinstance(output, ModelOutput) else CausalLMOutput(logits=logits_of(output))
 
 
 def _output_on_meta(module: nn.Module, given: Any) -> Any:

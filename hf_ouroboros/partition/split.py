@@ -12,14 +12,14 @@ from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..errors import DeviceMapError
+from ..errors import DeviceMapError, UnsupportedModelError
 from .anatomy import call_options, logits_of
 from .device_map import parse_device_map, plan_stages
-from .families import find_family
+from .families import Family, find_family
 from .mapping import check_module_names
-from .ownership import Owned, release_foreign
+from .ownership import Owned, named_parts, release_foreign
 from .plan import StagePlan, StageRow, torch_device
-from .self_check import Sample, compare, take_sample
+from .self_check import Run, Sample, compare, take_sample
 from .stages import Stage, compose
 from .units import StageSpan, Unit
 
@@ -73,6 +73,11 @@ class Partition:
         config = self.model.config
         return self.stages[0].family.evaluation_config(config, **options) if options else config
 
+    @property
+    def device_of_loss(self) -> torch.device:
+        """Where the last stage is; in a process without it, this process's device."""
+        return self.stages[-1].device if self.home is None else self.home.device
+
     def owned(self, stage: int) -> dict[str, nn.Parameter]:
         """The parameters that belong to a stage, by their name in the model, in the model's order."""
         tied = {id(parameter) for parameter in self.tied.values()}
@@ -90,14 +95,9 @@ class Partition:
 
 def tied_parameter_names(model: PreTrainedModel, units: Sequence[Unit]) -> tuple[str, ...]:
     """Names, on the embedding side, of the matrices that embedding and head share."""
-    head = {
-        id(p) for u in units if u.kind == "head" for name in u.modules for p in model.get_submodule(name).parameters()
-    }
+    head = {id(p) for u in units if u.kind == "head" for name in u.modules for _, p in named_parts(model, name)}
     return tuple(
-        f"{name}.{parameter_name}"
-        for name in units[0].modules
-        for parameter_name, parameter in model.get_submodule(name).named_parameters()
-        if id(parameter) in head
+        full for name in units[0].modules for full, parameter in named_parts(model, name) if id(parameter) in head
     )
 
 
@@ -153,11 +153,10 @@ def split_model(
         spans = [replace(span, device=0) for span in spans]
         used = [0]
     check = check and complete
-    keys = frozenset(inspect.signature(model.forward).parameters)
     options = call_options(model)
     expected = None
     if check:
-        expected = take_sample(model, keys, family.draws_in_turn, lambda batch: logits_of(model(**batch, **options)))
+        expected = _sample(model, family, "it does not run", lambda batch: logits_of(model(**batch, **options)))
     remove_hook_from_submodules(model)
     if dispatched:
         del model.hf_device_map
@@ -168,7 +167,7 @@ def split_model(
     stages = build()
     if home is not None:
         if expected is not None:  # while the weights of all stages are there
-            compare(expected, _sample_stages(model, keys, stages), model)
+            compare(expected, _sample_stages(model, stages), model)
         if replaced := release_foreign(model, ownership(units, spans, home.device_index)):
             raise DeviceMapError(
                 f"{', '.join(replaced[:3])} can't be released in place: a view, a weak reference or an unfinished backward "
@@ -198,19 +197,31 @@ def split_model(
         )
     plan = StagePlan(tuple(rows), tuple(devices[d] for d in used), bool(tied_names), num_workers)
     if expected is not None and home is None:
-        compare(expected, _sample_stages(model, keys, stages), model)
+        compare(expected, _sample_stages(model, stages), model)
     for stage in stages:
         stage.train(model.training)
     return Partition(model, stages, plan, tied_names, home)
 
 
-def _sample_stages(model: PreTrainedModel, keys: frozenset[str], stages: Sequence[Stage]) -> Sample:
+def _sample(model: PreTrainedModel, family: Family, failing: str, run: Run) -> Sample:
+    try:
+        return take_sample(model, frozenset(inspect.signature(model.forward).parameters), family.draws_in_turn, run)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # whatever a model's forward does that needs more than token ids
+        raise UnsupportedModelError(
+            f"{type(model).__name__} can't be split into stages: {failing} on a few tokens "
+            f"({type(error).__name__}: {str(error)[:200]})"
+        ) from error
+
+
+def _sample_stages(model: PreTrainedModel, stages: Sequence[Stage]) -> Sample:
     def run(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         for stage in stages:
             stage.train(model.training)
         return compose(stages, batch)
 
-    return take_sample(model, keys, stages[0].family.draws_in_turn, run)
+    return _sample(model, stages[0].family, "its stages do not run", run)
 
 
 def plan_ownership(
@@ -237,14 +248,14 @@ def plan_ownership(
 
 def ownership(units: Sequence[Unit], spans: Sequence[StageSpan], device_index: int) -> Owned:
     """Tells for a parameter's name whether it belongs to a stage on a device."""
-    modules = [
+    parts = [
         f"{name}."
         for span in spans
         if span.device == device_index
         for unit in units[span.start : span.stop]
         for name in unit.modules
     ]
-    return lambda name: any(name.startswith(module) for module in modules)
+    return lambda name: f"{name}.".startswith(tuple(parts))
 
 
 def _check_loaded(stage: Stage, model: PreTrainedModel) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig
+from transformers.utils import ModelOutput
 
 from .anatomy import HIDDEN
 from .units import StageSpan, Unit
@@ -22,8 +23,11 @@ Boundary = dict[str, torch.Tensor]
 Memory = dict[str, torch.Tensor]
 """What the layers of a stage remember of a segment, by names that the family gives; [rows of the batch, ...] each."""
 
-Targets = dict[str, Any]
-"""What a head computes the loss from: keyword arguments of its forward (labels, by what to divide)."""
+ModelCall = Callable[..., ModelOutput]
+"""The model as the last stage can call it: with a batch's inputs, labels and what else its forward takes, by name."""
+
+Finish = Callable[[ModelCall], Any]
+"""What is done with the model on the last stage: calls it, and returns what the stage is to return."""
 
 
 class Stage(nn.Module, ABC):
@@ -77,8 +81,8 @@ class Stage(nn.Module, ABC):
         batch: dict[str, torch.Tensor],
         received: Boundary | None = None,
         memory: Memory | None = None,
-        targets: Targets | None = None,
-    ) -> Boundary | torch.Tensor:
+        finish: Finish | None = None,
+    ) -> Boundary | Any:
         """Runs the stage's units.
 
         Args:
@@ -86,11 +90,11 @@ class Stage(nn.Module, ABC):
             received: output of the stage before; None on the first stage.
             memory: what the stage's layers remember of the segment before, empty at the beginning of a text; is
                 overwritten with what they remember of this one, by new tensors. None: nothing is remembered.
-            targets: on the last stage, of a family whose head computes the loss: what it computes it from.
+            finish: on the last stage, what is done with the model; None to have its logits.
 
         Returns:
-            What the next stage receives; on the last stage the logits [batch, time, vocabulary], or with targets the
-            loss, a scalar.
+            What the next stage receives; on the last stage what `finish` returns, or the logits
+            [batch, time, vocabulary].
         """
 
     def place(self, device: torch.device) -> None:
@@ -127,23 +131,22 @@ def compose(
     stages: Sequence[Stage],
     batch: dict[str, torch.Tensor],
     memories: Sequence[Memory | None] | None = None,
-    targets: Targets | None = None,
-) -> torch.Tensor:
+    finish: Finish | None = None,
+) -> Any:
     """Runs all stages in turn, as the unsplit model would, moving the batch and hidden state along.
 
     Args:
         stages: all of them, with weights.
         batch: what the model takes, e.g. `input_ids` [batch, time].
         memories: of each stage, as in `Stage.forward`; None for no memory.
-        targets: as in `Stage.forward`, on any device.
+        finish: as in `Stage.forward`.
 
     Returns:
-        Logits [batch, time, vocabulary] on the last stage's device; with targets the loss.
+        What `finish` returns, or the logits [batch, time, vocabulary] on the last stage's device.
     """
     state: Any = None
     for stage, memory in zip(stages, memories or [None] * len(stages), strict=True):
         device = stage.device
         given = None if state is None else to_device(state, device)
-        last = to_device(targets, device) if stage.is_last and targets is not None else None
-        state = stage(select(stage, batch, device), given, memory, last)
+        state = stage(select(stage, batch, device), given, memory, finish if stage.is_last else None)
     return state

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..engine.streams import Reading, Segment
-from ..partition import Boundary, Partition, Targets, select, to_device
+from ..partition import Boundary, Finish, Partition, select
 from .grid import ProcessGrid
 from .wires import BoundarySpec, Wires
 
@@ -44,22 +44,22 @@ class Relay:
         self.has_logits = placement[-1] == grid.device_index
         self.depth = grid.num_devices
 
-    def run(self, batch: Mapping[str, Any], targets: Targets | None = None) -> torch.Tensor | None:
+    def run(self, batch: Mapping[str, Any], finish: Finish | None = None) -> Any:
         """Passes a batch through the stages of this process; all processes of the replica do so, in the same order.
 
         Args:
             batch: what the family takes, e.g. `input_ids` [batch, time].
-            targets: as in `Stage.forward`.
+            finish: as in `Stage.forward`.
 
         Returns:
-            Logits [batch, time, vocabulary], with targets the loss, where the last stage is; None elsewhere.
+            What `finish` returns, or the logits [batch, time, vocabulary], where the last stage is; None elsewhere.
         """
         if not self._begun:
             self.begin(batch)
         segment, state = self._begun.popleft()
         for stage in self._own:
             if stage not in self._ahead:
-                state = self._stage(stage, batch, state, segment, targets)
+                state = self._stage(stage, batch, state, segment, finish)
         return state if self.has_logits else None
 
     def begin(self, batch: Mapping[str, Any]) -> None:
@@ -74,15 +74,15 @@ class Relay:
         batch: Mapping[str, Any],
         received: Boundary | None,
         segment: Segment | None,
-        targets: Targets | None = None,
-    ) -> Boundary | torch.Tensor | None:
+        finish: Finish | None = None,
+    ) -> Any:
         module = self._partition.stages[stage]
         if stage > 0 and not self._wires.is_local("hidden", stage):
             received = self._wires.post_all("hidden", stage, self._specs[stage - 1].shapes(batch)).wait()
         memories = None if self.reading is None else self.reading.memories[stage]
         memory = None if memories is None else memories.recall(segment)
-        last = to_device(targets, self._grid.device) if module.is_last and targets is not None else None
-        output = module(select(module, batch, self._grid.device), received, memory, last)
+        given = select(module, batch, self._grid.device)
+        output = module(given, received, memory, finish if module.is_last else None)
         if memories is not None:
             memories.keep(segment, memory)
         if not module.is_last and not self._wires.is_local("hidden", stage + 1):

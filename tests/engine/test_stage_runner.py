@@ -147,12 +147,14 @@ def test_global_generator_is_untouched() -> None:
 
 def test_outputs_carry_no_graph() -> None:
     _, _, runners = make()
-    hidden = None
+    state = None
     for runner in runners:
-        hidden = runner.forward(0, make_batch(0), None, hidden)
-        assert not hidden.requires_grad and hidden.grad_fn is None
+        state = runner.forward(0, make_batch(0), None, state)
+        tensors = [state] if torch.is_tensor(state) else list(state.values())
+        assert tensors and all(not t.requires_grad and t.grad_fn is None for t in tensors)
     gradients, upstream = runners[2].backward(0, None)
-    assert not upstream.requires_grad and all(not g.requires_grad for g in gradients.values())
+    assert upstream.keys() == {"hidden"}
+    assert all(not g.requires_grad for g in (*upstream.values(), *gradients.values()))
 
 
 def test_parameters_get_no_gradients() -> None:

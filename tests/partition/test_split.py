@@ -251,9 +251,14 @@ def test_what_is_no_row_of_layers_is_refused() -> None:
         split_model(torch.nn.Linear(2, 2), cpu_devices(2))
 
 
-def test_cross_attention_and_checkpointing_are_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="add_cross_attention"):
-        split(tiny_gpt2(add_cross_attention=True), 2)
+def test_cross_attention() -> None:
+    """Encoder states are a part of the batch, for every stage."""
+    model = tiny_gpt2(add_cross_attention=True).eval()
+    batch = {**make_batch(0), "encoder_hidden_states": torch.randn(2, 3, 8)}
+    assert_same_logits(model, split(model, 3), batch)
+
+
+def test_gradient_checkpointing_is_refused() -> None:
     model = tiny_gpt2()
     model.gradient_checkpointing_enable()
     with pytest.raises(UnsupportedModelError, match=r"gradient_checkpointing_disable\(\).*recompute=True"):

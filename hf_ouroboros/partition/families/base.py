@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ...errors import UnsupportedOptionError
+from ..ownership import named_parts
 from ..stages import Stage
 from ..units import StageSpan, Unit
 
@@ -17,7 +18,7 @@ class Family(ABC):
     """One kind of model. It has no state; a new kind is one file with one class, listed in `FAMILIES`.
 
     Attributes:
-        computes_loss: whether the head can compute the loss without logits, from the targets of `Stage.forward`.
+        computes_loss: whether calling the model with labels gives the loss without logits.
         draws_in_turn: whether all stages, one after the other, draw the random numbers that the unsplit model draws.
     """
 
@@ -74,7 +75,7 @@ class Family(ABC):
 
         def unit(modules: Iterable[str], kind: str) -> Unit:
             modules = tuple(modules)
-            parameters = [p for name in modules for p in model.get_submodule(name).parameters()]
+            parameters = [p for name in modules for _, p in named_parts(model, name)]
             fresh = [p for p in parameters if id(p) not in seen]
             seen.update(id(p) for p in parameters)
             # An embedding is looked up, not multiplied: it costs next to nothing beside a layer.

@@ -25,9 +25,10 @@ class DecoderFamily(Family):
     def check(self, model: PreTrainedModel) -> None:
         """Refuses what its anatomy refuses, and what would be another function in every forward."""
         config = model.config
-        if getattr(config, "add_cross_attention", False):
+        if getattr(config, "output_router_logits", False):
             raise UnsupportedModelError(
-                f"{type(model).__name__} with config.add_cross_attention=True can't be split into stages"
+                "config.output_router_logits=True adds a loss that balances the experts of all layers, which stages don't "
+                "compute together; set it to False (the default) to train without it"
             )
         for module in (config, *model.modules()):
             rate = getattr(module, "layerdrop", 0.0)

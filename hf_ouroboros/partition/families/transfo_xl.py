@@ -9,10 +9,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
 
 from ...errors import UnsupportedModelError
 from ...models.transfo_xl import TransfoXLConfig, TransfoXLLMHeadModel, TransfoXLMemory
@@ -20,11 +23,12 @@ from ...models.transfo_xl.context import attention_context, valid_keys
 from ...models.transfo_xl.memory import first_memory, next_memory
 from ..anatomy import HIDDEN
 from ..shadow import shadow
-from ..stages import Boundary, Memory, Stage, Targets, hidden_of
+from ..stages import Boundary, Finish, Memory, Stage, hidden_of
 from ..units import StageSpan, Unit
 from .base import Family
 
 VALID = "valid"
+TARGETS = ("labels", "shift_labels", "num_items_in_batch")
 
 
 class TransfoXLFamily(Family):
@@ -109,8 +113,8 @@ class TransfoXLStage(Stage):
         batch: dict[str, torch.Tensor],
         received: Boundary | None = None,
         memory: Memory | None = None,
-        targets: Targets | None = None,
-    ) -> Boundary | torch.Tensor:
+        finish: Finish | None = None,
+    ) -> Boundary | Any:
         """See `Stage.forward`."""
         hidden = hidden_of(received)
         if self.is_first:
@@ -119,12 +123,22 @@ class TransfoXLStage(Stage):
             )
         if self.layer_names:
             hidden = self._run_layers(hidden, batch, memory)
-        if targets is not None:
-            hidden = self.get_submodule("transformer.final_drop")(hidden)
-            return self.get_submodule("crit")(hidden, **targets)[0]
+        if self.is_last:
+            call = partial(self._call, hidden)
+            return call().logits if finish is None else finish(call)
         for name in self.head_names:
             hidden = self.get_submodule(name)(hidden)
-        return hidden if self.is_last else {HIDDEN: hidden}
+        return {HIDDEN: hidden}
+
+    def _call(self, hidden: torch.Tensor, **inputs: Any) -> CausalLMOutput:
+        """What is left of a call of the model: the loss where there are labels, else the log-probabilities."""
+        targets = {key: inputs[key] for key in TARGETS if inputs.get(key) is not None}
+        *before, head = [self.get_submodule(name) for name in self.head_names]
+        for module in before:
+            hidden = module(hidden)
+        if targets.keys() & {"labels", "shift_labels"}:
+            return CausalLMOutput(loss=head(hidden, **targets)[0])
+        return CausalLMOutput(logits=head(hidden))
 
     def _run_layers(self, hidden: torch.Tensor, batch: dict[str, torch.Tensor], memory: Memory | None) -> torch.Tensor:
         """Layers that attend to their own inputs of the segment before; `memory` has them by layer, and which count."""

@@ -1,0 +1,200 @@
+"""Every causal language model type of Transformers, in stages: equal to the unsplit model to the last bit, or refused.
+
+Some types run by default; all of them, and the table in the package's own documentation, with
+
+    python tests/partition/test_every_decoder.py [--write]
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tiny_decoders import TYPES, tiny_decoder
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from hf_ouroboros.errors import UnsupportedModelError
+from hf_ouroboros.partition import Stage, select, split_model
+from hf_ouroboros.partition.anatomy import call_options
+
+COMMON = (
+    "llama qwen2 qwen3 gemma2 gemma3_text gemma3n_text gemma4_text mistral phi3 olmo2 gpt_neox mixtral qwen3_moe gpt_oss "
+    "deepseek_v3 glm4 bloom opt falcon mamba bert gpt2 zaya xmod"
+).split()
+DOCUMENT = Path(__file__).parents[2] / "hf_ouroboros" / "partition" / "DECODERS.md"
+STAGES = 3
+CPU = torch.device("cpu")
+Weights = dict[str, torch.Tensor]
+
+
+def batches(model: PreTrainedModel) -> dict[str, dict[str, torch.Tensor]]:
+    """Everything that the model takes: no padding, padding at either side, packed rows."""
+    takes = inspect.signature(model.forward).parameters
+    ids = torch.randint(3, 90, (2, 16), generator=torch.Generator().manual_seed(1))
+    found = {"plain": {"input_ids": ids}}
+    if "attention_mask" in takes:
+        for name, padding in (("right", slice(11, 16)), ("left", slice(0, 5))):
+            mask = torch.ones_like(ids)
+            mask[1, padding] = 0
+            found[name] = {"input_ids": ids, "attention_mask": mask}
+    if "position_ids" in takes:
+        packed = torch.cat([torch.arange(7), torch.arange(9)]).expand(2, -1)
+        found["packed"] = {"input_ids": ids, "position_ids": packed}
+    return found
+
+
+def run_whole(model: PreTrainedModel, batch: dict[str, torch.Tensor], weights: Weights) -> tuple[Any, Weights]:
+    """Output with loss, and all gradients, with some weights."""
+    leaves = {name: value.clone().requires_grad_(value.is_floating_point()) for name, value in weights.items()}
+    output = functional_call(model, leaves, (), {**batch, "labels": batch["input_ids"], **call_options(model)})
+    output.loss.backward()
+    return output, {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+
+def run_in_stages(
+    stages: tuple[Stage, ...], batch: dict[str, torch.Tensor], weights: Weights, names: dict[int, str]
+) -> tuple[Any, Weights]:
+    """The same, with the graph cut at every boundary as the engine does."""
+    tape, state, gradients = [], None, Counter()
+    for stage in stages:
+        leaves = {n: weights[names[id(p)]].clone() for n, p in stage.named_parameters()}
+        leaves = {n: leaf.requires_grad_(leaf.is_floating_point()) for n, leaf in leaves.items()}
+        received = None
+        if state is not None:
+            received = {n: t.detach().requires_grad_(stage.trains(n, t)) for n, t in state.items()}
+
+        def finish(call: Any, batch: dict[str, torch.Tensor] = batch) -> Any:
+            return call(**batch, labels=batch["input_ids"])
+
+        given = (select(stage, batch, CPU), received, None, finish if stage.is_last else None)
+        state = functional_call(stage, leaves, given)
+        tape.append((stage, leaves, received, state))
+    output, incoming = state, None
+    for stage, leaves, received, state in reversed(tape):
+        if incoming is None:
+            state.loss.backward()
+        else:
+            sent = [n for n in state if n in incoming and state[n].requires_grad]
+            torch.autograd.backward([state[n] for n in sent], [incoming[n] for n in sent])
+        by_id = dict(stage.named_parameters())
+        for n, leaf in leaves.items():
+            if leaf.grad is not None:
+                name = names[id(by_id[n])]
+                gradients[name] = leaf.grad if name not in gradients else gradients[name] + leaf.grad
+        incoming = {n: t.grad for n, t in (received or {}).items() if t.grad is not None}
+    return output, dict(gradients)
+
+
+def differing(model_type: str) -> list[str]:
+    """What differs between a model of a type and its stages.
+
+    Raises:
+        UnsupportedModelError: it is refused.
+    """
+    model = tiny_decoder(model_type).train()
+    stages = split_model(model, ["cpu:0", "cpu:1", "cpu:2"], num_stages=STAGES).stages
+    names = {id(p): n for n, p in model.named_parameters()}
+    now = {n: p.detach() for n, p in model.named_parameters()}
+    older = {n: p + 0.01 * p.abs() if p.is_floating_point() else p for n, p in now.items()}
+    found = []
+    for name, batch in batches(model).items():
+        for weights in (now, older) if name == "plain" else (now,):
+            torch.manual_seed(0)
+            expected, expected_gradients = run_whole(model, batch, weights)
+            torch.manual_seed(0)
+            output, gradients = run_in_stages(stages, batch, weights, names)
+            which = f"{name}, {'older' if weights is older else 'present'} weights"
+            if not torch.equal(output.logits, expected.logits):
+                found.append(f"logits ({which})")
+            if not torch.equal(output.loss, expected.loss):
+                found.append(f"loss ({which})")
+            if gradients.keys() != expected_gradients.keys():
+                found.append(f"which gradients there are ({which})")
+            found += [
+                f"{n} ({which})"
+                for n in gradients.keys() & expected_gradients.keys()
+                if not torch.equal(gradients[n], expected_gradients[n])
+            ]
+    return found
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("model_type", [name for name in COMMON if name in TYPES])
+def test_equal_to_the_last_bit(model_type: str) -> None:
+    assert differing(model_type) == []
+
+
+@pytest.mark.parametrize(
+    ("model_type", "why"),
+    [
+        ("zamba2", "layers 2 and 4 of model.layers share the parameter"),
+        ("hrm_text", "run more than once in a forward"),
+        ("reformer", "its layers return a ReformerOutput"),
+        ("xlm", "something goes past its layers to the head"),
+    ],
+)
+def test_refused_by_a_sentence_that_says_why(model_type: str, why: str) -> None:
+    if model_type not in TYPES:
+        pytest.skip(f"this Transformers has no {model_type}")
+    with pytest.raises(UnsupportedModelError, match=why):
+        differing(model_type)
+
+
+def verdict(model_type: str) -> tuple[str, str]:
+    """("equal" | "refused" | "differs" | "not tried", a remark)."""
+    try:
+        tiny_decoder(model_type)
+    except Exception as error:
+        return "not tried", f"no small model was made of it ({type(error).__name__})"
+    try:
+        found = differing(model_type)
+    except UnsupportedModelError as error:
+        return "refused", str(error).partition("can't be split into stages: ")[2] or str(error)
+    except Exception as error:
+        return "differs", f"{type(error).__name__}: {error}"
+    return ("differs", ", ".join(found[:3])) if found else ("equal", "")
+
+
+def main() -> None:
+    """Tries all types; with `--write`, the table goes into the documentation."""
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    results = {}
+    for model_type in sorted(TYPES):
+        results[model_type] = verdict(model_type)
+        print(model_type, *results[model_type], flush=True)
+    counts = Counter(kind for kind, _ in results.values())
+    summary = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
+    print(summary)
+    if "--write" in sys.argv:
+        remarks = {name: " ".join(text.split())[:160].replace("|", "\\|") for name, (_, text) in results.items()}
+        rows = [f"| {name} | {kind} | {remarks[name]} |" for name, (kind, _) in results.items()]
+        header = [
+            "# Causal language models in stages",
+            "",
+            f"Transformers {transformers.__version__}, torch {torch.__version__.partition('+')[0]}, CPU, float32: {summary}.",
+            "Equal means that a small model in three stages has the unsplit model's logits, loss and gradients to the last",
+            "bit, with and without padding, packed rows and older weights. Written by",
+            "`python tests/partition/test_every_decoder.py --write`.",
+            "",
+            "| type | in stages | why |",
+            "|---|---|---|",
+        ]
+        DOCUMENT.write_text("\n".join([*header, *rows]) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
