@@ -205,7 +205,10 @@ class StageRunner:
             self._link.gradients[tick] = {n: gradients.pop(n) for n in self._link.names if n in gradients}
         elif self._lends:
             for name, output_side in self._link.gradients.pop(tick, {}).items():
-                gradients[name].add_(output_side)
+                if name in gradients:
+                    gradients[name].add_(output_side)
+                else:  # the embedding was not used, as with inputs_embeds
+                    gradients[name] = output_side
         if item.received is None:
             return gradients, None
         # What had no effect on the loss has a gradient of zeros: the stage before waits for one.
