@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..errors import UnsupportedOptionError
 from ..partition import Targets, to_device
 
 LossFunction = Callable[[torch.Tensor, Mapping[str, Any], Any], torch.Tensor]
@@ -39,5 +40,15 @@ def targets_for(loss_fn: LossFunction, batch: Mapping[str, Any], context: Any, d
 def loss_of(
     loss_fn: LossFunction, output: torch.Tensor, targets: Targets | None, batch: Mapping[str, Any], context: Any
 ) -> torch.Tensor:
-    """The loss, of what the last stage put out: the head's loss where it had targets, else logits."""
-    return loss_fn(output, batch, context) if targets is None else loss_fn.finish(output, context)
+    """The loss, of what the last stage put out: the head's loss where it had targets, else logits.
+
+    Raises:
+        UnsupportedOptionError: it does not depend on what is trained, so that no gradient would ever come.
+    """
+    loss = loss_fn(output, batch, context) if targets is None else loss_fn.finish(output, context)
+    if torch.is_grad_enabled() and not loss.requires_grad:
+        raise UnsupportedOptionError(
+            "the loss does not depend on any parameter that is trained, so nothing would ever change: a compute_loss_func or "
+            "compute_loss must give a loss with its graph (no detach(), item() or torch.no_grad())"
+        )
+    return loss

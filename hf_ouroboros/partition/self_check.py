@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
+from .finite import check_finite
 
 
 @torch.no_grad()
@@ -33,8 +34,10 @@ def compare_logits(expected: torch.Tensor, found: torch.Tensor, model: PreTraine
     """Refuses stages whose logits differ by more than rounding.
 
     Raises:
-        UnsupportedModelError: they differ.
+        UnsupportedModelError: they differ, or weights are not finite.
     """
+    if not expected.isfinite().all():
+        check_finite(model)
     # The stages run the same kernels; only another device or a half-precision rounding may differ.
     eps = torch.finfo(next(model.parameters()).dtype).eps
     error = (expected - found).abs().max().item()

@@ -109,6 +109,8 @@ class Watch:
         The error is posted, so that the other processes name it, too.
         """
         self._raised.set()
+        if isinstance(error, RankFailedError):
+            self.failure = self.failure or error  # found out at a meeting
         if self._is_foreign(error):
             self.failure = self.failure or self._find_culprit(error)
             error = self.failure
