@@ -76,8 +76,12 @@ class DisagreementError(EngineError, ValueError):
     Args:
         message: the whole of it, in one line.
         names: what they disagree about.
+
+    Attributes:
+        everywhere: whether all processes of the run raise this, so that nobody has to be told.
     """
 
     def __init__(self, message: str, names: tuple[str, ...]):
         self.names = names
+        self.everywhere = False
         super().__init__(message)

@@ -57,6 +57,9 @@ WHETHER: dict[str, str] = {
 WHERE_HELD = frozenset({"weights"})
 """Sections in which None says that this process does not hold the thing: only those who hold it have to agree."""
 
+POINT = "point"
+"""Section of the point that a process has reached."""
+ADVICE = "Start all of them with the same script, options, software and files"
 SHOWN = 6
 """How many differences a message spells out."""
 LONGEST = 80
@@ -116,20 +119,25 @@ def differences(facts: Mapping[int, Facts]) -> list[Difference]:
     return found
 
 
-def disagreement(where: str, facts: Mapping[int, Facts]) -> DisagreementError | None:
+def disagreement(where: str, facts: Mapping[int, Facts], advice: str = ADVICE) -> DisagreementError | None:
     """The error that all processes raise; None where they agree.
 
     Args:
         where: what they are about to do.
         facts: of every process, by rank.
+        advice: what to do about it.
     """
-    found = differences(facts)
-    if not found:
+    # Those who are at different points, or have different models, differ in much that follows from it.
+    stages = [frozenset({POINT}), frozenset(name for one in facts.values() for name in one) - WHERE_HELD, WHERE_HELD]
+    for sections in stages:
+        found = differences({rank: {k: v for k, v in one.items() if k in sections} for rank, one in facts.items()})
+        if found:
+            break
+    else:
         return None
     more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
     return DisagreementError(
-        f"the processes of this run disagree, at {where}: {'; '.join(map(str, found[:SHOWN]))}{more}. Start all of them "
-        "with the same script, options, software and files",
+        f"the processes of this run disagree, at {where}: {'; '.join(map(str, found[:SHOWN]))}{more}. {advice}",
         tuple(difference.name for difference in found),
     )
 

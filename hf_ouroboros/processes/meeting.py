@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import DisagreementError, RankFailedError
-from .handshake import Facts, checksum, disagreement
+from .handshake import POINT, Facts, checksum, disagreement
 
 LINGER = 3.0
 """Seconds that a process that is about to fail stays until the others have read why."""
@@ -113,7 +113,7 @@ class Meeting:
             RankFailedError: another process refused to come here, is gone, or is late.
         """
         number, self._number = self._number, self._number + 1
-        facts = {"point": {"the point they have reached": where}, **facts}
+        facts = {POINT: {"the point they have reached": where}, **facts}
         try:
             sums = {section: checksum(table) for section, table in facts.items()}
             entries = self._gather(f"sums {number}", sums, where, timeout, check)
@@ -132,6 +132,8 @@ class Meeting:
                 for kind in ("sums", "facts"):
                     self._store.delete_key(f"{kind} {number - 1} {self._rank}")
         if error is not None:
+            if isinstance(error, DisagreementError):
+                error.everywhere = True
             with suppress(RuntimeError):
                 self._linger(number)
             raise error

@@ -112,5 +112,10 @@ def fingerprint(batch: Mapping[str, Any], start: int = 0) -> int:
     for key in sorted(batch):
         value = batch[key]
         if torch.is_tensor(value) and value.device.type == "cpu":
-            start = zlib.crc32(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy(), start)
+            start = tensor_checksum(value, start)
     return start
+
+
+def tensor_checksum(tensor: torch.Tensor, start: int = 0) -> int:
+    """A checksum of a tensor's bytes on the CPU, on top of an earlier one, below 2**32."""
+    return zlib.crc32(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy(), start)

@@ -1,7 +1,7 @@
-"""SameBatches: the processes of a replica agree on the shapes of their batches before anything of that shape is sent.
+"""SameBatches: the processes of a replica agree on their batches before anything of that shape is sent.
 
-A message that is longer than the memory it is received into makes gloo abort the process. The *contents* of batches are
-compared some updates later, without anybody waiting (`processes.reports`).
+A message that is longer than the memory it is received into makes gloo abort the process. Where batches come on an
+accelerator only their shapes are compared: a look at their contents would wait for it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,12 @@ import torch.distributed as dist
 
 from .grid import ProcessGrid
 from .handshake import Facts, disagreement
+from .reports import tensor_checksum
+
+ADVICE = (
+    "The processes of a replica share their batches: a data set, sampler or collator that draws random numbers of its own has "
+    "to be seeded alike in all of them, and must not divide the rows among them"
+)
 
 
 class SameBatches:
@@ -34,7 +40,7 @@ class SameBatches:
         self._check_others = check_others
 
     def check(self, batches: Sequence[Any], where: str) -> None:
-        """Compares the number of micro-batches and their keys, shapes and types; called by all processes of the replica.
+        """Compares the number of micro-batches, their keys, shapes, types and contents; called by all of the replica.
 
         Args:
             batches: those of an update, or a single one; none where the data has come to its end.
@@ -56,7 +62,9 @@ class SameBatches:
             return
         found: list[Facts] = [{} for _ in rows]
         dist.all_gather_object(found, facts, self._row)
-        raise disagreement(f"the micro-batches of {where}", dict(zip(self._grid.row(), found, strict=True)))
+        error = disagreement(f"the micro-batches of {where}", dict(zip(self._grid.row(), found, strict=True)), ADVICE)
+        error.everywhere = self._grid.replicas == 1
+        raise error
 
     def of(self, loader: Any, where: str) -> Any:
         """A data loader whose batches have been compared when they come out."""
@@ -81,14 +89,19 @@ class _CheckedLoader:
 
 
 def structure(batches: Sequence[Any]) -> dict[str, Any]:
-    """What decides the shapes of everything that is computed from micro-batches."""
+    """What everything that is computed from micro-batches depends on."""
     facts: dict[str, Any] = {"number of micro-batches": len(batches)}
     for index, batch in enumerate(batches):
         if not isinstance(batch, Mapping):
             facts[f"micro-batch {index}"] = type(batch).__name__
             continue
         for key in sorted(batch):
-            value = batch[key]
-            described = f"{list(value.shape)} {value.dtype}" if torch.is_tensor(value) else type(value).__name__
-            facts[f"{key} of micro-batch {index}"] = described
+            facts[f"{key} of micro-batch {index}"] = _described(batch[key])
     return facts
+
+
+def _described(value: Any) -> str:
+    if not torch.is_tensor(value):
+        return type(value).__name__
+    contents = f", checksum {tensor_checksum(value):08x}" if value.device.type == "cpu" else ""
+    return f"{list(value.shape)} {value.dtype}{contents}"
