@@ -100,7 +100,7 @@ class OuroborosTrainer(BatchHooks, OptimizerHooks, EvaluationHooks, CheckpointHo
         if self._grid is not None:
             self._control_group, self._row_group = self._grid.world_group(), self._grid.row_group()
             self._watch = Watch(self._grid, self._control_group, self._doing)
-            self._same_batches = SameBatches(self._grid, self._row_group, self._watch.check)
+            self._same_batches = SameBatches(self._grid, self._control_group, self._watch.check)
             leave_at_exit()
         if model is not None:
             self._split(model, args)

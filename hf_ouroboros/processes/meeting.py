@@ -117,6 +117,8 @@ class Meeting:
         try:
             sums = {section: checksum(table) for section, table in facts.items()}
             entries = self._gather(f"sums {number}", sums, where, timeout, check)
+            for kind in ("sums", "facts"):  # whoever has come here has read those of the meeting before
+                self._store.delete_key(f"{kind} {number - 1} {self._rank}")
             if all(entry == sums for entry in entries.values()):
                 return
             error = disagreement(where, self._gather(f"facts {number}", facts, where, timeout, check))
@@ -126,11 +128,6 @@ class Meeting:
             raise RankFailedError(
                 f"rank 0 is gone (the store that it kept does not answer), at {where}. {describe(failure)}"
             ) from failure
-        finally:
-            with suppress(RuntimeError):
-                # Whoever states facts here has read those of the meeting before.
-                for kind in ("sums", "facts"):
-                    self._store.delete_key(f"{kind} {number - 1} {self._rank}")
         if error is not None:
             if isinstance(error, DisagreementError):
                 error.everywhere = True
@@ -177,10 +174,7 @@ class Meeting:
 
     def _look_for_the_lost(self, missing: list[int], key: str, where: str) -> None:
         for rank in missing:
-            left = self._store.check([f"left {rank}"])
-            if not left and (not self._store.check([f"who {rank}"]) or _lives(*self._read(f"who {rank}"))):
-                continue
-            if self._store.check([f"{key} {rank}"]):  # its last words, in the very moment
+            if not self._has_ended(rank) or self._store.check([f"{key} {rank}"]):  # its last words, in the very moment
                 continue
             why = self._read(f"left {rank}") if self._store.check([f"left {rank}"]) else "was killed, or broke off"
             raise RankFailedError(f"rank {rank} {why}, while others waited for it at {where}")
@@ -196,7 +190,12 @@ class Meeting:
             time.sleep(0.02)
 
     def _has_read(self, rank: int, number: int) -> bool:
-        return self._store.check([f"read {number} {rank}"]) or self._store.check([f"left {rank}"])
+        return self._store.check([f"read {number} {rank}"]) or self._has_ended(rank)
+
+    def _has_ended(self, rank: int) -> bool:
+        if self._store.check([f"left {rank}"]):
+            return True
+        return self._store.check([f"who {rank}"]) and not _lives(*self._read(f"who {rank}"))
 
     # ---- the end of the process ----
 

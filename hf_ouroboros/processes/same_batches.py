@@ -15,10 +15,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .files import together
 from .grid import ProcessGrid
 from .handshake import Facts, disagreement
 from .reports import tensor_checksum
 
+NUMBER = "number of micro-batches"
 ADVICE = (
     "The processes of a replica share their batches: a data set, sampler or collator that draws random numbers of its own has "
     "to be seeded alike in all of them, and must not divide the rows among them"
@@ -30,40 +32,46 @@ class SameBatches:
 
     Args:
         grid: the processes.
-        row: a gloo group of this replica's processes.
+        group: a gloo group of all processes.
         check_others: raises if another process is known to have failed; called while this one waits.
     """
 
-    def __init__(self, grid: ProcessGrid, row: dist.ProcessGroup, check_others: Callable[[], None] = lambda: None):
+    def __init__(self, grid: ProcessGrid, group: dist.ProcessGroup, check_others: Callable[[], None] = lambda: None):
         self._grid = grid
-        self._row = row
+        self._group = group
         self._check_others = check_others
 
     def check(self, batches: Sequence[Any], where: str) -> None:
-        """Compares the number of micro-batches, their keys, shapes, types and contents; called by all of the replica.
+        """Compares the number of micro-batches among all processes, all else of them within each replica.
 
         Args:
             batches: those of an update, or a single one; none where the data has come to its end.
             where: what they are for.
 
         Raises:
-            DisagreementError: they differ; raised by all processes of the replica.
+            DisagreementError: they differ; raised by all processes.
         """
         facts = {"batches": structure(batches)}
-        row = torch.tensor([zlib.crc32(json.dumps(facts).encode())])
-        rows = [torch.empty_like(row) for _ in range(self._grid.num_devices)]
-        work, pause = dist.all_gather(rows, row, self._row, async_op=True), 0.0002
+        own = torch.tensor([len(batches), zlib.crc32(json.dumps(facts).encode())])
+        found = [torch.empty_like(own) for _ in range(self._grid.world_size)]
+        work, pause = dist.all_gather(found, own, self._group, async_op=True), 0.0002
         while not work.is_completed():
             self._check_others()
             time.sleep(pause)
-            pause = min(1.3 * pause, 0.02)
+            pause = min(1.3 * pause, 0.005)
         work.wait()
-        if all(torch.equal(other, row) for other in rows):
-            return
-        found: list[Facts] = [{} for _ in rows]
-        dist.all_gather_object(found, facts, self._row)
-        error = disagreement(f"the micro-batches of {where}", dict(zip(self._grid.row(), found, strict=True)), ADVICE)
-        error.everywhere = self._grid.replicas == 1
+        everybody = range(self._grid.world_size)
+        if len({int(numbers[0]) for numbers in found}) > 1:
+            self._refuse({"batches": {NUMBER: len(batches)}}, where, everybody)
+        for replica in range(self._grid.replicas):
+            if len({int(found[rank][1]) for rank in self._grid.row(replica)}) > 1:
+                self._refuse(facts, where, self._grid.row(replica))
+
+    def _refuse(self, facts: Facts, where: str, among: Sequence[int]) -> None:
+        """Has all processes raise what differs among some of them."""
+        found = together(self._grid, self._group, facts)
+        error = disagreement(f"the micro-batches of {where}", {rank: found[rank] for rank in among}, ADVICE)
+        error.everywhere = True
         raise error
 
     def of(self, loader: Any, where: str) -> Any:
@@ -90,7 +98,7 @@ class _CheckedLoader:
 
 def structure(batches: Sequence[Any]) -> dict[str, Any]:
     """What everything that is computed from micro-batches depends on."""
-    facts: dict[str, Any] = {"number of micro-batches": len(batches)}
+    facts: dict[str, Any] = {NUMBER: len(batches)}
     for index, batch in enumerate(batches):
         if not isinstance(batch, Mapping):
             facts[f"micro-batch {index}"] = type(batch).__name__

@@ -25,7 +25,7 @@ from hf_ouroboros.processes.handshake import (
     options_to_compare,
 )
 
-WITHIN = 10.0  # seconds, from the issue; measured: below one
+WITHIN = 20.0  # seconds, half of ddp_timeout: nobody waited for that. Measured on a quiet machine: below one
 
 
 def arguments(folder: Path, **options: Any) -> OuroborosArguments:
