@@ -59,6 +59,7 @@ class OuroborosTrainer(BatchHooks, OptimizerHooks, EvaluationHooks, CheckpointHo
 
     Raises:
         UnsupportedModelError, DeviceMapError, UnsupportedOptionError: before any work starts.
+        DisagreementError: processes of the run were given different things; RankFailedError: one of them refused.
     """
 
     @refusing()
@@ -193,6 +194,7 @@ class OuroborosTrainer(BatchHooks, OptimizerHooks, EvaluationHooks, CheckpointHo
         Raises:
             WorkerError: a device's worker failed; names device, instruction, stage and tick.
             CheckpointError: the checkpoint can't be resumed exactly.
+            DisagreementError: processes of the run have different options, models, optimizers, or data.
         """
         with self._guarded("training"):
             try:

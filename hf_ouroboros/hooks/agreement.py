@@ -74,7 +74,7 @@ class AgreementHooks(Trainer):
             weights=facts.weights(self.model),
             plan=facts.plan(self._partition.plan.rows),
             optimizer=facts.optimizer(optimizer, self.model),
-            scheduler=facts.scheduler(scheduler),
+            scheduler=facts.scheduler_facts(scheduler),
             data=self._train_data or {},
             steps={
                 "global step": self.state.global_step,

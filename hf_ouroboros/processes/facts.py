@@ -9,7 +9,6 @@ import hashlib
 import math
 import platform
 import re
-import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -143,12 +142,17 @@ def optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, A
     return facts
 
 
-def scheduler(scheduler: Any) -> dict[str, Any]:
+def scheduler_facts(scheduler: Any) -> dict[str, Any]:
     """A learning rate scheduler that a script has given."""
     if scheduler is None:
         return {}
-    state = {k: v for k, v in vars(scheduler).items() if k != "optimizer" and not k.startswith("_")}
-    return {"scheduler": type(scheduler).__qualname__} | {f"scheduler's {k}": plain(v) for k, v in state.items()}
+    state = {
+        k: v for k, v in vars(scheduler).items() if k != "optimizer" and (not k.startswith("_") or k == "_milestones")
+    }
+    facts = {"scheduler": type(scheduler).__qualname__} | {f"scheduler's {k}": plain(v) for k, v in state.items()}
+    for index, inner in enumerate(getattr(scheduler, "_schedulers", ())):  # one after the other, or multiplied
+        facts |= {f"{name} ({index})": value for name, value in scheduler_facts(inner).items()}
+    return facts
 
 
 def stopping(callbacks: Sequence[Any]) -> dict[str, Any]:
@@ -182,7 +186,7 @@ def _inner_sampler(thing: Any) -> Any:
 
 def _parts(name: str, thing: Any) -> dict[str, Any]:
     """What an object is, and the numbers and words that it holds."""
-    facts = {name: plain(thing) if isinstance(thing, types.FunctionType) else type(thing).__qualname__}
+    facts: dict[str, Any] = {name: getattr(thing, "__qualname__", type(thing).__qualname__)}
     for key, value in vars(thing).items() if hasattr(thing, "__dict__") else ():
         if key in ("process_index", "rank", "local_rank"):
             continue  # replicas take different parts
