@@ -208,7 +208,7 @@ class Meeting:
             self.leave(f"ended with {describe(error)}", failed=True)
 
         sys.excepthook = hook
-        atexit.register(self.leave, "ended")
+        atexit.register(self._leave_for_good)
 
     def leave(self, how: str, failed: bool = False) -> None:
         """Says that this process ends; stays a little if others wait for it, or find out through it."""
@@ -225,6 +225,12 @@ class Meeting:
                 deadline = time.monotonic() + LINGER
                 while time.monotonic() < deadline and not self._store.check([f"left {r}" for r in self._others]):
                     time.sleep(0.02)
+
+    def _leave_for_good(self) -> None:
+        """Leaves, and lets go of the store while Python still runs."""
+        global _present
+        self.leave("ended")
+        self._store = self.founded_on = _present = None
 
 
 def describe(error: BaseException) -> str:
