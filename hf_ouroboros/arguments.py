@@ -17,6 +17,7 @@ from .errors import UnsupportedOptionError
 from .optim import choose
 from .optim.choice import NAMES
 from .processes.launch import check_launch, check_started, launched_processes
+from .processes.meeting import present, refusing
 
 # option -> (is it on?, what to do instead)
 _REFUSED: dict[str, tuple[Any, str]] = {
@@ -136,8 +137,14 @@ class OuroborosArguments(TrainingArguments):
         check_launch()
         if launched_processes() > 1 and not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise accelerate would not connect the processes
+        with refusing(self.use_cpu, self.ddp_backend):
+            self._meet_and_check()
+
+    def _meet_and_check(self) -> None:
+        """Connects the processes, and checks the options; the others hear of a refusal, also if it comes before."""
         super().__post_init__()
         check_started(self.world_size)
+        present()
         self._check_options()
         self._check_combinations()
         if isinstance(self.device_map, dict):  # loggers write arguments as JSON

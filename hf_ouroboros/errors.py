@@ -68,3 +68,20 @@ class ProcessLaunchError(OuroborosError, RuntimeError):
 
 class RankFailedError(EngineError):
     """Another process of the run failed; says which, where it was, and why as far as it could tell."""
+
+
+class DisagreementError(EngineError, ValueError):
+    """Processes of a run that were given different things; says which, on which ranks, and all values.
+
+    Args:
+        message: the whole of it, in one line.
+        names: what they disagree about.
+
+    Attributes:
+        everywhere: whether all processes of the run raise this, so that nobody has to be told.
+    """
+
+    def __init__(self, message: str, names: tuple[str, ...]):
+        self.names = names
+        self.everywhere = False
+        super().__init__(message)

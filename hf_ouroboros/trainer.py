@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalPrediction, TrainOutput
 
 from .arguments import OuroborosArguments
 from .engine.engine import Engine
-from .engine.optimizers import check_optimizer
+from .engine.optimizers import check_optimizer, check_trainable
 from .hooks.batches import BatchHooks
 from .hooks.card import CardHooks
 from .hooks.checkpoints import CheckpointHooks
@@ -29,12 +29,15 @@ from .hooks.preemption import SaveOnSigterm
 from .hub.facts import TAG
 from .ledger import LossLedger
 from .partition import Home, Partition, StagePlan, split_model, torch_device
+from .partition.finite import check_finite
 from .processes import ProcessGrid
 from .processes.clocks import record_of_all
 from .processes.engine import ProcessEngine
 from .processes.grid import leave_at_exit
+from .processes.meeting import refusing
 from .processes.probe import boundary_specs
 from .processes.relay import Relay
+from .processes.same_batches import SameBatches
 from .processes.watch import Watch
 from .reference import Reference
 from .simulate.timeline import Timeline
@@ -56,8 +59,10 @@ class OuroborosTrainer(BatchHooks, OptimizerHooks, EvaluationHooks, CheckpointHo
 
     Raises:
         UnsupportedModelError, DeviceMapError, UnsupportedOptionError: before any work starts.
+        DisagreementError: processes of the run were given different things; RankFailedError: one of them refused.
     """
 
+    @refusing()
     def __init__(
         self,
         model: PreTrainedModel | nn.Module | None = None,
@@ -76,6 +81,13 @@ class OuroborosTrainer(BatchHooks, OptimizerHooks, EvaluationHooks, CheckpointHo
     ):
         args = OuroborosArguments(output_dir="tmp_trainer") if args is None else args
         args = OuroborosArguments.from_training_arguments(args)
+        self._agree_on_options(
+            args,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            callbacks=callbacks,
+        )
         self.engine: Engine | Reference | None = None
         self.timeline: Timeline | None = None
         self._partition: Partition | None = None
@@ -90,6 +102,7 @@ class OuroborosTrainer(BatchHooks, OptimizerHooks, EvaluationHooks, CheckpointHo
             self._control_group = self._grid.standing_group("world", "control")
             self._row_group = self._grid.standing_group("row", "set-up")
             self._watch = Watch(self._grid, self._control_group, self._doing)
+            self._same_batches = SameBatches(self._grid, self._control_group, self._watch.check)
             leave_at_exit()
         if model is not None:
             self._split(model, args)
@@ -133,6 +146,9 @@ class OuroborosTrainer(BatchHooks, OptimizerHooks, EvaluationHooks, CheckpointHo
         return self._partition.plan
 
     def _split(self, model: nn.Module, args: OuroborosArguments) -> None:
+        self._agree_on_model(model, args)
+        if self._grid is not None:
+            check_finite(model)  # in one process, the comparison of logits finds out
         self._partition = split_model(
             model,
             args.device_names,
@@ -147,6 +163,7 @@ class OuroborosTrainer(BatchHooks, OptimizerHooks, EvaluationHooks, CheckpointHo
         dtype = args.engine_settings(self.stage_plan.num_workers).autocast_dtype
         relay = None
         if self._grid is not None:
+            self._agree_on_plan(args)
             with self._guarded("setting up"):
                 self._specs = boundary_specs(self._partition, self._grid, self._row_group, dtype)
                 relay = Relay(self._partition, self._grid, self._specs)
@@ -178,6 +195,7 @@ class OuroborosTrainer(BatchHooks, OptimizerHooks, EvaluationHooks, CheckpointHo
         Raises:
             WorkerError: a device's worker failed; names device, instruction, stage and tick.
             CheckpointError: the checkpoint can't be resumed exactly.
+            DisagreementError: processes of the run have different options, models, optimizers, or data.
         """
         with self._guarded("training"):
             try:
@@ -248,6 +266,8 @@ class OuroborosTrainer(BatchHooks, OptimizerHooks, EvaluationHooks, CheckpointHo
         settings = replace(
             self.args.engine_settings(plan.num_workers), compensations=self.delay_compensation.compensations
         )
+        check_trainable(staged.optimizer, self.model)
+        self._agree_on_training(settings, str(self.delay_compensation))
         self._warn_of_delay(staged.optimizer)
         common = self._partition, staged.optimizer, TrainerLoss(self), settings, self.timeline
         if self._grid is not None:

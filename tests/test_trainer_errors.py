@@ -213,3 +213,50 @@ def test_weights_are_untouched_by_setting_up(tmp_path: Path) -> None:
     assert_same(before, dict(trainer.model.state_dict()))
     trainer.train()
     assert outcome(trainer)["step"] == 6
+
+
+SCHEDULES = ["pipelined", "lockstep", "1f1b", "reference"]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_nothing_to_train(tmp_path: Path, schedule: str) -> None:
+    frozen = tiny_model().requires_grad_(False)
+    with pytest.raises(UnsupportedModelError, match="no parameter of this GPT2LMHeadModel requires a gradient"):
+        trained(tmp_path, {"model": frozen}, schedule=schedule)
+    model = tiny_model()
+    model.transformer.ln_f.requires_grad_(False)
+    optimizers = torch.optim.SGD(model.transformer.ln_f.parameters(), lr=0.1), None
+    with pytest.raises(UnsupportedOptionError, match="optimizer SGD holds no parameter that requires a gradient"):
+        trained(tmp_path, {"model": model, "optimizers": optimizers}, schedule=schedule)
+
+
+def detached(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    return outputs.logits.float().mean().detach()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_loss_without_a_gradient(tmp_path: Path, schedule: str) -> None:
+    trainer = ouroboros(tmp_path, {"compute_loss_func": detached}, schedule=schedule)
+    before = outcome_of_weights(trainer)
+    with pytest.raises(
+        (WorkerError, UnsupportedOptionError), match="UnsupportedOptionError|the loss does not depend on"
+    ):
+        trainer.train()
+    assert trainer.state.global_step < 2 and "loss" not in str(trainer.state.log_history)
+    assert_same(before, outcome_of_weights(trainer))
+
+
+def outcome_of_weights(trainer: OuroborosTrainer) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("kept", ["wte", "h.2.", "ln_f"])
+def test_a_model_that_is_mostly_frozen(tmp_path: Path, kept: str) -> None:
+    """Trains what is left, wherever it is."""
+    model = tiny_model()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(kept in name)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer = trained(tmp_path, {"model": model}, **split_options(3, 2))
+    changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed and all(kept in name for name in changed)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..errors import UnsupportedOptionError
 from ..partition import Finish, ModelCall, to_device
 
 LossOfLogits = Callable[[torch.Tensor, Mapping[str, Any], Any], torch.Tensor]
@@ -46,12 +47,23 @@ def finishing(
         selected: the part of it that the stages compute with, on the device.
         context: submitted with it.
         device: of the last stage.
+
+    Raises:
+        UnsupportedOptionError: when it runs, if the loss does not depend on what is trained, so that no gradient would ever
+            come.
     """
 
     def finish(model: ModelCall) -> torch.Tensor:
         if isinstance(loss_fn, LossOfModel):
             rest = {key: value for key, value in batch.items() if key not in selected}
-            return loss_fn(model, {**to_device(rest, device), **selected}, context)
-        return loss_fn(model(**selected).logits, batch, context)
+            loss = loss_fn(model, {**to_device(rest, device), **selected}, context)
+        else:
+            loss = loss_fn(model(**selected).logits, batch, context)
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise UnsupportedOptionError(
+                "the loss does not depend on any parameter that is trained, so nothing would ever change: a "
+                "compute_loss_func or compute_loss must give a loss with its graph (no detach(), item() or torch.no_grad())"
+            )
+        return loss
 
     return finish

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
-from ..errors import UnsupportedOptionError
+from ..errors import UnsupportedModelError, UnsupportedOptionError
 from ..optim import Compensation, StageUpdate, compensated_step, predictions
 from .settings import Hyperparameters
 
@@ -86,4 +86,23 @@ def check_optimizer(optimizer: torch.optim.Optimizer, known: Iterable[nn.Paramet
         raise UnsupportedOptionError(
             f"optimizer {name} holds parameters that are not the model's; build it from trainer.model.parameters() "
             "of the model given to the trainer"
+        )
+
+
+def check_trainable(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Refuses a run in which nothing would be trained.
+
+    Raises:
+        UnsupportedModelError: no parameter requires a gradient.
+        UnsupportedOptionError: none of those that do is the optimizer's.
+    """
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UnsupportedModelError(
+            f"no parameter of this {type(model).__name__} requires a gradient, so there is nothing to train; unfreeze some "
+            "(parameter.requires_grad = True)"
+        )
+    if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
+        raise UnsupportedOptionError(
+            f"optimizer {type(optimizer).__name__} holds no parameter that requires a gradient, so there is nothing to "
+            "train; build it from the parameters that are not frozen"
         )

@@ -5,22 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import Trainer
 
 from ..engine.streams import COLUMNS, SEGMENTS
 from ..processes import ProcessGrid
 from ..processes.accelerator import ReplicaAccelerator
+from ..processes.same_batches import SameBatches
+from .agreement import AgreementHooks
 
 
-class BatchHooks(Trainer):
+class BatchHooks(AgreementHooks):
     """Makes Trainer share batches within a replica, shard them among replicas, and count everything once."""
 
     _grid: ProcessGrid | None
     _eval_sums: list[tuple[float, float]] | None
+    _same_batches: SameBatches | None = None
 
     def create_accelerator_and_postprocess(self) -> None:
         """As in Trainer; where devices are processes, data and metrics follow the replicas."""
         super().create_accelerator_and_postprocess()
+        self._agree("the creation of the trainer's accelerator")  # where all are, before a group is formed
         if self._grid is not None:
             self.accelerator = ReplicaAccelerator.over(self.accelerator, self._grid)
             self.gather_function = self.accelerator.gather_for_metrics
@@ -31,6 +34,8 @@ class BatchHooks(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         """Number of target tokens of an update over all replicas: labels after the shift that are not -100."""
+        if self._same_batches is not None and self._eval_sums is None and self.is_in_train:
+            self._same_batches.check(batch_samples, f"update {self.state.global_step + 1}")
         if not batch_samples or "labels" not in batch_samples[0]:
             return None
         targets = [

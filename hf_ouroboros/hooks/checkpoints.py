@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -30,11 +29,12 @@ from ..partition import Partition
 from ..partition.loading import without_progress_bars
 from ..processes import ProcessGrid
 from ..processes.files import bring_home, load_optimizer, load_weights, save_optimizer, save_weights, together
+from .agreement import AgreementHooks
 
 SCHEDULER = "scheduler.pt"
 
 
-class CheckpointHooks(Trainer):
+class CheckpointHooks(AgreementHooks):
     """Saving and resuming. Where devices are processes, each writes and reads what it holds."""
 
     _grid: ProcessGrid | None
@@ -131,6 +131,8 @@ class CheckpointHooks(Trainer):
         Where devices are processes, all of them have to call it: each writes the parameters that it holds.
         """
         with self._guarded("saving the model"):
+            if not _internal_call:
+                self._agree("save_model()")
             self.synchronize()
             if self._grid is None:
                 super().save_model(output_dir, _internal_call)

@@ -12,11 +12,13 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..processes import ProcessGrid
 from ..processes.relay import AheadLoader
+from ..processes.same_batches import SameBatches
 from ..staged import StagedModel
+from .agreement import AgreementHooks
 from .loss import head_computes_loss
 
 
-class EvaluationHooks(Trainer):
+class EvaluationHooks(AgreementHooks):
     """Trainer's evaluation and prediction over stages.
 
     Where devices are processes, those with the last stage have the logits: they compute losses and metrics, which all
@@ -24,6 +26,7 @@ class EvaluationHooks(Trainer):
     """
 
     _grid: ProcessGrid | None
+    _same_batches: SameBatches | None
     _staged: StagedModel
     _eval_sums: list[tuple[float, float]] | None = None
 
@@ -35,8 +38,10 @@ class EvaluationHooks(Trainer):
     def _evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         self.synchronize()
         self._wrap_model(self.model, training=False)  # splits a model that was exchanged
+        self._agree_on_evaluation(dataloader, args, kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         if self._grid is not None:
+            dataloader = self._same_batches.of(dataloader, "evaluation")
             dataloader = AheadLoader(dataloader, self._staged.relay, self.accelerator, self._staged.forward_scope)
         self._eval_sums = []
         try:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
+from .finite import check_finite
 
 Run = Callable[[dict[str, torch.Tensor]], torch.Tensor]
 SEED = 0
@@ -91,8 +92,10 @@ def compare(expected: Sample, found: Sample, model: PreTrainedModel) -> None:
     """Refuses stages whose logits or gradients differ by more than rounding.
 
     Raises:
-        UnsupportedModelError: they differ.
+        UnsupportedModelError: they differ, or weights are not finite.
     """
+    if not expected.logits.isfinite().all():
+        check_finite(model)
     _compare("logits", expected.logits, found.logits, 1 + _size([expected.logits]), model)
     if lacking := sorted(expected.gradients.keys() ^ found.gradients.keys()):
         where = "the unsplit model" if lacking[0] in found.gradients else "the stages"

@@ -119,6 +119,14 @@ class Reports:
 
 
 def fingerprint(batch: Mapping[str, Any], start: int = 0) -> int:
-    """A checksum of a micro-batch's token ids [batch, time] on top of an earlier one, below 2**32; 0 off the CPU."""
-    ids = batch["input_ids"]
-    return zlib.crc32(ids.contiguous().numpy(), start) if ids.device.type == "cpu" else start
+    """A checksum of a micro-batch's tensors on top of an earlier one, below 2**32; those off the CPU are left out."""
+    for key in sorted(batch):
+        value = batch[key]
+        if torch.is_tensor(value) and value.device.type == "cpu":
+            start = tensor_checksum(value, start)
+    return start
+
+
+def tensor_checksum(tensor: torch.Tensor, start: int = 0) -> int:
+    """A checksum of a tensor's bytes on the CPU, on top of an earlier one, below 2**32."""
+    return zlib.crc32(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy(), start)

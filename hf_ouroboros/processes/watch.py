@@ -19,7 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ..errors import ConnectionLostError, RankFailedError
+from ..errors import ConnectionLostError, DisagreementError, RankFailedError
 from .grid import ProcessGrid
 
 INTERVAL = 0.2
@@ -109,6 +109,10 @@ class Watch:
         The error is posted, so that the other processes name it, too.
         """
         self._raised.set()
+        if isinstance(error, DisagreementError) and error.everywhere:
+            return error
+        if isinstance(error, RankFailedError):
+            self.failure = self.failure or error  # found out at a meeting
         if self._is_foreign(error):
             self.failure = self.failure or self._find_culprit(error)
             error = self.failure

@@ -1,0 +1,102 @@
+"""Agreement: at which points the processes of a run compare what they know, and what they compare there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+
+from ..engine.settings import EngineSettings
+from ..engine.state import RunState
+from ..partition import Partition
+from ..processes import ProcessGrid, facts
+from ..processes.meeting import present
+from ..processes.watch import Watch
+
+
+class AgreementHooks(Trainer):
+    """Has all processes compare options, model, split, optimizer and data before anything depends on them.
+
+    They meet when the trainer is made, twice (options; then the model, the plan and the accelerator), at `train()`, at
+    every evaluation and at `save_model()`. In a run of a single process nothing happens.
+    """
+
+    _grid: ProcessGrid | None
+    _watch: Watch | None
+    _partition: Partition | None
+    _resumed_state: RunState | None
+    _train_data: Mapping[str, Any] | None = None
+
+    def _agree(self, where: str, args: TrainingArguments | None = None, **sections: Mapping[str, Any]) -> None:
+        """Compares what the processes know; see `processes.meeting.Meeting.agree`."""
+        args = self.args if args is None else args
+        meeting = present() if args.world_size > 1 else None
+        if meeting is not None:
+            watch = getattr(self, "_watch", None)
+            meeting.agree(where, sections, args.ddp_timeout_delta, (lambda: None) if watch is None else watch.check)
+
+    def _agree_on_options(self, args: TrainingArguments, **given: Any) -> None:
+        """When processes meet: software, options, and which functions and callbacks a script has given."""
+        if args.world_size > 1:
+            own = {name: facts.plain(value) for name, value in given.items() if name != "callbacks"}
+            own |= facts.stopping([c for c in given.get("callbacks") or () if isinstance(c, EarlyStoppingCallback)])
+            self._agree(
+                "the trainer's creation", args, software=facts.software(), options=facts.options(args), arguments=own
+            )
+
+    def _agree_on_model(self, model: nn.Module, args: TrainingArguments) -> None:
+        """Before the model is split."""
+        if args.world_size > 1:
+            self._agree("splitting the model", args, model=facts.model(model), weights=facts.weights(model))
+
+    def _agree_on_plan(self, args: TrainingArguments) -> None:
+        """After it, before anything travels between stages."""
+        if args.world_size > 1:
+            self._agree("connecting the stages", args, plan=facts.plan(self._partition.plan.rows))
+
+    def _agree_on_training(self, settings: EngineSettings, compensation: str) -> None:
+        """At `train()`: everything that may have been changed since, and what is known only now."""
+        if self._grid is None:
+            return
+        resumed = self._resumed_state
+        optimizer, scheduler = self._staged_optimizer.optimizer, self.lr_scheduler
+        # Hosts may have different numbers of cores.
+        names = [field.name for field in fields(settings) if field.name not in ("threads", "compensations")]
+        self._agree(
+            "train()",
+            options=facts.options(self.args),
+            settings={name: facts.plain(getattr(settings, name)) for name in names} | {"compensation": compensation},
+            model=facts.model(self.model),
+            weights=facts.weights(self.model),
+            plan=facts.plan(self._partition.plan.rows),
+            optimizer=facts.optimizer(optimizer, self.model),
+            scheduler=facts.scheduler_facts(scheduler),
+            data=self._train_data or {},
+            steps={
+                "global step": self.state.global_step,
+                "max_steps": self.state.max_steps,
+                "num_train_epochs": self.state.num_train_epochs,
+                "checkpoint": None if resumed is None else f"tick {resumed.tick}, update {resumed.update}",
+                "seed of the checkpoint": None if resumed is None else resumed.seed,
+            },
+        )
+
+    def _agree_on_evaluation(self, loader: DataLoader, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        if self._grid is not None:
+            self._agree(
+                "an evaluation",
+                call={"arguments of the evaluation": [facts.plain(args), facts.plain(kwargs)]},
+                options=facts.options(self.args),
+                data=facts.data(loader, loader.dataset, loader.collate_fn),
+            )
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As in Trainer; what it reads, and in which order, is compared when training begins."""
+        loader = super().get_train_dataloader()
+        if self._grid is not None:
+            self._train_data = facts.data(loader, self.train_dataset, self.data_collator)
+        return loader

@@ -1,0 +1,26 @@
+"""Weights that are NaN or infinite, by name: nothing that is computed with them means anything."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..errors import UnsupportedModelError
+
+
+@torch.no_grad()
+def check_finite(model: nn.Module) -> None:
+    """Refuses parameters with NaN or infinite elements, as far as this process holds them.
+
+    Raises:
+        UnsupportedModelError: names the first of them.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta or not parameter.is_floating_point() or parameter.sum().isfinite():
+            continue
+        bad = parameter.numel() - int(parameter.isfinite().sum())  # a sum of finite numbers may overflow
+        if bad:
+            raise UnsupportedModelError(
+                f"the parameter {name} of this {type(model).__name__} has {bad} NaN or infinite elements of "
+                f"{parameter.numel()}; load or initialise the model anew, from a checkpoint before it diverged"
+            )
