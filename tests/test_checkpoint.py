@@ -25,12 +25,12 @@ from hf_ouroboros import CheckpointError
 from hf_ouroboros.checkpoint import (
     STATE_META,
     STATE_TENSORS,
-    appearing_whole,
     load_run_state,
     save_run_state,
     save_state_part,
     write_manifest,
 )
+from hf_ouroboros.checkpoint.placing import appearing_whole
 from hf_ouroboros.engine.state import RunState
 
 
@@ -93,7 +93,7 @@ def test_memories_of_replicas(tmp_path: Path) -> None:
     assert_same(merged.memories, {0: {0: first.memories[0][0], 2: second.memories[0][2]}})
 
 
-META_GARBAGE = ["", "{", "null", "[]", "3", "{}", '{"format": 3}', "\x00\x01", '{"format": 3, "files": {"x": 3}}']
+META_GARBAGE = ["", "{", "null", "[]", "3", "{}", '{"format": 4}', "\x00\x01", '{"format": 4, "files": {"x": 3}}']
 
 
 @pytest.mark.parametrize("text", META_GARBAGE)
@@ -113,7 +113,7 @@ def test_meta_file_that_is_not_text(tmp_path: Path) -> None:
 
 WRONG_META: dict[str, Any] = {
     "format": 99,
-    "parts": [{"file": STATE_TENSORS, "replica": 0, "sha256": "0" * 64, "streams": {}}],
+    "parts": [{"file": STATE_TENSORS, "replica": 1, "streams": {}}],
     "replicas": None,
     "pending_ticks": {"0": [3, 4], "1": [4]},
     "num_stages": None,
@@ -304,7 +304,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from trainer_helpers import trained
-import hf_ouroboros.checkpoint, torch
+import hf_ouroboros.hooks.checkpoints, torch
 
 folder, where, nth = sys.argv[1], sys.argv[2], int(sys.argv[3])
 calls = 0
@@ -324,8 +324,8 @@ def deadly(function, before):
 module, name, before = {
     "torch.save": (torch, "save", True),
     "torch.save done": (torch, "save", False),
-    "manifest": (hf_ouroboros.checkpoint, "_sha256", True),
-    "rename": (Path, "rename", True),
+    "manifest": (hf_ouroboros.hooks.checkpoints, "write_manifest", True),
+    "rename": (os, "rename", True),
 }[where]
 setattr(module, name, deadly(getattr(module, name), before))
 trained(folder, save_strategy="steps", save_steps=1)
@@ -361,7 +361,7 @@ def test_killed_while_saving(tmp_path: Path, uninterrupted: dict[str, Any], wher
     assert not list(tmp_path.glob(".saving-*"))
 
 
-@pytest.mark.parametrize("where", ["save_run_state", "rotate_checkpoints"])
+@pytest.mark.parametrize("where", ["write_manifest", "rotate"])
 def test_error_while_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """A full disk, say: the error comes out, earlier checkpoints stay, nothing is left over."""
     import hf_ouroboros.hooks.checkpoints
@@ -377,5 +377,5 @@ def test_error_while_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whe
     monkeypatch.setattr(hf_ouroboros.hooks.checkpoints, where, failing)
     with pytest.raises(OSError, match="No space left"):
         trained(tmp_path, save_strategy="steps", save_steps=1)
-    assert whole(tmp_path) == [f"checkpoint-{step}" for step in range(1, 3 if where == "save_run_state" else 4)]
+    assert whole(tmp_path) == [f"checkpoint-{step}" for step in range(1, 3 if where == "write_manifest" else 4)]
     assert not list(tmp_path.glob(".saving-*"))
