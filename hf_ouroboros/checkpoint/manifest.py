@@ -133,7 +133,7 @@ def read_manifest(directory: str | Path) -> Manifest:
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, CheckpointError):
-            raise
+            raise CheckpointError(f"{directory / STATE_META}: {error}") from error
         raise CheckpointError(f"{directory / STATE_META} is damaged: {type(error).__name__}: {error}") from error
     return manifest
 
@@ -159,6 +159,8 @@ def _check(manifest: Manifest) -> None:
         raise ValueError(f"seed {meta['seed']!r}, tied_gradient {meta['tied_gradient']!r}")
     if start is not None:
         _count(meta, "delay_start", 0, tick)
+    if not isinstance(meta["parts"], list) or not meta["parts"] or not isinstance(manifest.run, dict):
+        raise TypeError(f"parts is {meta['parts']!r}, run is {manifest.run!r}")
     for stage, ticks in meta["pending_ticks"].items():
         if int(stage) not in range(stages) or any(type(t) is not int or t not in range(tick) for t in ticks):
             raise ValueError(f"pending_ticks of stage {stage} are {ticks}")
@@ -175,8 +177,6 @@ def _check(manifest: Manifest) -> None:
             raise ValueError(f"{name!r} is no file of a checkpoint")
         if type(digest.bytes) is not int or digest.bytes < 0 or not re.fullmatch("[0-9a-f]{64}", digest.sha256):
             raise ValueError(f"{name!r} has {digest}")
-    if not isinstance(manifest.run, dict):
-        raise TypeError(f"run is {manifest.run!r}")
 
 
 def _count(meta: Mapping[str, Any], name: str, least: int = 0, most: int | None = None) -> int:
