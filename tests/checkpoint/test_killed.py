@@ -20,15 +20,12 @@ import torch, safetensors.torch
 from trainer_helpers import differing, outcome, trained
 from hf_ouroboros.checkpoint import lock, placing, run_state
 
-work, way, kind, first, stride = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
-folder = work / "run"
-options = dict(save_strategy="steps", save_steps=1, max_steps=2, save_total_limit=1, logging_steps=100)
-if kind == "best":
-    # The better of the two is the first: the last checkpoint goes at the end.
-    options |= dict(eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, metric_for_best_model="score")
-    options |= dict(greater_is_better=True)
-if way == "two renames":
-    placing._exchange = lambda first, second: False
+work, stride, cases = Path(sys.argv[1]), int(sys.argv[2]), [argument.split(":") for argument in sys.argv[3:]]
+folder, before, kind = work / "run", work / "before", None
+COMMON = dict(save_strategy="steps", save_steps=1, max_steps=2, save_total_limit=1, logging_steps=100)
+# The better of the two is the first: the last checkpoint goes at the end.
+BEST = dict(eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, metric_for_best_model="score")
+BEST |= dict(greater_is_better=True)
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 left = None
 
@@ -37,7 +34,7 @@ def score(prediction):
 
 def train(folder, resume=None):
     given = {"compute_metrics": score} if kind == "best" else None
-    return trained(folder, given, resume=resume, **options)
+    return trained(folder, given, resume=resume, **(COMMON | BEST if kind == "best" else COMMON))
 
 def count():
     global left
@@ -94,39 +91,40 @@ def resume():
     assert not differences, differences
     assert not [p for p in folder.iterdir() if p.name.startswith((".", "_"))], list(folder.iterdir())
 
-assert forked(expect) == 0
-before = work / "before"
-if kind == "again":
+exchange = placing._exchange
+for kind, way, first in cases:
+    placing._exchange = exchange if way == "exchange" else lambda first, second: False
+    assert forked(expect) == 0
+    shutil.rmtree(before, ignore_errors=True)
     os.rename(folder, before)
-else:
-    shutil.rmtree(folder)
-tried = 0
-for nth in range(first, 10_000, stride):
-    if kind == "again":
-        shutil.copytree(before, folder)
-    code = forked(killed, nth)
-    if code == 0:
-        break
-    assert code == -signal.SIGKILL, (nth, code)
-    assert forked(resume) == 0, f"after a kill at operation {nth}"
-    shutil.rmtree(folder)
-    tried += 1
-print(tried, nth)
+    tried = 0
+    for nth in range(int(first), 10_000, stride):
+        if kind == "again":
+            shutil.copytree(before, folder)
+        code = forked(killed, nth)
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL, (kind, way, nth, code)
+        assert forked(resume) == 0, (kind, way, nth)
+        shutil.rmtree(folder)
+        tried += 1
+    shutil.rmtree(folder, ignore_errors=True)
+    print(kind, way, tried, nth, sep=":")
 """
 
 
+# what is done, how the old and the new checkpoint of a step change places, the first operation to be killed at
+CASES = ["fresh:exchange:3", "again:exchange:12", "again:two renames:21", "best:exchange:28"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "way", "first"),
-    [("fresh", "exchange", 3), ("again", "exchange", 0), ("again", "two renames", 5), ("best", "exchange", 8)],
-)
-def test_killed_at_every_file_operation(tmp_path: Path, kind: str, way: str, first: int) -> None:
+def test_killed_at_every_file_operation(tmp_path: Path) -> None:
     """`again` saves the same steps a second time into the same folder; a limit of 1 has every save remove a checkpoint."""
-    stride = 1 if EXHAUSTIVE else 13
-    done = run_python(
-        SCRIPT, tmp_path, way, kind, 0 if EXHAUSTIVE else first, stride, timeout=1500 if EXHAUSTIVE else 200
-    )
+    stride = 1 if EXHAUSTIVE else 37
+    cases = [case.rsplit(":", 1)[0] + ":0" for case in CASES] if EXHAUSTIVE else CASES
+    done = run_python(SCRIPT, tmp_path, stride, *cases, timeout=7200 if EXHAUSTIVE else 250)
     assert done.returncode == 0, done.stderr[-3000:]
-    tried, operations = map(int, done.stdout.split()[-2:])
-    print(f"{kind}, {way}: killed at {tried} of {operations} operations")
-    assert operations > 40 and tried >= operations // stride - 1
+    print(done.stdout)
+    rows = [line.split(":") for line in done.stdout.splitlines() if line.count(":") == 3]
+    assert len(rows) == len(CASES)
+    assert all(int(operations) > 40 and int(tried) >= 1 for *_, tried, operations in rows)
