@@ -78,9 +78,10 @@ def rotate(run_dir: str | Path, limit: int | None, best: str | None) -> None:
     if limit is None or limit <= 0:
         return
     found = sort_checkpoints(str(run_dir), use_mtime=True)
-    kept = {Path(path) for path in (*found[-1:], *([best] if best else []))}
+    # However they are spelt: the best one may be known by the path that a run was resumed from.
+    kept = {os.path.realpath(path) for path in (*found[-1:], *([best] if best else []))}
     surplus = len(found) - max(limit, len(kept))
-    for path in [path for path in found if Path(path) not in kept][: max(0, surplus)]:
+    for path in [path for path in found if os.path.realpath(path) not in kept][: max(0, surplus)]:
         discard(path)
 
 
@@ -106,7 +107,7 @@ def _exchange(first: Path, second: Path) -> bool:
     """Has two directories change places in one step; False where the system has no such step."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
+    except (OSError, AttributeError, TypeError):
         return False
     return rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,9 @@ def best_checkpoint(state: Mapping[str, Any], checkpoint: str | Path) -> str | N
     if recorded is None:
         return None
     beside = Path(checkpoint).parent / recorded.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
-    for path in (beside, Path(recorded)):
-        if path.is_dir():
-            return str(path)
+    if beside.is_dir():
+        same = os.path.isdir(recorded) and os.path.samefile(beside, recorded)
+        return recorded if same else str(beside)
+    if os.path.isdir(recorded):
+        return recorded
     raise FileNotFoundError(f"neither {beside} nor {recorded} exists")

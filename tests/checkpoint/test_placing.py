@@ -105,6 +105,13 @@ def test_discard(tmp_path: Path) -> None:
     assert names(tmp_path) == ["checkpoint-2"]
 
 
+def test_the_best_one_stays_however_it_is_spelt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make(Path("out"), "checkpoint-1", "checkpoint-2", "checkpoint-3")
+    rotate("out", 2, str(tmp_path / "out" / "checkpoint-1"))
+    assert names(Path("out")) == ["checkpoint-1", "checkpoint-3"]
+
+
 @pytest.mark.parametrize(
     ("limit", "best", "left"),
     [
