@@ -217,7 +217,8 @@ def _described(holder: Holder | None) -> str:
 def _read(path: Path) -> Holder | None:
     """The holder; None if there is none, or the file says nothing (yet)."""
     try:
-        return Holder(**json.loads(path.read_text(encoding="utf-8")))
+        holder = Holder(**json.loads(path.read_text(encoding="utf-8")))
+        return holder if type(holder.pid) is int and 0 < holder.pid < 2**31 else None
     except (OSError, ValueError, TypeError, RecursionError):
         return None
 

@@ -68,10 +68,12 @@ def test_a_living_process_is_refused_at_once(tmp_path: Path) -> None:
         FolderLock(tmp_path).__enter__()
 
 
-@pytest.mark.parametrize("kind", ["dead", "another that got its number", "half-made"])
+@pytest.mark.parametrize("kind", ["dead", "another that got its number", "half-made", "nonsense"])
 def test_the_dead_are_taken_over(tmp_path: Path, kind: str) -> None:
     me = Holder.here()
-    if kind == "half-made":
+    if kind == "nonsense":
+        write(tmp_path, replace(me, pid="all of them"))
+    elif kind == "half-made":
         (tmp_path / LOCK_FILE).write_text("")
         (tmp_path / f"{LOCK_FILE}.left").write_text("")
     else:
