@@ -63,7 +63,12 @@ class Written:
             assert f"The checkpoint before it is complete: resume_from_checkpoint='{self.folder}/checkpoint-2'" in text
 
 
-@pytest.fixture(scope="module", params=["threads", "processes"])
+BOTH = ["threads", "processes"]
+either = pytest.mark.parametrize("written", BOTH if EXHAUSTIVE else BOTH[:1], indirect=True)
+"""Reading is the same for what threads and processes have written; that both are protected is seen in every file."""
+
+
+@pytest.fixture(scope="module")
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Written:
     folder = tmp_path_factory.mktemp(request.param)
     result = outcome(trained(folder / "out", **SAVING))
@@ -76,11 +81,13 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Written(folder / "out", result, trainer)
 
 
+@pytest.mark.parametrize("written", BOTH, indirect=True)
 def test_every_file(written: Written) -> None:
     tried = 0
-    for name in written.files:
+    every = 3 if written.folder.parent.name.startswith("processes") and not EXHAUSTIVE else 1
+    for i, name in enumerate(written.files):
         path, older = (written.folder / folder / name for folder in ("checkpoint-4", "checkpoint-2"))
-        for kind, damage in DAMAGES.items():
+        for kind, damage in [*DAMAGES.items()][i % every :: every]:
             with kept(path):
                 original = path.read_bytes()
                 damage(path, older)
@@ -88,10 +95,11 @@ def test_every_file(written: Written) -> None:
                 named = "trainer_state.json" if (name, kind) == (STATE_META, "swap") else name
                 written.expect(named, changed=not (path.is_file() and path.read_bytes() == original))
                 tried += 1
-    assert tried == len(written.files) * len(DAMAGES)
+    assert tried >= len(written.files) * (len(DAMAGES) // every)
     assert written.resume() == "", "and when all is put back, it is resumed exactly"
 
 
+@either
 def test_numbers_in_json(written: Written) -> None:
     for name in [name for name in written.files if name.endswith(".json")]:
         path = written.folder / "checkpoint-4" / name
@@ -105,6 +113,7 @@ def test_numbers_in_json(written: Written) -> None:
                         written.expect(name)
 
 
+@either
 def test_the_one_before_is_checked_as_strictly(written: Written) -> None:
     """A flipped bit in the weights of the one before, too: then none is offered, or the one before that."""
     newest, before = written.folder / "checkpoint-4", written.folder / "checkpoint-2"
@@ -185,6 +194,7 @@ def resume_accepting(copy: Path, **options: Any) -> Any:
     return trained(copy.parent / "on", resume=copy, resume_changed="accept", **options)
 
 
+@either
 def test_resharded(copy: Path, written: Written) -> None:
     reshard(copy)
     assert len(list(copy.glob("model-*.safetensors"))) > 2
@@ -193,6 +203,7 @@ def test_resharded(copy: Path, written: Written) -> None:
     assert_same(written.result, resume_accepting(copy))
 
 
+@either
 def test_edited_trainer_state(copy: Path, written: Written) -> None:
     path = copy / "trainer_state.json"
     state = json.loads(path.read_text())
@@ -213,8 +224,9 @@ EDITS: dict[str, tuple[str, Any]] = {
 }
 
 
+@either
 @pytest.mark.parametrize("edit", EDITS)
-def test_an_edit_that_can_not_be_right(copy: Path, edit: str) -> None:
+def test_an_edit_that_can_not_be_right(copy: Path, written: Written, edit: str) -> None:
     key, value = EDITS[edit]
     path = copy / "trainer_state.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
@@ -222,6 +234,7 @@ def test_an_edit_that_can_not_be_right(copy: Path, edit: str) -> None:
         resume_accepting(copy)
 
 
+@either
 @pytest.mark.parametrize("kind", ["flip at 0.5", "truncate", "empty", "directory", "grow"])
 def test_damage_is_not_accepted(copy: Path, written: Written, kind: str) -> None:
     """What can be told from a change: archives have checksums, headers and JSON have a form, gradients are nobody's."""
@@ -246,7 +259,8 @@ def test_damage_is_not_accepted(copy: Path, written: Written, kind: str) -> None
                 assert_same(written.result, trainer)
 
 
-def test_a_broadcasting_shard(copy: Path) -> None:
+@either
+def test_a_broadcasting_shard(copy: Path, written: Written) -> None:
     """One row instead of all: a copy would spread it."""
     from safetensors.torch import load_file, save_file
 

@@ -114,15 +114,15 @@ for kind, way, first in cases:
 
 
 # what is done, how the old and the new checkpoint of a step change places, the first operation to be killed at
-CASES = ["fresh:exchange:3", "again:exchange:12", "again:two renames:21", "best:exchange:28"]
+CASES = ["fresh:exchange:30", "again:exchange:34", "again:two renames:36", "best:exchange:50"]
 
 
 @pytest.mark.slow
 def test_killed_at_every_file_operation(tmp_path: Path) -> None:
     """`again` saves the same steps a second time into the same folder; a limit of 1 has every save remove a checkpoint."""
-    stride = 1 if EXHAUSTIVE else 37
+    stride = 1 if EXHAUSTIVE else 61
     cases = [case.rsplit(":", 1)[0] + ":0" for case in CASES] if EXHAUSTIVE else CASES
-    done = run_python(SCRIPT, tmp_path, stride, *cases, timeout=7200 if EXHAUSTIVE else 250)
+    done = run_python(SCRIPT, tmp_path, stride, *cases, timeout=7200 if EXHAUSTIVE else 280)
     assert done.returncode == 0, done.stderr[-3000:]
     print(done.stdout)
     rows = [line.split(":") for line in done.stdout.splitlines() if line.count(":") == 3]
