@@ -128,6 +128,14 @@ class OuroborosArguments(TrainingArguments):
             "and dropout masks of then.",
         },
     )
+    resume_changed: str = field(
+        default="refuse",
+        metadata={
+            "help": "What to do about a checkpoint whose files are not as they were written: 'refuse' it, or 'accept' changes "
+            "made on purpose (weights in other shards, an edited trainer_state.json), as far as its files can be read and fit.",
+            "choices": ["refuse", "accept"],
+        },
+    )
     timeline: str | None = field(
         default=None,
         metadata={"help": "Path: record every executed instruction there (Chrome trace JSON and a PNG)."},
@@ -243,7 +251,7 @@ class OuroborosArguments(TrainingArguments):
             )
 
     def _check_combinations(self) -> None:
-        for name in ("schedule", "tied_gradient", "clip_scope"):
+        for name in ("schedule", "tied_gradient", "clip_scope", "resume_changed"):
             value, allowed = getattr(self, name), self.__dataclass_fields__[name].metadata["choices"]
             if value not in allowed:
                 raise UnsupportedOptionError(f"{name}={value!r} is unknown; use one of {', '.join(allowed)}")

@@ -23,6 +23,14 @@ class CheckpointError(OuroborosError, ValueError):
     """A checkpoint whose Ouroboros state is missing, damaged, or belongs to a different run."""
 
 
+class CheckpointMismatchError(CheckpointError):
+    """A checkpoint that is whole, but of another kind of run; those before it would not fit either."""
+
+
+class OutputFolderError(OuroborosError, RuntimeError):
+    """An output folder that this run can't save in: another one does, or it can't be written."""
+
+
 class StreamError(OuroborosError, ValueError):
     """Batches of a stream that don't follow each other, so that memories can't go on."""
 

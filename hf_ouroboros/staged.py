@@ -224,6 +224,11 @@ class StagedOptimizer(torch.optim.Optimizer):
         return getattr(self.optimizer, name)
 
     @property
+    def compensation(self) -> str:
+        """The run's delay compensation."""
+        return self._compensation
+
+    @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The complete optimizer's groups; learning rates written here count from the next update on."""
         return self.optimizer.param_groups

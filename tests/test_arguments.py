@@ -44,6 +44,7 @@ def test_defaults(tmp_path: Path) -> None:
         "eval_mem_len": None,
         "eval_clamp_len": None,
         "recompute": False,
+        "resume_changed": "refuse",
         "timeline": None,
     }
     assert args.device_names == ["cpu:0", "cpu:1"]
@@ -220,6 +221,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"schedule": "zigzag"}, "schedule='zigzag'.*pipelined"),
     ({"tied_gradient": "none"}, "tied_gradient='none'.*joint"),
     ({"clip_scope": "layer"}, "clip_scope='layer'.*stage"),
+    ({"resume_changed": "always"}, "resume_changed='always'.*refuse, accept"),
     ({"delay_compensation": "magic"}, "delay_compensation='magic'.*'magic' is unknown; use none, auto.*nesterov"),
     ({"delay_compensation": ["nesterov", "muon"]}, "nesterov and muon don't go together"),
     ({"delay_compensation": "muon", "optim": "sgd"}, "'muon' brings its own optimizer.*optim='sgd'"),

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, CheckpointMismatchError
 from ..partition import Memory, Partition
 from .settings import EngineSettings
 
-FORMAT = 3
+FORMAT = 4
 NUMBERS = ("num_stages", "tied_gradient", "seed", "tick", "update", "delay_start")
 Pending = dict[int, dict[int, dict[str, torch.Tensor]]]
 """{stage: {tick: {parameter name: gradient}}}: gradients that are known but not applied yet."""
@@ -107,22 +107,22 @@ class RunState:
             held: the stages whose gradients this process needs; None for all.
 
         Raises:
-            CheckpointError: other number of stages, split, tied-gradient rule, or delays; memories of other layers.
+            CheckpointMismatchError: other number of stages, split, tied-gradient rule, or delays; memories of other layers.
         """
         stages = len(partition.stages)
         if self.num_stages != stages:
-            raise CheckpointError(
+            raise CheckpointMismatchError(
                 f"the checkpoint was written with {self.num_stages} stages, this run has {stages}; resume with "
                 f"num_stages={self.num_stages}, or start anew from its weights (model_name_or_path)"
             )
         delayed = any(entries for entries in self.pending.values())
         if delayed and self.tied_gradient != settings.tied_gradient and partition.tied_names:
-            raise CheckpointError(
+            raise CheckpointMismatchError(
                 f"the checkpoint was written with tied_gradient={self.tied_gradient!r}, this run has "
                 f"{settings.tied_gradient!r}"
             )
         if delayed and settings.is_synchronous(self.update):
-            raise CheckpointError(
+            raise CheckpointMismatchError(
                 "the checkpoint holds delayed gradients that are still to be applied, but this run has no delays "
                 f"there (schedule={settings.schedule!r}, delay_warmup_steps={settings.delay_warmup_steps}); resume with "
                 "schedule pipelined, lockstep or reference and the same delay_warmup_steps"
@@ -132,7 +132,7 @@ class RunState:
             oldest = self.tick if self.delay_start is None else max(self.tick - delay, self.delay_start)
             entries = self.pending.get(stage, {})
             if sorted(entries) != list(range(oldest, self.tick)):
-                raise CheckpointError(
+                raise CheckpointMismatchError(
                     f"the checkpoint's pending gradients of stage {stage} are of ticks {sorted(entries)}, expected "
                     f"{list(range(oldest, self.tick))}"
                 )
@@ -141,12 +141,12 @@ class RunState:
             for tick, gradients in entries.items():
                 for name, gradient in gradients.items():
                     if name not in owned or gradient.shape != owned[name].shape:
-                        raise CheckpointError(
+                        raise CheckpointMismatchError(
                             f"the checkpoint has a pending gradient of {name!r} {tuple(gradient.shape)} for stage "
                             f"{stage}, which does not hold such a parameter; resume with the same device_map"
                         )
                 if missing := trained - gradients.keys():
-                    raise CheckpointError(
+                    raise CheckpointMismatchError(
                         f"the checkpoint has no pending gradient of {min(missing)!r} at tick {tick}, which stage {stage} "
                         "of this run trains; the file is incomplete, or resume with the same device_map and frozen layers"
                     )
@@ -158,7 +158,7 @@ class RunState:
         for group in sorted(groups.keys() | self.streams.keys()):
             memory, width = groups.get(group, {}), self.streams.get(group, (0, 0))[0]
             if memory.keys() - {"valid"} != names or any(tensor.shape[0] != width for tensor in memory.values()):
-                raise CheckpointError(
+                raise CheckpointMismatchError(
                     f"the checkpoint's memories of stage {stage} for columns {group} to {group + width - 1} are not those "
                     f"of its layers ({', '.join(sorted(names)) or 'none has any'}); the file is incomplete, or resume with "
                     "the same device_map and mem_len"

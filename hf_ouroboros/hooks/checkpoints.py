@@ -1,48 +1,78 @@
-"""Checkpoints: Trainer's stock files and the run state, put together aside and appearing whole."""
+"""Saving: Trainer's stock files and the run state, put together aside and appearing whole, by one run at a time."""
 
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..checkpoint import (
-    appearing_whole,
-    load_run_state,
-    offering_earlier,
-    save_run_state,
-    save_state_part,
-    write_manifest,
-)
+from ..checkpoint import save_state_part, write_manifest
+from ..checkpoint.fit import describe_run
+from ..checkpoint.hashes import FileHashes, files_in
+from ..checkpoint.lock import FolderLock
+from ..checkpoint.placing import appearing_whole, clear_leftovers, rotate
+from ..checkpoint.reading import RNG_STATE, SCHEDULER, TRAINER_STATE
 from ..engine.state import RunState
-from ..partition import Partition
+from ..errors import OutputFolderError
 from ..partition.loading import without_progress_bars
-from ..processes import ProcessGrid
-from ..processes.files import bring_home, load_optimizer, load_weights, save_optimizer, save_weights, together
+from ..processes.files import bring_home, save_optimizer, save_weights, together
 from .agreement import AgreementHooks
+from .resuming import ResumeHooks
 
-SCHEDULER = "scheduler.pt"
 
+class CheckpointHooks(AgreementHooks, ResumeHooks):
+    """Saving, on top of resuming. Where devices are processes, each writes and reads what it holds."""
 
-class CheckpointHooks(AgreementHooks):
-    """Saving and resuming. Where devices are processes, each writes and reads what it holds."""
-
-    _grid: ProcessGrid | None
     _control_group: dist.ProcessGroup | None
-    _partition: Partition
     _staging_dir: str | None = None
     _save_due: bool = False
-    _resumed_state: RunState | None = None
+    _lock: FolderLock | None = None
+    _hashes: FileHashes | None = None
+
+    # ---- one run at a time ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, **kwargs: Any) -> TrainOutput:
+        """As in Trainer; a run that saves, or looks for the last checkpoint, has its output folder for itself.
+
+        Raises:
+            OutputFolderError: another run saves there, or it can't be written.
+        """
+        args = self.args
+        saves = args.save_strategy != SaveStrategy.NO or args.enable_jit_checkpoint or resume_from_checkpoint is True
+        self._resumed, self._run_dir = None, self._get_output_dir(trial)
+        with ExitStack() as stack:
+            if saves:
+                stack.enter_context(self._holding(self._run_dir))
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, trial=trial, **kwargs)
+
+    @contextmanager
+    def _holding(self, run_dir: str) -> Iterator[None]:
+        """The lock of a folder, held by the main process for all; where this run holds it already, nothing."""
+        problem, main = None, self._grid is None or self._grid.rank == 0
+        with ExitStack() as stack:
+            if main and self._lock is None:
+                try:
+                    lock = stack.enter_context(FolderLock(run_dir))
+                    clear_leftovers(run_dir)
+                    stack.callback(setattr, self, "_lock", None)
+                    self._lock = lock
+                except OutputFolderError as error:
+                    problem = error
+            if self._grid is not None:
+                message = [problem and str(problem)]
+                dist.broadcast_object_list(message, 0, group=self._control_group)
+                problem = problem or (message[0] and OutputFolderError(message[0]))
+            if problem:
+                raise problem
+            yield
 
     # ---- saving ----
 
@@ -54,31 +84,30 @@ class CheckpointHooks(AgreementHooks):
         state = None if self.args.save_only_model else self.engine.state_dict()
         run_dir = super()._get_output_dir(trial)
         folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with self._guarded(f"saving {folder}"), self._putting_together(run_dir) as staging:
-            super()._save_checkpoint(model, trial)
-            self._name_best_checkpoint(run_dir)
-            if self.args.should_save:
-                self.state.save_to_json(os.path.join(staging, folder, "trainer_state.json"))
-            if state is not None:
-                self._save_run_state(staging / folder, state)
+        with self._guarded(f"saving {folder}"), self._holding(run_dir), self._putting_together(run_dir) as staging:
+            with closing(FileHashes(staging / folder)) as self._hashes:
+                super()._save_checkpoint(model, trial)
+                self._name_best_checkpoint(run_dir)
+                if self.args.should_save:
+                    self.state.save_to_json(os.path.join(staging, folder, TRAINER_STATE))
+                self._complete(staging / folder, state)
+            self._hashes = None
         if self.args.push_to_hub:
             self._push_from_checkpoint(os.path.join(run_dir, folder))
         if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=run_dir,
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            rotate(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     @contextmanager
     def _putting_together(self, run_dir: str) -> Iterator[Path]:
         """A directory, the same for all processes, whose contents move into `run_dir` when all are done."""
         try:
+            if self._grid is None or self._grid.rank == 0:
+                self._lock.check()
             if self._grid is None:
                 with appearing_whole(run_dir) as staging:
                     self._staging_dir = str(staging)
                     yield staging
+                    self._lock.check()
                 return
             message = [None]
             if self._grid.rank == 0:
@@ -87,6 +116,7 @@ class CheckpointHooks(AgreementHooks):
                     self._staging_dir = str(staging)
                     yield staging
                     dist.barrier(self._control_group)  # all have written
+                    self._lock.check()
             else:
                 dist.broadcast_object_list(message, 0, group=self._control_group)
                 self._staging_dir = message[0]
@@ -94,19 +124,29 @@ class CheckpointHooks(AgreementHooks):
                 dist.barrier(self._control_group)
             dist.barrier(self._control_group)  # it is in its place
         finally:
-            self._staging_dir = None
+            self._staging_dir = self._hashes = None
 
-    def _save_run_state(self, directory: Path, state: RunState) -> None:
-        grid = self._grid
-        if grid is None:
-            save_run_state(directory, state)
-            return
+    def _complete(self, directory: Path, state: RunState | None) -> None:
+        """The run state, if it is to be saved, and the manifest; all files are on the disk then."""
+        grid, hashes = self._grid, self._hashes
         directory.mkdir(parents=True, exist_ok=True)
-        part = save_state_part(directory, state, grid.replica, grid.device_index)
-        bring_home(directory, [part.file], grid, self._control_group)
-        parts = together(grid, self._control_group, part)
-        if grid.rank == 0:
-            write_manifest(directory, parts, grid.replicas)
+        parts, known = [], {}
+        if state is not None:
+            place = () if grid is None else (grid.replica, grid.device_index)
+            parts = [save_state_part(directory, state, *place)]
+        if grid is not None:
+            bring_home(directory, [part.file for part in parts], grid, self._control_group, hashes)
+            gathered = together(grid, self._control_group, (parts, dict(hashes.results())))
+            parts = [part for theirs, _ in gathered for part in theirs]
+            known = {name: digest for _, theirs in gathered for name, digest in theirs.items()}
+            if grid.rank:
+                return
+        hashes.add(name for name in files_in(directory) if name not in known)
+        known |= hashes.results()
+        if state is not None:
+            staged = self._staged_optimizer
+            run = describe_run(self.model, staged.optimizer, staged.compensation, self.lr_scheduler)
+            write_manifest(directory, parts, 1 if grid is None else grid.replicas, run, known)
 
     def _get_output_dir(self, trial: Any) -> str:
         """The run's directory; while a checkpoint is being written, the directory where it is put together."""
@@ -142,24 +182,28 @@ class CheckpointHooks(AgreementHooks):
                 self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        directory = Path(output_dir if output_dir is not None else self.args.output_dir)
+        hashes = self._hashes if self._hashes is not None and self._hashes.directory == directory else None
         if self._grid is None:
             super()._save(output_dir, state_dict)
+            if hashes is not None:
+                hashes.add()
             return
-        directory = Path(output_dir if output_dir is not None else self.args.output_dir)
         if self.args.should_save:
             # Everything but the weights, as the library writes it.
             with without_progress_bars():
                 super()._save(str(directory), state_dict={})
             for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
                 (directory / name).unlink(missing_ok=True)
-        save_weights(self.model, directory, self._grid, self._control_group)
+        save_weights(self.model, directory, self._grid, self._control_group, hashes)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._grid is None:
             super()._save_optimizer_and_scheduler(output_dir)
+            self._hashes.add()
             return
         files = save_optimizer(self.optimizer.state_dict(), Path(output_dir), self._grid)
-        bring_home(Path(output_dir), files, self._grid, self._control_group)
+        bring_home(Path(output_dir), files, self._grid, self._control_group, self._hashes)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER))
 
@@ -169,47 +213,4 @@ class CheckpointHooks(AgreementHooks):
             super()._save_rng_state(output_dir)
         elif self._grid.rank == 0:
             super()._save_rng_state(output_dir)
-            os.replace(os.path.join(output_dir, "rng_state_0.pth"), os.path.join(output_dir, "rng_state.pth"))
-
-    # ---- resuming ----
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._partition.model is not self.model:
-            self._split(self.model, self.args)
-        settings = self.args.engine_settings(self.stage_plan.num_workers)
-        held = [k for k in range(self.stage_plan.num_stages) if self._partition.is_here(k)]
-        replica, replicas = (0, 1) if self._grid is None else (self._grid.replica, self._grid.replicas)
-        # Refuse before anything is loaded over; the engine takes the state once it is there.
-        with offering_earlier(resume_from_checkpoint):
-            self._resumed_state = load_run_state(resume_from_checkpoint, held, replica, replicas)
-            self._resumed_state.check(self._partition, settings, held)
-            if self._grid is None:
-                super()._load_from_checkpoint(resume_from_checkpoint, model)
-            else:
-                load_weights(self.model, resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        if self._grid is None:
-            super()._load_best_model()
-        else:
-            load_weights(self.model, self.state.best_model_checkpoint)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        with offering_earlier(checkpoint):
-            here = [p for group in self.optimizer.param_groups for p in group["params"]]
-            self.optimizer.load_state_dict(load_optimizer(checkpoint, lambda index: not here[index].is_meta))
-        self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER), weights_only=True))
-        self.engine.load_state_dict(self._resumed_state)
-        self._resumed_state = None
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if self._grid is None or checkpoint is None:
-            super()._load_rng_state(checkpoint)
-            return
-        with tempfile.TemporaryDirectory() as folder:  # where Trainer finds the state under the name it expects
-            shutil.copy(
-                os.path.join(checkpoint, "rng_state.pth"), os.path.join(folder, f"rng_state_{self._grid.rank}.pth")
-            )
-            super()._load_rng_state(folder)
+            os.replace(os.path.join(output_dir, "rng_state_0.pth"), os.path.join(output_dir, RNG_STATE))

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -118,6 +118,9 @@ class Watch:
             error = self.failure
         else:
             self._post_failure({"rank": self._grid.rank, "text": self._account(self._grid.rank, _describe(error))})
+        if self._grid.rank:
+            with suppress(RuntimeError):  # this process knows why it ends: nobody need wait for it to read
+                self._store.set(f"read {self._guarded} {self._grid.rank}", "")
         self._linger()
         return error
 

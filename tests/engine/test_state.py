@@ -87,7 +87,7 @@ def test_delays_before_their_start() -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda meta, tensors: meta.update(format=9), "has format 9, this version reads format 3"),
+        (lambda meta, tensors: meta.update(format=9), "has format 9, this version reads format 4"),
         (lambda meta, tensors: meta.pop("format"), "has format None"),
         (lambda meta, tensors: meta.pop("tick"), "damaged: KeyError: 'tick'"),
         (lambda meta, tensors: meta.pop("pending_ticks"), "damaged: KeyError: 'pending_ticks'"),

@@ -16,7 +16,7 @@ from rig import Ended, ends_of, in_processes
 from trainer_helpers import AtStep, differing, split_options
 from trainer_runs import accuracy, held, made, most_likely, run_here
 
-import hf_ouroboros.checkpoint
+import hf_ouroboros.checkpoint.run_state
 import hf_ouroboros.hooks.checkpoints
 import hf_ouroboros.processes.files
 import hf_ouroboros.processes.relay
@@ -42,9 +42,9 @@ PLACES: dict[str, tuple[Any, str, int]] = {
     "evaluation": (hf_ouroboros.processes.relay.Relay, "_stage", 8),
     "weights": (hf_ouroboros.processes.files, "save_torch_state_dict", 5),
     "optimizer": (torch, "save", 10),
-    "state": (hf_ouroboros.checkpoint, "save_file", 5),
+    "state": (hf_ouroboros.checkpoint.run_state, "save_file", 5),
     "collection": (hf_ouroboros.processes.files, "together", 12),
-    "rename": (Path, "rename", 8),
+    "rename": (os, "rename", 8),
 }
 
 

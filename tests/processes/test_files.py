@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rig import Ended, ends_of, in_processes
-from trainer_helpers import differing, split_options, tiny_model
+from trainer_helpers import differing, split_options
 from trainer_runs import made, run_here
 from transformers import AutoModelForCausalLM
 
 import hf_ouroboros.processes.files
 from hf_ouroboros import CheckpointError
 from hf_ouroboros.checkpoint import load_run_state
-from hf_ouroboros.processes.files import load_optimizer, load_weights
 
 OPTIONS = {"num_stages": 3, "save_strategy": "steps", "save_steps": 2}
 
@@ -81,27 +79,11 @@ def resuming_here(folder: Path) -> None:
     run_here(folder, {**run, "resume": str(folder / "out" / "checkpoint-4")})
 
 
-def test_weights_of_another_model(tmp_path: Path) -> None:
-    tiny_model(layers=2).save_pretrained(tmp_path)
-    with pytest.raises(
-        CheckpointError, match=r"has no 'transformer.h.2.attn.c_attn.bias'; it belongs to another model"
-    ):
-        load_weights(tiny_model(layers=5), tmp_path)
-    with pytest.raises(CheckpointError, match="can't be read"):
-        load_weights(tiny_model(), tmp_path / "absent")
-
-
-def test_optimizer_that_can_not_be_read(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"optimizer.pt can't be read"):
-        load_optimizer(tmp_path)
-    (tmp_path / "optimizer.pt").write_bytes(b"no")
-    with pytest.raises(CheckpointError, match=r"optimizer.pt can't be read"):
-        load_optimizer(tmp_path)
-
-
-def test_optimizer_parts_are_put_together(tmp_path: Path) -> None:
-    for part in (1, 2):
-        state = {"state": {part: {"step": torch.tensor(float(part))}}, "param_groups": [{"params": [0, 1, 2]}]}
-        torch.save(state, tmp_path / f"optimizer-0000{part}-of-00002.pt")
-    assert load_optimizer(tmp_path)["state"].keys() == {1, 2}
-    assert load_optimizer(tmp_path, lambda index: index == 2)["state"].keys() == {2}
+def test_damaged_for_one_process_only(tmp_path: Path) -> None:
+    """A shard that holds nothing of the main process: both say the same."""
+    in_processes(2, on_shared_disk, str(tmp_path))
+    (tmp_path / "out" / "checkpoint-4" / "ouroboros_state-replica0-device1.safetensors").unlink()
+    ends = ends_of(2, resuming, str(tmp_path), str(tmp_path / "out" / "checkpoint-4"))
+    for end in ends:
+        assert "ouroboros_state-replica0-device1.safetensors is missing" in end.text
+        assert "The checkpoint before it is complete" in end.text
