@@ -338,4 +338,6 @@ def _grid_of(args: OuroborosArguments) -> ProcessGrid | None:
     if args.world_size == 1:
         return None
     timeout = timedelta(seconds=args.ddp_timeout)
-    return ProcessGrid(args.process_index, args.world_size, args.data_parallel_replicas, args.device, timeout)
+    # accelerate says "cpu:0" for every process; to that, torch would copy every tensor that is on "cpu".
+    device = torch.device("cpu") if args.device.type == "cpu" else args.device
+    return ProcessGrid(args.process_index, args.world_size, args.data_parallel_replicas, device, timeout)
