@@ -15,6 +15,7 @@ from .errors import UnsupportedOptionError
 from .optim import choose
 from .optim.choice import NAMES
 from .options import read_options
+from .partition.hardware import is_here
 from .processes.launch import check_launch, check_started, launched_processes
 
 # option -> (is it on?, what to do instead)
@@ -284,14 +285,7 @@ class OuroborosArguments(TrainingArguments):
         if len(set(self.devices)) < len(self.devices):
             raise UnsupportedOptionError(f"devices={self.devices} must be different names, e.g. cpu:0 cpu:1")
         for name in self.devices:
-            kind, _, index = name.partition(":")
-            if kind == "cpu":
-                valid = index.isdecimal()
-            else:
-                present = torch.accelerator.current_accelerator(check_available=True)
-                count = torch.accelerator.device_count() if present is not None and present.type == kind else 0
-                valid = index.isdecimal() and int(index) < count
-            if not valid:
+            if not is_here(name):
                 raise UnsupportedOptionError(
                     f"devices names {name!r}, which this machine doesn't have; give names with an index, e.g. cpu:0, "
                     "or cuda:0 to cuda:N-1"

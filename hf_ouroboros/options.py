@@ -20,6 +20,7 @@ import os
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 from .errors import UnsupportedOptionError
@@ -107,7 +108,7 @@ class Whole(Rule):
         value = plain(value)
         try:
             number = int(value) if isinstance(value, str) else operator.index(value)
-        except TypeError:
+        except (TypeError, ValueError):
             raise ValueError from None
         if isinstance(value, bool) or not self.least <= number <= self.most:
             raise ValueError
@@ -140,7 +141,7 @@ class Number(Rule):
             raise ValueError
         try:
             number = float(value)
-        except OverflowError:
+        except (OverflowError, ValueError):
             raise ValueError from None
         if math.isnan(number) or (math.isinf(number) and not self.infinite):
             raise ValueError
@@ -191,19 +192,23 @@ class OneOf(Rule):
 
 @dataclass(frozen=True)
 class Place(Rule):
-    """The path of a file or folder, which need not exist; whether it can be written is found out by who writes there."""
+    """The path of a file; whether it is there or can be written is found out by who reads or writes it."""
 
+    suffixes: tuple[str, ...] = ()
     optional: bool = field(default=False, kw_only=True)
 
     @property
     def what(self) -> str:
-        return "a path"
+        return "the path of a file" + (f" that ends in {' or '.join(self.suffixes)}" if self.suffixes else "")
 
     def read(self, value: Any) -> str:
         if not isinstance(value, str | os.PathLike):
             raise ValueError
         path = os.fspath(value)
-        if not isinstance(path, str) or not path or "\0" in path:
+        if not isinstance(path, str) or "\0" in path or os.path.basename(path) in ("", ".", ".."):
+            raise ValueError
+        os.fsencode(path)  # some strings can't be the name of a file
+        if self.suffixes and Path(path).suffix not in self.suffixes:
             raise ValueError
         return path
 

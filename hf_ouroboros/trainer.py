@@ -15,10 +15,12 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalPrediction, TrainOutput
+from transformers.utils import logging
 
 from .arguments import OuroborosArguments
 from .engine.engine import Engine
 from .engine.optimizers import check_optimizer
+from .errors import OutputFileError
 from .hooks.batches import BatchHooks
 from .hooks.card import CardHooks
 from .hooks.checkpoints import CheckpointHooks
@@ -37,8 +39,11 @@ from .processes.probe import hidden_specs
 from .processes.relay import Relay
 from .processes.watch import Watch
 from .reference import Reference
-from .simulate.timeline import Timeline
+from .simulate.timeline import Timeline, timeline_files
 from .staged import StagedModel, refuse_forward
+from .user_files import check_writable
+
+logger = logging.get_logger(__name__)
 
 
 class OuroborosTrainer(BatchHooks, OptimizerHooks, EvaluationHooks, CheckpointHooks, CardHooks, Trainer):
@@ -177,8 +182,11 @@ class OuroborosTrainer(BatchHooks, OptimizerHooks, EvaluationHooks, CheckpointHo
         Raises:
             WorkerError: a device's worker failed; names device, instruction, stage and tick.
             CheckpointError: the checkpoint can't be resumed exactly.
+            OutputFileError: the timeline can't be written where it is wanted.
         """
         with self._guarded("training"):
+            if self.args.timeline is not None and self.is_world_process_zero():
+                check_writable("timeline", *timeline_files(self.args.timeline))  # rather than after the last update
             try:
                 output = super().train(
                     resume_from_checkpoint=resume_from_checkpoint,
@@ -220,7 +228,10 @@ class OuroborosTrainer(BatchHooks, OptimizerHooks, EvaluationHooks, CheckpointHo
             for event in (e for rank in self._grid.row(0) for e in events[rank]):
                 self.timeline.record(event)
         if self.is_world_process_zero():
-            self.timeline.write(self.args.timeline)
+            try:
+                self.timeline.write(self.args.timeline)
+            except OutputFileError as error:  # it could be when training began; the trained model is worth more
+                logger.warning(f"timeline={self.args.timeline!r} is lost: {error}")
 
     def _make_model_usable(self) -> None:
         """Lets `trainer.model` run by itself where its parts stay on several accelerators, as device_map="auto" does."""

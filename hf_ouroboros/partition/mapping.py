@@ -76,7 +76,7 @@ def expand_legacy(mapping: Mapping[Any, Any], units: Sequence[Unit], tied: bool)
     layers = [unit.modules[0] for unit in units if unit.kind == "layer"]
     expanded: dict[str, Any] = {}
     for device, numbers in mapping.items():
-        device = int(device) if str(device).isdigit() else device
+        device = int(device) if str(device).isdecimal() else device
         for number in numbers:
             if not isinstance(number, int) or not 0 <= number < len(layers):
                 raise DeviceMapError(f"device_map names layer {number!r}; the model has layers 0 to {len(layers) - 1}")
@@ -101,7 +101,7 @@ def device_index(value: Any, devices: Sequence[str], where: str) -> int:
             f"{where}={text!r}: offloading is not possible while training in a pipeline; every stage lives on one of "
             f"{', '.join(devices)}"
         )
-    if text.isdigit():
+    if text.isdecimal() and len(text) < 10:
         if int(text) < len(devices):
             return int(text)
     else:

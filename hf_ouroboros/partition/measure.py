@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import platform
 import statistics
 import threading
@@ -22,8 +23,11 @@ from huggingface_hub.constants import HF_HOME
 from torch import nn
 from torch.nn.utils import get_total_norm
 from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.utils import logging
 
-from ..errors import UnsupportedModelError
+from ..errors import InputFileError, OutputFileError, UnsupportedModelError
+from ..options import Number, from_json
+from ..user_files import read_text, written_together
 from .facts import ModelFacts
 from .families import Family, find_family
 from .plan import torch_device
@@ -34,7 +38,11 @@ from .units import StageSpan
 
 REPETITIONS = 7  # of which the first two warm up; the median of the others counts
 SEED = 0
+MOST_MEASURED = 64  # devices
+MOST_BYTES = 2**26  # of a file with measurements
+_SECONDS = Number(0.0)
 CACHE = Path(HF_HOME) / "hf_ouroboros" / "unit_times"
+logger = logging.get_logger(__name__)
 _so_far: dict[str, list[list[list[float]]]] = {}
 
 
@@ -59,22 +67,48 @@ def measured(
     Raises:
         UnsupportedModelError: the architecture can only be estimated, not run in stages.
     """
+    if len(devices) > MOST_MEASURED:
+        raise UnsupportedModelError(
+            f"{len(devices)} devices are more than the {MOST_MEASURED} that are measured at once"
+        )
     if facts.untrainable is not None:
         raise UnsupportedModelError(f"{facts.untrainable}, so it can't be measured; plan for device kinds instead")
     key = _key(config, facts, devices)
     file = None if cache is None else cache / f"{key}.json"
     if again or key not in _so_far:
-        if not again and file is not None and file.is_file():
-            _so_far[key] = json.loads(file.read_text(encoding="utf-8"))
-        else:
-            _so_far[key] = _measure(config, facts, devices)
+        known = None if again or file is None else _remembered(file, len(devices), len(facts.units))
+        if known is None:
+            known = _measure(config, facts, devices)
             if file is not None:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(json.dumps(_so_far[key]), encoding="utf-8")
+                _remember(file, known)
+        _so_far[key] = known
     return [
         PlannedDevice(name, tuple(UnitTimes(*times) for times in row), _memory_of(name) * margin)
         for name, row in zip(devices, _so_far[key], strict=True)
     ]
+
+
+def _remembered(file: Path, devices: int, units: int) -> list[list[list[float]]] | None:
+    """What a file says; None where there is none, or it says something else, which a new measurement replaces."""
+    if not os.path.lexists(file):
+        return None
+    try:
+        times = from_json(read_text(file, MOST_BYTES))
+        if [[len(unit) for unit in row] for row in times] != [[3] * units] * devices:
+            raise ValueError("other numbers of devices, units or times")
+        return [[[_SECONDS.read(value) for value in unit] for unit in row] for row in times]
+    except (InputFileError, ValueError, TypeError) as error:
+        logger.warning(f"{file} holds no measurements ({error or 'a time that is none'}); they are made again")
+        return None
+
+
+def _remember(file: Path, times: list[list[list[float]]]) -> None:
+    """Writes what was measured; it is only for the next time, so a plan does not fail where it can't be kept."""
+    try:
+        with written_together(file) as (new,):
+            new.write_text(json.dumps(times), encoding="utf-8")
+    except OutputFileError as error:
+        logger.warning(f"measurements are not kept for the next time: {error}")
 
 
 def _key(config: PretrainedConfig, facts: ModelFacts, devices: Sequence[str]) -> str:

@@ -69,6 +69,44 @@ def test_results_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         measured(config, facts, ["cpu:0"], cache=tmp_path, again=True)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[[[1.0, 2.0",
+        b"null",
+        b"[]",
+        b"[[]]",
+        b'[[["1", null, 3]]]',
+        b"\xff",
+        b"[" * 100_000,
+        b"[[[NaN,0,0]]]",
+        None,
+    ],
+)
+def test_a_file_that_holds_no_measurements_is_replaced(
+    content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_gpt2().config
+    facts = model_facts(config, 2, 8)
+    times = [[[1.0, 2.0, 3.0]] * len(facts.units)]
+    monkeypatch.setattr(measure, "_measure", lambda *arguments: times)
+    told: list[str] = []
+    monkeypatch.setattr(measure.logger, "warning", told.append)
+    file = tmp_path / f"{measure._key(config, facts, ['cpu:0'])}.json"
+    if content is None:
+        file.mkdir()  # can't be replaced, which is no reason to fail
+    else:
+        file.write_bytes(content)
+    (device,) = measured(config, facts, ["cpu:0"], cache=tmp_path)
+    assert device.times[0].backward == 2.0
+    assert "holds no measurements" in told[0] or "can't be read" in told[0]
+    if content is None:
+        assert "are not kept for the next time" in told[1]
+    else:
+        assert json.loads(file.read_text()) == times and list(tmp_path.iterdir()) == [file]
+
+
 def test_a_failure_ends_all_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_gpt2().config
     facts = model_facts(config, 2, 8)
