@@ -29,14 +29,20 @@ YES, NO = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 160
 _short.maxlong = 60
+_short.maxlevel = 3
 
 
 def shown(value: Any) -> str:
     """A value as error messages show it: `repr`, of bounded length and in bounded time whatever refers to what."""
     try:
-        return _short.repr(value)
+        return shortened(_short.repr(value))
     except Exception:  # an integer of more digits than Python writes, or a class whose repr fails
         return f"<{type(value).__name__}>"
+
+
+def shortened(text: str, most: int = 240) -> str:
+    """A text, or its beginning and end."""
+    return text if len(text) <= most else f"{text[: most - 60]} ... {text[-50:]}"
 
 
 def plain(value: Any) -> Any:
@@ -192,20 +198,25 @@ class OneOf(Rule):
 
 @dataclass(frozen=True)
 class Place(Rule):
-    """The path of a file; whether it is there or can be written is found out by who reads or writes it."""
+    """The path of a file or folder; whether it is there or can be written is found out by who reads or writes it."""
 
     suffixes: tuple[str, ...] = ()
+    folder: bool = field(default=False, kw_only=True)
     optional: bool = field(default=False, kw_only=True)
 
     @property
     def what(self) -> str:
-        return "the path of a file" + (f" that ends in {' or '.join(self.suffixes)}" if self.suffixes else "")
+        return f"the path of a {'folder' if self.folder else 'file'}" + (
+            f" that ends in {' or '.join(self.suffixes)}" if self.suffixes else ""
+        )
 
     def read(self, value: Any) -> str:
         if not isinstance(value, str | os.PathLike):
             raise ValueError
         path = os.fspath(value)
-        if not isinstance(path, str) or "\0" in path or os.path.basename(path) in ("", ".", ".."):
+        if not isinstance(path, str) or not path or "\0" in path:
+            raise ValueError
+        if not self.folder and os.path.basename(path) in ("", ".", ".."):
             raise ValueError
         os.fsencode(path)  # some strings can't be the name of a file
         if self.suffixes and Path(path).suffix not in self.suffixes:
