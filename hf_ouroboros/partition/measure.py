@@ -23,26 +23,21 @@ from huggingface_hub.constants import HF_HOME
 from torch import nn
 from torch.nn.utils import get_total_norm
 from transformers import AutoModelForCausalLM, PretrainedConfig
-from transformers.utils import logging
 
-from ..errors import InputFileError, OutputFileError, UnsupportedModelError
-from ..options import Number, from_json
-from ..user_files import read_text, written_together
+from ..errors import UnsupportedModelError
 from .facts import ModelFacts
 from .families import Family, find_family
 from .plan import torch_device
 from .planner import PlannedDevice, UnitTimes
 from .split import model_units
 from .stages import Stage
+from .unit_times import remember, remembered
 from .units import StageSpan
 
 REPETITIONS = 7  # of which the first two warm up; the median of the others counts
 SEED = 0
 MOST_MEASURED = 64  # devices
-MOST_BYTES = 2**26  # of a file with measurements
-_SECONDS = Number(0.0)
 CACHE = Path(HF_HOME) / "hf_ouroboros" / "unit_times"
-logger = logging.get_logger(__name__)
 _so_far: dict[str, list[list[list[float]]]] = {}
 
 
@@ -65,7 +60,8 @@ def measured(
         again: measure even if it was before.
 
     Raises:
-        UnsupportedModelError: the architecture can only be estimated, not run in stages.
+        UnsupportedModelError: the architecture can only be estimated, not run in stages; or it fails, or needs more memory
+            than there is.
     """
     if len(devices) > MOST_MEASURED:
         raise UnsupportedModelError(
@@ -76,11 +72,18 @@ def measured(
     key = _key(config, facts, devices)
     file = None if cache is None else cache / f"{key}.json"
     if again or key not in _so_far:
-        known = None if again or file is None else _remembered(file, len(devices), len(facts.units))
+        known = None if again or file is None else remembered(file, len(devices), len(facts.units))
         if known is None:
-            known = _measure(config, facts, devices)
+            _check_room(facts, sum(name.startswith("cpu") for name in devices))
+            try:
+                known = _measure(config, facts, devices)
+            except Exception as error:  # whatever a model does with a batch of this shape
+                raise UnsupportedModelError(
+                    f"{facts.name} can't be measured with micro-batches of {facts.batch} x {facts.time} tokens on "
+                    f"{', '.join(devices)} ({type(error).__name__}: {error}); plan for device kinds instead"
+                ) from error
             if file is not None:
-                _remember(file, known)
+                remember(file, known)
         _so_far[key] = known
     return [
         PlannedDevice(name, tuple(UnitTimes(*times) for times in row), _memory_of(name) * margin)
@@ -88,27 +91,20 @@ def measured(
     ]
 
 
-def _remembered(file: Path, devices: int, units: int) -> list[list[list[float]]] | None:
-    """What a file says; None where there is none, or it says something else, which a new measurement replaces."""
-    if not os.path.lexists(file):
-        return None
-    try:
-        times = from_json(read_text(file, MOST_BYTES))
-        if [[len(unit) for unit in row] for row in times] != [[3] * units] * devices:
-            raise ValueError("other numbers of devices, units or times")
-        return [[[_SECONDS.read(value) for value in unit] for unit in row] for row in times]
-    except (InputFileError, ValueError, TypeError) as error:
-        logger.warning(f"{file} holds no measurements ({error or 'a time that is none'}); they are made again")
-        return None
-
-
-def _remember(file: Path, times: list[list[list[float]]]) -> None:
-    """Writes what was measured; it is only for the next time, so a plan does not fail where it can't be kept."""
-    try:
-        with written_together(file) as (new,):
-            new.write_text(json.dumps(times), encoding="utf-8")
-    except OutputFileError as error:
-        logger.warning(f"measurements are not kept for the next time: {error}")
+def _check_room(facts: ModelFacts, workers: int) -> None:
+    """Refuses what a machine has no memory for: it would not fail, but be ended, or end others."""
+    if not workers or not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return
+    # Of each unit: weights, gradients and two moments; activations, and gradients of as many.
+    sizes = [4 * unit.parameter_bytes + 2 * (unit.activation_bytes + unit.output_bytes) for unit in facts.units]
+    layers = [size for size, unit in zip(sizes, facts.units, strict=True) if unit.kind == "layer"]
+    need = workers * (max(sizes) + sum(sizes) - sum(layers) + max(layers))
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if need > there:
+        raise UnsupportedModelError(
+            f"measuring {facts.name} with micro-batches of {facts.batch} x {facts.time} tokens needs about {need / 2**30:,.0f} "
+            f"GiB, but this machine has {there / 2**30:,.0f}; plan for device kinds instead"
+        )
 
 
 def _key(config: PretrainedConfig, facts: ModelFacts, devices: Sequence[str]) -> str:

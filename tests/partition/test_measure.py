@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 
 from hf_ouroboros.errors import UnsupportedModelError
 from hf_ouroboros.models.transfo_xl import TransfoXLConfig
-from hf_ouroboros.partition import measure
+from hf_ouroboros.partition import measure, unit_times
 from hf_ouroboros.partition.facts import model_facts
 from hf_ouroboros.partition.measure import measured
 
@@ -61,11 +61,11 @@ def test_results_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     measure._so_far.clear()
     assert measured(config, facts, ["cpu:0"], cache=tmp_path) == first  # in the file
     for others in (model_facts(config, 1, 8), model_facts(config, 2, 8, torch.bfloat16)):
-        with pytest.raises(AssertionError, match="measured again"):
+        with pytest.raises(UnsupportedModelError, match="measured again"):
             measured(config, others, ["cpu:0"], cache=tmp_path)
-    with pytest.raises(AssertionError, match="measured again"):
+    with pytest.raises(UnsupportedModelError, match="measured again"):
         measured(config, facts, ["cpu:0", "cpu:1"], cache=tmp_path)
-    with pytest.raises(AssertionError, match="measured again"):
+    with pytest.raises(UnsupportedModelError, match="measured again"):
         measured(config, facts, ["cpu:0"], cache=tmp_path, again=True)
 
 
@@ -92,7 +92,7 @@ def test_a_file_that_holds_no_measurements_is_replaced(
     times = [[[1.0, 2.0, 3.0]] * len(facts.units)]
     monkeypatch.setattr(measure, "_measure", lambda *arguments: times)
     told: list[str] = []
-    monkeypatch.setattr(measure.logger, "warning", told.append)
+    monkeypatch.setattr(unit_times.logger, "warning", told.append)
     file = tmp_path / f"{measure._key(config, facts, ['cpu:0'])}.json"
     if content is None:
         file.mkdir()  # can't be replaced, which is no reason to fail
@@ -115,7 +115,7 @@ def test_a_failure_ends_all_and_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
         raise MemoryError("no room")
 
     monkeypatch.setattr(measure._DeviceRun, "_step", fail)
-    with pytest.raises(MemoryError, match="no room"):
+    with pytest.raises(UnsupportedModelError, match="can't be measured .*MemoryError: no room"):
         measured(config, facts, ["cpu:0", "cpu:1"], cache=None)
 
 
@@ -125,3 +125,16 @@ def test_what_can_only_be_planned_is_refused() -> None:
     )
     with pytest.raises(UnsupportedModelError, match="so it can't be measured; plan for device kinds instead"):
         measured(config, model_facts(config, 1, 8), ["cpu:0"], cache=None)
+
+
+def test_what_the_machine_has_no_memory_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_gpt2().config
+    monkeypatch.setattr(measure, "_measure", refuse)
+    with pytest.raises(UnsupportedModelError, match=r"needs about [0-9,]+ GiB, but this machine has"):
+        measured(config, model_facts(config, 2**20, 64), ["cpu:0"], cache=None)
+
+
+def test_rows_that_are_longer_than_the_model_takes() -> None:
+    config = tiny_gpt2().config
+    with pytest.raises(UnsupportedModelError, match="can't be measured with micro-batches of 1 x 5000 tokens on cpu:0"):
+        measured(config, model_facts(config, 1, 5000), ["cpu:0"], cache=None)
