@@ -52,7 +52,7 @@ class Outcome:
         status: its exit status.
         out: what it printed.
         err: what it complained about.
-        files: that are there afterwards and were not before.
+        files: that are there afterwards and were not before, or are others now.
     """
 
     status: int
@@ -83,7 +83,7 @@ def command(folder: Path, *arguments: str) -> Outcome:
     for stream in (out, err):
         stream.flush()
         texts.append(stream.buffer.getvalue().decode("ascii"))
-    outcome = Outcome(status, *texts, _files(folder).keys() - before.keys())
+    outcome = Outcome(status, *texts, {name for name, _ in _files(folder).items() - before.items()})
     assert outcome.status in (0, 1, 2), outcome
     assert "Traceback" not in outcome.err
     assert not [name for name in outcome.files if ".writing" in name]
@@ -102,15 +102,15 @@ def _files(folder: Path) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def cleaned(folder: Path, *kept: str) -> Iterator[None]:
-    """Removes afterwards what is new in a folder."""
+def cleaned(folder: Path, original: Path) -> Iterator[None]:
+    """Makes a folder afterwards what its original is, of which it is a copy."""
+    before = _files(folder)
     try:
         yield
     finally:
-        for path in folder.iterdir():
-            if path.name in kept:
-                continue
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        if _files(folder) != before:
+            shutil.rmtree(folder)
+            shutil.copytree(original, folder, symlinks=True)
 
 
 def replaced(value: Any, path: Sequence[int], new: Any) -> Any:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,13 +22,12 @@ from hf_ouroboros.models.transfo_xl import TransfoXLConfig, TransfoXLLMHeadModel
 from hf_ouroboros.simulate.simulator import StageCost, simulate
 
 SIZES = ["--batch", "1", "--seq", "8"]
-KEPT = ("model", "run.json", "old", "file", "folder", "dangling", "cache")
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, a timeline, an old checkpoint, and names that stand in the way."""
-    folder = tmp_path_factory.mktemp("place")
+    folder = tmp_path_factory.mktemp("original")
     tiny_gpt2().config.save_pretrained(folder / "model")
     found = simulate("lockstep", [0, 1, 0], [StageCost(0.5, 1.0), StageCost(1.0, 2.0), StageCost(0.5, 1.0)], 2)
     (folder / "run.json").write_text(json.dumps(found.timeline.to_chrome_trace()))
@@ -42,8 +41,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "old" / "vocab.pkl").write_bytes(pickle.dumps(vocabulary))
     (folder / "file").write_bytes(b"\xff\x00 no text")
     (folder / "folder").mkdir()
-    (folder / "dangling").symlink_to(folder / "nowhere")
+    (folder / "dangling").symlink_to("nowhere")
     return folder
+
+
+@pytest.fixture(scope="module")
+def place(original: Path) -> Path:
+    """The copy of it in which commands are run."""
+    return Path(shutil.copytree(original, original.with_name("place"), symlinks=True))
 
 
 @pytest.fixture(autouse=True)
@@ -146,14 +151,14 @@ def test_every_command_is_fuzzed() -> None:
 
 @pytest.mark.usefixtures("few_pictures")
 @pytest.mark.parametrize("name", BASE)
-def test_arguments(name: str, place: Path) -> None:
-    @fuzzed(share={"plan": 2.0, "simulate": 2.0, "env": 0.2}.get(name, 1.5))
+def test_arguments(name: str, place: Path, original: Path) -> None:
+    @fuzzed(share={"trace": 1.5, "convert-transfo-xl": 1.5, "env": 0.2}.get(name, 1.0))
     @given(command_lines(name))
     def run(words: list[str]) -> None:
-        with cleaned(place, *KEPT):
+        with cleaned(place, original):
             outcome = command(place, name, *words)
             if outcome.status == 0 and name != "env" and not {"-h", "--help"} & set(words):
-                assert outcome.files or "cache" in str(outcome.files), words
+                assert outcome.files, words
 
     run()
 
@@ -165,11 +170,11 @@ PATH_INTO = st.lists(st.integers(0, 40), min_size=1, max_size=4)
 
 @fuzzed(share=2.0)
 @given(st.lists(st.tuples(PATH_INTO, JSON), min_size=1, max_size=3), st.sampled_from(["new.png", "new.html"]))
-def test_timelines(place: Path, changes: list, output: str) -> None:
+def test_timelines(place: Path, original: Path, changes: list, output: str) -> None:
     content = json.loads((place / "run.json").read_text())
     for path, new in changes:
         content = replaced(content, path, new)
-    with cleaned(place, *KEPT):
+    with cleaned(place, original):
         (place / "other.json").write_text(_json(content))
         outcome = command(place, "trace", "other.json", "--output", output)
         assert (outcome.status == 0) == (outcome.files == {output})
@@ -178,11 +183,11 @@ def test_timelines(place: Path, changes: list, output: str) -> None:
 @pytest.mark.usefixtures("few_pictures")
 @fuzzed(share=1.5)
 @given(st.lists(st.tuples(PATH_INTO, JSON), min_size=1, max_size=3), st.sampled_from(["gpt2", "llama", "bert"]))
-def test_configurations(place: Path, changes: list, model_type: str) -> None:
+def test_configurations(place: Path, original: Path, changes: list, model_type: str) -> None:
     content = json.loads((place / "model" / "config.json").read_text()) | {"model_type": model_type}
     for path, new in changes:
         content = replaced(content, path, new)
-    with cleaned(place, *KEPT):
+    with cleaned(place, original):
         (place / "config.json").write_text(_json(content))
         command(place, "plan", "config.json", "--devices", "2xt4", *SIZES, "--output", "new")
 
@@ -194,23 +199,19 @@ def test_configurations(place: Path, changes: list, model_type: str) -> None:
     st.lists(st.tuples(st.integers(0, 5000), st.binary(min_size=1, max_size=4)), max_size=4),
     st.booleans(),
 )
-def test_damaged_files(place: Path, name: str, length: int | None, changes: list, stubs: bool) -> None:
-    good = (place / name).read_bytes()
-    content = bytearray(good[:length])
+def test_damaged_files(place: Path, original: Path, name: str, length: int | None, changes: list, stubs: bool) -> None:
+    content = bytearray((place / name).read_bytes()[:length])
     for position, new in changes:
-        content[position % (len(content) + 1) :][: len(new)] = b""
-        content[position % (len(content) + 1) : position % (len(content) + 1) + len(new)] = new
-    try:
+        position %= len(content) + 1
+        content[position : position + len(new)] = new
+    with cleaned(place, original):
         (place / name).write_bytes(content)
-        with cleaned(place, *KEPT):
-            if name == "run.json":
-                command(place, "trace", name, "--output", "new.png")
-            elif name.startswith("model"):
-                command(place, "plan", "model", "--devices", "t4", *SIZES, "--output", "new")
-            else:
-                command(place, "convert-transfo-xl", "old", "new", *(["--allow_stubs"] if stubs else []))
-    finally:
-        (place / name).write_bytes(good)
+        if name == "run.json":
+            command(place, "trace", name, "--output", "new.png")
+        elif name.startswith("model"):
+            command(place, "plan", "model", "--devices", "t4", *SIZES, "--output", "new")
+        else:
+            command(place, "convert-transfo-xl", "old", "new", *(["--allow_stubs"] if stubs else []))
 
 
 OPCODES = [
@@ -224,8 +225,8 @@ PIECES = [*OPCODES, b"\x80\x02", b"}", b"]", b"K\x01", b"I5\n", b"X\x01\x00\x00\
 
 @fuzzed(share=2.0)
 @given(st.lists(st.sampled_from(PIECES), max_size=40), st.booleans())
-def test_pickles(place: Path, pieces: list[bytes], stubs: bool) -> None:
-    with cleaned(place, *KEPT):
+def test_pickles(place: Path, original: Path, pieces: list[bytes], stubs: bool) -> None:
+    with cleaned(place, original):
         (place / "source").mkdir()
         (place / "source" / "vocab.pkl").write_bytes(b"".join(pieces) + b".")
         command(place, "convert-transfo-xl", "source", "new", *(["--allow_stubs"] if stubs else []))
@@ -234,8 +235,3 @@ def test_pickles(place: Path, pieces: list[bytes], stubs: bool) -> None:
 def _json(content: object) -> str:
     text = json.dumps(content)
     return text.encode("utf-8", "replace").decode()
-
-
-def test_nothing_was_left(place: Path) -> None:
-    assert {path.name for path in place.iterdir()} <= set(KEPT)
-    assert not os.path.exists(place / "nowhere")
