@@ -27,11 +27,11 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from ..errors import UnsupportedModelError
 from .facts import ModelFacts
 from .families import Family, find_family
+from .kept_times import remember, remembered
 from .plan import torch_device
 from .planner import PlannedDevice, UnitTimes
 from .split import model_units
 from .stages import Stage
-from .unit_times import remember, remembered
 from .units import StageSpan
 
 REPETITIONS = 7  # of which the first two warm up; the median of the others counts

@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 
 from hf_ouroboros.errors import UnsupportedModelError
 from hf_ouroboros.models.transfo_xl import TransfoXLConfig
-from hf_ouroboros.partition import measure, unit_times
+from hf_ouroboros.partition import kept_times, measure
 from hf_ouroboros.partition.facts import model_facts
 from hf_ouroboros.partition.measure import measured
 
@@ -92,7 +92,7 @@ def test_a_file_that_holds_no_measurements_is_replaced(
     times = [[[1.0, 2.0, 3.0]] * len(facts.units)]
     monkeypatch.setattr(measure, "_measure", lambda *arguments: times)
     told: list[str] = []
-    monkeypatch.setattr(unit_times.logger, "warning", told.append)
+    monkeypatch.setattr(kept_times.logger, "warning", told.append)
     file = tmp_path / f"{measure._key(config, facts, ['cpu:0'])}.json"
     if content is None:
         file.mkdir()  # can't be replaced, which is no reason to fail
