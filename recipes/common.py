@@ -64,7 +64,8 @@ def parse_options(
         smoke: what `--smoke` stands for: options that win over the file, but not over the command line.
 
     Raises:
-        OptionError: the configuration file is missing, is no mapping, or has an unknown key.
+        OptionError: the configuration file is missing, is no mapping, or has an unknown key; TrainingArguments can't use an
+            option.
     """
     parser = HfArgumentParser(
         (script_class, OuroborosArguments), description=sys.modules[script_class.__module__].__doc__
@@ -82,7 +83,12 @@ def parse_options(
         arguments = [*_as_arguments("--smoke", smoke, known), *arguments]
     if early.config is not None:
         arguments = [*_as_arguments(early.config, _read_config(early.config), known), *arguments]
-    script, args, _ = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    try:
+        script, args, _ = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    except UnsupportedOptionError:
+        raise
+    except (ValueError, TypeError, KeyError) as error:  # as TrainingArguments says it
+        raise OptionError(f"an option of training can't be used: {error}") from error
     return script, args
 
 
@@ -91,7 +97,7 @@ def _read_config(path: str) -> dict[str, Any]:
         raise OptionError(f"config={path!r} does not exist; name a YAML file")
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise OptionError(f"config={path!r} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise OptionError(f"config={path!r} must hold 'option: value' lines, not {type(values).__name__}")
