@@ -84,7 +84,7 @@ LIKELY: dict[str, list[str]] = {
     "file": ["run.json", "model/config.json", *PATHS],
     "output": PATHS,
     "source": ["old", *PATHS],
-    "target": PATHS,
+    "target": [path for path in PATHS if path != ".."],
     "config": ["{}", '{"mem_len": 2}', '{"n_layer": 3}', '{"n_layer": 1000000000}', '{"d_inner": null}', '{"cutoffs": [3, 9]}'],
     "micro_batches": ["1", "3", "8", "64"],
     "counts": ["1", "2", "5", "16"],
