@@ -168,7 +168,7 @@ def test_arguments(name: str, place: Path, original: Path) -> None:
 PATH_INTO = st.lists(st.integers(0, 40), min_size=1, max_size=4)
 
 
-@fuzzed(share=2.0)
+@fuzzed()
 @given(st.lists(st.tuples(PATH_INTO, JSON), min_size=1, max_size=3), st.sampled_from(["new.png", "new.html"]))
 def test_timelines(place: Path, original: Path, changes: list, output: str) -> None:
     content = json.loads((place / "run.json").read_text())
