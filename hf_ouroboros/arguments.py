@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
-from .engine.schedule import SCHEDULES
+from .argument_table import ARGUMENTS, words_of
 from .engine.settings import EngineSettings
 from .errors import UnsupportedOptionError
 from .optim import choose
 from .optim.choice import NAMES
+from .options import read_options
+from .partition.hardware import is_here
 from .processes.launch import check_launch, check_started, launched_processes
 from .processes.meeting import present, refusing
 
@@ -50,7 +50,7 @@ class OuroborosArguments(TrainingArguments):
         metadata={
             "help": "How the delayed-gradient update rule is executed: 'pipelined' (all devices busy), 'lockstep' (the "
             "paper's), '1f1b' (synchronous, exact gradients, with bubbles), 'reference' (one device, delays simulated).",
-            "choices": list(SCHEDULES),
+            "choices": words_of("schedule"),
         },
     )
     num_stages: int | None = field(
@@ -85,7 +85,7 @@ class OuroborosArguments(TrainingArguments):
         metadata={
             "help": "Gradient of a tied embedding: 'joint' delays both sides by K-1 ticks (exact for its batch), 'paper' "
             "only the input side (schedules lockstep and reference).",
-            "choices": ["joint", "paper"],
+            "choices": words_of("tied_gradient"),
         },
     )
     clip_scope: str = field(
@@ -93,7 +93,7 @@ class OuroborosArguments(TrainingArguments):
         metadata={
             "help": "'stage' limits each stage's gradient norm to max_grad_norm/sqrt(K), so that the whole never exceeds "
             "max_grad_norm; 'global' limits the norm of the whole (not with schedule pipelined).",
-            "choices": ["stage", "global"],
+            "choices": words_of("clip_scope"),
         },
     )
     delay_warmup_steps: int = field(
@@ -146,6 +146,7 @@ class OuroborosArguments(TrainingArguments):
         if launched_processes() > 1 and not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise accelerate would not connect the processes
         with refusing(self.use_cpu, self.ddp_backend):
+            read_options(self, ARGUMENTS)
             self._meet_and_check()
 
     def _meet_and_check(self) -> None:
@@ -155,13 +156,6 @@ class OuroborosArguments(TrainingArguments):
         present()
         self._check_options()
         self._check_combinations()
-        if isinstance(self.device_map, dict):  # loggers write arguments as JSON
-            self.device_map = {k: str(v) if isinstance(v, torch.device) else v for k, v in self.device_map.items()}
-        if isinstance(self.max_memory, str):
-            try:
-                self.max_memory = json.loads(self.max_memory)
-            except json.JSONDecodeError as error:
-                raise UnsupportedOptionError(f"max_memory={self.max_memory!r} is not valid JSON: {error}") from error
         if self.device_names[0].startswith("cpu"):
             self.dataloader_pin_memory = False  # torch warns in every epoch where there is nothing to pin for
 
@@ -251,11 +245,7 @@ class OuroborosArguments(TrainingArguments):
             )
 
     def _check_combinations(self) -> None:
-        for name in ("schedule", "tied_gradient", "clip_scope", "resume_changed"):
-            value, allowed = getattr(self, name), self.__dataclass_fields__[name].metadata["choices"]
-            if value not in allowed:
-                raise UnsupportedOptionError(f"{name}={value!r} is unknown; use one of {', '.join(allowed)}")
-        if self.data_parallel_replicas < 1 or self.world_size % self.data_parallel_replicas:
+        if self.world_size % self.data_parallel_replicas:
             raise UnsupportedOptionError(
                 f"data_parallel_replicas={self.data_parallel_replicas} does not divide the {self.world_size} process(es) of "
                 "this run; N processes are R replicas of N/R devices, e.g. torchrun --nproc_per_node 4 with 2 replicas"
@@ -274,14 +264,6 @@ class OuroborosArguments(TrainingArguments):
                 "train_sampling_strategy='batch_rebalance' gives every process its own rows, but the processes of a replica "
                 "need the same ones; use 'random', 'sequential' or 'group_by_length'"
             )
-        if self.num_stages is not None and self.num_stages < 1:
-            raise UnsupportedOptionError(f"num_stages={self.num_stages} must be at least 1")
-        if self.delay_warmup_steps < 0:
-            raise UnsupportedOptionError(f"delay_warmup_steps={self.delay_warmup_steps} must not be negative")
-        if self.eval_mem_len is not None and self.eval_mem_len < 0:
-            raise UnsupportedOptionError(f"eval_mem_len={self.eval_mem_len} must be 0 (no memory) or more")
-        if self.max_grad_norm is not None and (self.max_grad_norm < 0 or math.isnan(self.max_grad_norm)):
-            raise UnsupportedOptionError(f"max_grad_norm={self.max_grad_norm} must be positive, or 0 for no clipping")
         if self.tied_gradient == "paper" and self.schedule not in ("lockstep", "reference"):
             raise UnsupportedOptionError(
                 f"tied_gradient='paper' needs the output side's gradient in the same tick, which schedule="
@@ -292,8 +274,6 @@ class OuroborosArguments(TrainingArguments):
                 "clip_scope='global' makes every stage wait for all others in each update, which schedule='pipelined' "
                 "rules out; use clip_scope='stage', or schedule lockstep or 1f1b"
             )
-        if not isinstance(self.delay_compensation, str):
-            self.delay_compensation = "+".join(self.delay_compensation)
         self._check_compensation()
         if self.timeline is not None and self.schedule == "reference":
             raise UnsupportedOptionError("timeline records devices at work; schedule='reference' has none to record")
@@ -317,17 +297,10 @@ class OuroborosArguments(TrainingArguments):
     def _check_devices(self) -> None:
         if self.devices is None or self.world_size > 1:
             return
-        if not self.devices or len(set(self.devices)) < len(self.devices):
+        if len(set(self.devices)) < len(self.devices):
             raise UnsupportedOptionError(f"devices={self.devices} must be different names, e.g. cpu:0 cpu:1")
         for name in self.devices:
-            kind, _, index = name.partition(":")
-            if kind == "cpu":
-                valid = index.isdigit()
-            else:
-                present = torch.accelerator.current_accelerator(check_available=True)
-                count = torch.accelerator.device_count() if present is not None and present.type == kind else 0
-                valid = index.isdigit() and int(index) < count
-            if not valid:
+            if not is_here(name):
                 raise UnsupportedOptionError(
                     f"devices names {name!r}, which this machine doesn't have; give names with an index, e.g. cpu:0, "
                     "or cuda:0 to cuda:N-1"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
 from .commands import plan, simulate, trace
-from .errors import OuroborosError
+from .errors import OuroborosError, UnsupportedOptionError
 from .models.command import add_parser as add_convert_transfo_xl
 
 
@@ -30,7 +31,32 @@ def environment() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
+    """Entry point; returns the exit status: 0, 1 for what failed, 2 for what can't be meant, 130 after Ctrl-C.
+
+    A mistake is told in one line. A traceback means that this software is wrong.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be text
+    parsed = _parser().parse_args(arguments)
+    try:
+        status = parsed.run(parsed)
+        sys.stdout.flush()
+        return status
+    except UnsupportedOptionError as error:
+        return _failed(error, 2)
+    except OuroborosError as error:
+        return _failed(error, 1)
+    except BrokenPipeError:  # as in `hf-ouroboros plan ... | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:  # a full disk, a folder that vanished
+        return _failed(error, 1)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hf-ouroboros", description="Tools around OuroborosTrainer.")
     commands = parser.add_subparsers(dest="command", required=True)
     env = commands.add_parser("env", help="print versions and devices, for bug reports")
@@ -38,12 +64,12 @@ def main(arguments: list[str] | None = None) -> int:
     for command in (plan, simulate, trace):
         command.add_parser(commands)
     add_convert_transfo_xl(commands)
-    parsed = parser.parse_args(arguments)
-    try:
-        return parsed.run(parsed)
-    except OuroborosError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return parser
+
+
+def _failed(error: Exception, status: int) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return status
 
 
 def _print_environment(arguments: argparse.Namespace) -> int:

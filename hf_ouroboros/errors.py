@@ -19,6 +19,14 @@ class UnsupportedOptionError(OuroborosError, ValueError):
     """A training option, or combination of options, that has no meaning with the chosen schedule."""
 
 
+class InputFileError(OuroborosError, ValueError):
+    """A file that a user names and that can't be read, or isn't what it should be."""
+
+
+class OutputFileError(OuroborosError, OSError):
+    """A file that can't be written where a user wants it."""
+
+
 class CheckpointError(OuroborosError, ValueError):
     """A checkpoint whose Ouroboros state is missing, damaged, or belongs to a different run."""
 

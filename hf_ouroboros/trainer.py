@@ -15,10 +15,12 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalPrediction, TrainOutput
+from transformers.utils import logging
 
 from .arguments import OuroborosArguments
 from .engine.engine import Engine
 from .engine.optimizers import check_optimizer, check_trainable
+from .errors import EngineError, OutputFileError
 from .hooks.batches import BatchHooks
 from .hooks.card import CardHooks
 from .hooks.checkpoints import CheckpointHooks
@@ -40,8 +42,11 @@ from .processes.relay import Relay
 from .processes.same_batches import SameBatches
 from .processes.watch import Watch
 from .reference import Reference
-from .simulate.timeline import Timeline
+from .simulate.timeline import Timeline, timeline_files
 from .staged import StagedModel, refuse_forward
+from .user_files import check_writable
+
+logger = logging.get_logger(__name__)
 
 
 class OuroborosTrainer(BatchHooks, OptimizerHooks, EvaluationHooks, CheckpointHooks, CardHooks, Trainer):
@@ -196,8 +201,11 @@ class OuroborosTrainer(BatchHooks, OptimizerHooks, EvaluationHooks, CheckpointHo
             WorkerError: a device's worker failed; names device, instruction, stage and tick.
             CheckpointError: the checkpoint can't be resumed exactly.
             DisagreementError: processes of the run have different options, models, optimizers, or data.
+            OutputFileError: the timeline can't be written where it is wanted.
         """
         with self._guarded("training"):
+            if self.args.timeline is not None and self.is_world_process_zero():
+                check_writable("timeline", *timeline_files(self.args.timeline))  # rather than after the last update
             try:
                 output = super().train(
                     resume_from_checkpoint=resume_from_checkpoint,
@@ -239,7 +247,10 @@ class OuroborosTrainer(BatchHooks, OptimizerHooks, EvaluationHooks, CheckpointHo
             for event in (e for rank in self._grid.row(0) for e in events[rank]):
                 self.timeline.record(event)
         if self.is_world_process_zero():
-            self.timeline.write(self.args.timeline)
+            try:
+                self.timeline.write(self.args.timeline)
+            except OutputFileError as error:  # it could be when training began; the trained model is worth more
+                logger.warning(f"timeline={self.args.timeline!r} is lost: {error}")
 
     def _make_model_usable(self) -> None:
         """Lets `trainer.model` run by itself where its parts stay on several accelerators, as device_map="auto" does."""
@@ -282,6 +293,10 @@ class OuroborosTrainer(BatchHooks, OptimizerHooks, EvaluationHooks, CheckpointHo
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Hands the micro-batch to the engine; returns the sum of the losses that have come back meanwhile."""
+        if self.engine is None or self.engine.closed:
+            raise EngineError(
+                "training_step() outside of train(): the stages' workers run in train() only; call train()"
+            )
         inputs = self._prepare_inputs(inputs)
         steps = getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
         tick = self.engine.submit(inputs, LossContext(num_items_in_batch, steps))

@@ -6,9 +6,8 @@ import argparse
 import dataclasses
 import json
 import math
-import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,8 +22,10 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput
 
-from hf_ouroboros import OuroborosArguments, OuroborosTrainer
+from hf_ouroboros import DeviceMapError, OuroborosArguments, OuroborosTrainer, UnsupportedOptionError
+from hf_ouroboros.commands import overrides
 from hf_ouroboros.data import BYTE_VOCAB_SIZE, Corpus, default_corpus, ends_lines
+from hf_ouroboros.data.errors import DataError
 
 CORPUS_BYTES = 720_000  # of the offline corpus, for training; sets the length of the default run
 VALIDATION_SHARE = 0.05
@@ -32,8 +33,17 @@ VALIDATION_SHARE = 0.05
 Script = TypeVar("Script")
 
 
-class OptionError(ValueError):
+class OptionError(UnsupportedOptionError):
     """An option of a recipe, or a key of its configuration file, that can't be used; the message says why."""
+
+
+def run_recipe(main: Callable[[], None]) -> None:
+    """Runs a recipe; an option, or data, that can't be used are told in a line, with exit status 2, as argparse does."""
+    try:
+        main()
+    except (UnsupportedOptionError, DeviceMapError, DataError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 # ---- options ----
@@ -54,7 +64,8 @@ def parse_options(
         smoke: what `--smoke` stands for: options that win over the file, but not over the command line.
 
     Raises:
-        OptionError: the configuration file is missing, is no mapping, or has an unknown key.
+        OptionError: the configuration file is missing, is no mapping, or has an unknown key; TrainingArguments can't use an
+            option.
     """
     parser = HfArgumentParser(
         (script_class, OuroborosArguments), description=sys.modules[script_class.__module__].__doc__
@@ -72,7 +83,12 @@ def parse_options(
         arguments = [*_as_arguments("--smoke", smoke, known), *arguments]
     if early.config is not None:
         arguments = [*_as_arguments(early.config, _read_config(early.config), known), *arguments]
-    script, args, _ = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    try:
+        script, args, _ = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    except UnsupportedOptionError:
+        raise
+    except (ValueError, TypeError, KeyError) as error:  # as TrainingArguments says it
+        raise OptionError(f"an option of training can't be used: {error}") from error
     return script, args
 
 
@@ -81,7 +97,7 @@ def _read_config(path: str) -> dict[str, Any]:
         raise OptionError(f"config={path!r} does not exist; name a YAML file")
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise OptionError(f"config={path!r} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise OptionError(f"config={path!r} must hold 'option: value' lines, not {type(values).__name__}")
@@ -106,23 +122,10 @@ def read_overrides(text: str, config: PretrainedConfig) -> dict[str, Any]:
     Raises:
         OptionError: not of the form name=value, an unknown name, or a value of another type.
     """
-    values: dict[str, Any] = {}
-    for item in filter(None, (part.strip() for part in re.split(r",(?![^\[]*\])", text))):  # but not inside of a list
-        name, equals, written = (part.strip() for part in item.partition("="))
-        if not equals or not written:
-            raise OptionError(f"config_overrides: {item!r} is not of the form name=value")
-        if name not in config.to_dict():
-            raise OptionError(f"config_overrides: model_type {config.model_type!r} has no option {name!r}")
-        present, value = getattr(config, name), yaml.safe_load(written)
-        if isinstance(present, float) and isinstance(value, int | str) and not isinstance(value, bool):
-            try:
-                value = float(value)  # YAML takes 1e-5 for a string
-            except ValueError:
-                pass
-        if present is not None and type(value) is not type(present):
-            raise OptionError(f"config_overrides: {name} must be {type(present).__name__}, got {written!r}")
-        values[name] = value
-    return values
+    try:
+        return overrides.read_overrides(text, config, "config_overrides")
+    except UnsupportedOptionError as error:
+        raise OptionError(str(error)) from error
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

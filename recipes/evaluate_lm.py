@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from common import OptionError, check_vocabulary, print_table, read_files, stdlib_corpus
+from common import OptionError, check_vocabulary, print_table, read_files, run_recipe, stdlib_corpus
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -153,4 +153,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_recipe(main)

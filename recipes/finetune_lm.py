@@ -23,6 +23,7 @@ from common import (
     measure_speed,
     parse_options,
     print_table,
+    run_recipe,
     sample,
     say,
     train_or_resume,
@@ -202,4 +203,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_recipe(main)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from common import OptionError, print_table
+from common import OptionError, print_table, run_recipe
 from transformers import HfArgumentParser, PreTrainedTokenizerBase
 
 from hf_ouroboros.data import DataFileNotFoundError, byte_tokenizer, text_stream
@@ -142,4 +142,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_recipe(main)

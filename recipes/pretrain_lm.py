@@ -27,6 +27,7 @@ from common import (
     parse_options,
     print_table,
     read_overrides,
+    run_recipe,
     sample,
     say,
     train_or_resume,
@@ -260,4 +261,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_recipe(main)

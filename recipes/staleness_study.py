@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 import yaml
-from common import OptionError
+from common import OptionError, run_recipe
 from staleness_report import write_report
 from transformers import (
     AutoConfig,
@@ -396,4 +396,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_recipe(main)

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from trainer_helpers import ouroboros, split_options, tiny_model, trained
 
 from hf_ouroboros import OuroborosTrainer
+from hf_ouroboros.errors import OutputFileError
 
 
 def test_stage_plan(tmp_path: Path) -> None:
@@ -152,3 +153,26 @@ def test_synchronous_card_speaks_of_no_delay(tmp_path: Path) -> None:
     assert "Delay compensation" not in card.text
     one = card_of(trained(tmp_path, max_steps=1, **split_options(1, 1)))
     assert "Delay compensation" not in one.text
+
+
+@pytest.mark.parametrize("where", ["folder.json", "file/below/trace", "x" * 300])
+def test_a_timeline_that_can_not_be_written(tmp_path: Path, where: str) -> None:
+    """Said before the first update, not after the last one."""
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "file").write_text("")
+    trainer = ouroboros(tmp_path, timeline=str(tmp_path / where))
+    with pytest.raises(OutputFileError, match="^timeline: "):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_timeline_that_is_lost_does_not_lose_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    told: list[str] = []
+    monkeypatch.setattr("hf_ouroboros.simulate.picture.draw", full)
+    monkeypatch.setattr("hf_ouroboros.trainer.logger.warning", told.append)
+    trainer = trained(tmp_path, timeline=str(tmp_path / "new" / "trace"))
+    assert "No space left on device" in told[0] and not (tmp_path / "new").exists()
+    trainer.save_model()

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import UnsupportedModelError, UnsupportedOptionError
+from ..errors import InputFileError, UnsupportedModelError, UnsupportedOptionError
+from ..options import Number, Whole, shown
+from ..user_files import read_text
+from .overrides import check_sizes, read_overrides
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
     from ..simulate.links import Links
+
+MOST_BYTES = 2**26  # of a configuration's file
+MOST_SPLITTING, MOST_SIMULATED = 5e8, 1_500_000  # steps of the search for a split; instructions of all simulated runs
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -25,46 +32,46 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config_overrides", default="", help="changes of the configuration, as n_layer=48,n_embd=1600,n_head=25"
     )
-    parser.add_argument("--batch", type=positive, default=1, help="rows of a micro-batch (default 1)")
-    parser.add_argument("--seq", type=positive, default=1024, help="tokens per row (default 1024)")
+    parser.add_argument("--batch", type=Whole(1, 2**20), default=1, help="rows of a micro-batch (default 1)")
+    parser.add_argument("--seq", type=Whole(1, 2**24), default=1024, help="tokens per row (default 1024)")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], default=None, help="default: the configuration's"
     )
     parser.add_argument("--recompute", action="store_true", help="keep only stage inputs, replay forwards")
 
 
+GIGABYTES, MICROSECONDS = Number(1e-6, 1e6), Number(0, 1e9)
+
+
 def add_link_options(parser: argparse.ArgumentParser) -> None:
     """Connections between devices but their bandwidth."""
-    parser.add_argument("--latency", type=float, default=10.0, help="microseconds between devices (default 10)")
-    parser.add_argument("--devices_per_host", type=positive, default=None, help="default: all on one host")
-    parser.add_argument("--host_link", type=float, default=None, help="GB/s between hosts (default: as within one)")
-    parser.add_argument("--host_latency", type=float, default=None, help="microseconds between hosts")
+    parser.add_argument("--latency", type=MICROSECONDS, default=10.0, help="microseconds between devices (default 10)")
+    parser.add_argument("--devices_per_host", type=Whole(1, 2**20), default=None, help="default: all on one host")
+    parser.add_argument("--host_link", type=GIGABYTES, default=None, help="GB/s between hosts (default: as within one)")
+    parser.add_argument("--host_latency", type=MICROSECONDS, default=None, help="microseconds between hosts")
 
 
 def links(arguments: argparse.Namespace, gigabytes: float) -> Links:
     """The connections that the options describe."""
     from ..simulate.links import Links
 
-    try:
-        return Links(
-            gigabytes * 1e9,
-            arguments.latency * 1e-6,
-            arguments.devices_per_host,
-            None if arguments.host_link is None else arguments.host_link * 1e9,
-            None if arguments.host_latency is None else arguments.host_latency * 1e-6,
-        )
-    except ValueError as error:
-        raise UnsupportedOptionError(str(error)) from error
+    return Links(
+        gigabytes * 1e9,
+        arguments.latency * 1e-6,
+        arguments.devices_per_host,
+        None if arguments.host_link is None else arguments.host_link * 1e9,
+        None if arguments.host_latency is None else arguments.host_latency * 1e-6,
+    )
 
 
 def load_config(arguments: argparse.Namespace) -> PretrainedConfig:
-    """The model's configuration, with its changes; nothing is downloaded.
+    """The model's configuration, with its changes; nothing is downloaded, no code that comes with it is run.
 
     Raises:
-        UnsupportedModelError: there is none by this name.
+        UnsupportedModelError: there is none by this name, or it is none of a model that can be planned.
+        InputFileError: its file can't be read.
         UnsupportedOptionError: a change of something that the configuration does not have.
     """
-    import yaml
     from transformers import AutoConfig
 
     name = arguments.model
@@ -72,20 +79,30 @@ def load_config(arguments: argparse.Namespace) -> PretrainedConfig:
         if name in _model_types() and not Path(name).exists():
             config = AutoConfig.for_model(name)
         else:
-            config = AutoConfig.from_pretrained(name, local_files_only=True)
-    except (OSError, ValueError) as error:
+            file = Path(name, "config.json") if Path(name).is_dir() else Path(name)
+            if file.exists():
+                read_text(file, MOST_BYTES)
+            config = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+    except InputFileError:
+        raise
+    except Exception as error:  # each configuration has its own way to say that it can't be one
         raise UnsupportedModelError(
-            f"no configuration for {name!r} ({str(error).splitlines()[0]}). Give a folder, a config.json, a Hub name whose "
+            f"no configuration for {shown(name)} ({_first_line(error)}). Give a folder, a config.json, a Hub name whose "
             "configuration is in the cache (`hf download NAME config.json`), or a model type such as gpt2 or llama"
         ) from error
-    for item in filter(None, arguments.config_overrides.split(",")):
-        option, equals, value = (part.strip() for part in item.partition("="))
-        if not equals or not hasattr(config, option):
+    for option, value in read_overrides(arguments.config_overrides, config).items():
+        try:
+            setattr(config, option, value)
+        except Exception as error:
             raise UnsupportedOptionError(
-                f"--config_overrides {item!r}: write name=value with a name that a {config.model_type} configuration has"
-            )
-        setattr(config, option, yaml.safe_load(value))
+                f"--config_overrides: {option}={shown(value)} is refused by {type(config).__name__} ({_first_line(error)})"
+            ) from error
+    check_sizes(config)
     return config
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def _model_types() -> set[str]:
@@ -97,16 +114,43 @@ def _model_types() -> set[str]:
 
 
 def data_type(arguments: argparse.Namespace, config: PretrainedConfig) -> torch.dtype:
-    """The dtype asked for, else the configuration's, else float32."""
+    """The dtype asked for, else the configuration's, else float32.
+
+    Raises:
+        UnsupportedModelError: the configuration's is no floating-point type.
+    """
     import torch
 
     chosen = arguments.dtype or getattr(config, "dtype", None) or "float32"
-    return chosen if isinstance(chosen, torch.dtype) else getattr(torch, str(chosen))
+    found = chosen if isinstance(chosen, torch.dtype) else getattr(torch, str(chosen), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise UnsupportedModelError(
+            f"the configuration's dtype={shown(chosen)} is no floating-point type; give --dtype bfloat16, say"
+        )
+    return found
 
 
-def positive(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return value
+def check_work(layers: int, runs: Iterable[tuple[int, int]]) -> None:
+    """Refuses to plan and simulate what would take minutes.
+
+    Args:
+        layers: of the model.
+        runs: number of devices and M of everything that is to be simulated.
+
+    Raises:
+        UnsupportedOptionError: too many layers, devices or micro-batches together.
+    """
+    total = 0
+    for devices, micro_batches in runs:
+        stages = min(devices, layers) + 1
+        if stages * (layers + 1) ** 3 > MOST_SPLITTING:
+            raise UnsupportedOptionError(
+                f"{layers} layers on {devices} devices have too many splits to try them all; plan fewer devices, or a "
+                "model of fewer layers of the same size"
+            )
+        total += (devices + 1) * (4 * devices + 3 * micro_batches + 50)
+    if total > MOST_SIMULATED:
+        raise UnsupportedOptionError(
+            "so many devices and micro-batches per update take too long to simulate; give fewer (micro_batches of twice "
+            "the devices show what more of them would)"
+        )

@@ -10,13 +10,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import add_link_options, add_model_options, data_type, links, load_config, positive
+from ..errors import DeviceMapError, UnsupportedOptionError
+from ..options import Place, Whole
+from ..user_files import check_writable, written_together
+from .options import GIGABYTES, add_link_options, add_model_options, check_work, data_type, links, load_config
 from .tables import byte_unit, milliseconds, size, table
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from ..partition.facts import ModelFacts
+    from ..partition.hardware import DeviceKind
     from ..partition.planner import PlannedDevice, SplitPlan
     from ..simulate.simulator import Simulation
 
@@ -39,30 +43,41 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="in worker order: [COUNTx]KIND by data sheet (8xrtx3090), [COUNTx]35tflops/24gb (sustained), or devices of "
         "this machine (cuda:0 cuda:1, cpu:0 cpu:1), which are measured",
     )
-    parser.add_argument("--micro_batches", type=positive, default=8, help="M, micro-batches per update (default 8)")
+    parser.add_argument(
+        "--micro_batches", type=Whole(1, 2**16), default=8, help="M, micro-batches per update (default 8)"
+    )
     parser.add_argument("--schedule", choices=["pipelined", "lockstep", "1f1b"], default="pipelined")
-    parser.add_argument("--num_stages", type=positive, default=None, help="K (default: as OuroborosTrainer)")
+    parser.add_argument("--num_stages", type=Whole(1, 2**12), default=None, help="K (default: as OuroborosTrainer)")
     parser.add_argument("--optimizer", choices=["adamw", "momentum", "sgd"], default="adamw", help="for its memory")
-    parser.add_argument("--data_parallel_replicas", type=positive, default=1, help="R, each on devices of its own")
-    parser.add_argument("--link", type=float, default=25.0, help="GB/s between two devices (default 25)")
+    parser.add_argument(
+        "--data_parallel_replicas", type=Whole(1, 2**20), default=1, help="R, each on devices of its own"
+    )
+    parser.add_argument("--link", type=GIGABYTES, default=25.0, help="GB/s between two devices (default 25)")
     add_link_options(parser)
-    parser.add_argument("--output", default="plan", help="path of the files to write, without suffix (default plan)")
+    parser.add_argument(
+        "--output", type=Place(), default="plan", help="path of the files to write, without suffix (default plan)"
+    )
     parser.add_argument("--measure_again", action="store_true", help="don't use what was measured before")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Plans; returns the exit status."""
+    output = Path(arguments.output)
+    files = [output.with_name(f"{output.name}{suffix}") for suffix in (".json", ".png")]
+    check_writable("--output", *files)
     with _no_garbage_collection():
         from ..partition.facts import model_facts
         from ..partition.memory_model import MemoryOptions
         from ..partition.planner import plan_split
         from .prediction import ideal, predict
 
+        kinds = _kinds(arguments)
         config = load_config(arguments)
         facts = model_facts(config, arguments.batch, arguments.seq, data_type(arguments, config))
+    check_work(facts.layers, [(len(kinds), arguments.micro_batches)] * len(COMPARED))
     options = MemoryOptions(arguments.schedule, arguments.micro_batches, arguments.recompute, arguments.optimizer)
-    plan = plan_split(facts, _devices(arguments, config, facts), options, arguments.num_stages)
+    plan = plan_split(facts, _devices(arguments, kinds, config, facts), options, arguments.num_stages)
     connections = links(arguments, arguments.link)
     runs, left_out = {}, {}
     for schedule in COMPARED:
@@ -70,6 +85,8 @@ def run(arguments: argparse.Namespace) -> int:
             runs[schedule] = predict(plan, schedule, connections, arguments.data_parallel_replicas)
         except ValueError as error:  # a peer that can't do these numbers of stages or micro-batches
             left_out[schedule] = str(error)
+    if arguments.schedule not in runs:
+        raise UnsupportedOptionError(f"--schedule {arguments.schedule}: {left_out[arguments.schedule]}")
     chosen = runs[arguments.schedule]
     print(_headline(plan))
     print(_delay(plan))
@@ -78,12 +95,11 @@ def run(arguments: argparse.Namespace) -> int:
     print("\n" + _schedule_table(plan, runs, ideal(plan), arguments.data_parallel_replicas))
     for schedule, reason in left_out.items():
         print(f"{schedule}: not simulated, {reason}")
-    output = Path(arguments.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    file = output.with_name(f"{output.name}.json")
-    file.write_text(json.dumps(plan.device_map(), indent=1) + "\n", encoding="utf-8")
-    print(f"\ndevice map: {file}" + ("" if facts.untrainable else f" (for --device_map {file})"))
-    print(f"timeline:   {_picture(plan, chosen, output)}")
+    with written_together(*files) as (new_map, new_picture):
+        new_map.write_text(json.dumps(plan.device_map(), indent=1) + "\n", encoding="utf-8")
+        _picture(plan, chosen, new_picture)
+    print(f"\ndevice map: {files[0]}" + ("" if facts.untrainable else f" (for --device_map {files[0]})"))
+    print(f"timeline:   {files[1]}")
     return 0
 
 
@@ -100,20 +116,37 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _devices(arguments: argparse.Namespace, config: PretrainedConfig, facts: ModelFacts) -> list[PlannedDevice]:
-    from ..errors import UnsupportedOptionError
-    from ..partition.hardware import parse_devices
-    from ..partition.measure import CACHE, measured
-    from ..partition.planner import estimated
+def _kinds(arguments: argparse.Namespace) -> list[DeviceKind | str]:
+    """The devices that the options name: kinds by data sheet, or names of devices that are here."""
+    from ..partition.hardware import is_here, parse_devices
 
-    kinds = parse_devices(arguments.devices)
+    try:
+        kinds = parse_devices(arguments.devices)
+    except DeviceMapError as error:
+        raise UnsupportedOptionError(str(error)) from error
     here = [kind for kind in kinds if isinstance(kind, str)]
-    if not here:
-        return [estimated(facts, kind) for kind in kinds]
-    if len(here) < len(kinds):
+    if here and len(here) < len(kinds):
         raise UnsupportedOptionError(
             f"--devices mixes devices of this machine ({here[0]}) with kinds by data sheet; use the one or the other"
         )
+    if len(set(here)) < len(here):
+        raise UnsupportedOptionError(f"--devices {' '.join(here)} must be different devices, e.g. cpu:0 cpu:1")
+    if missing := [name for name in here if not is_here(name)]:
+        raise UnsupportedOptionError(
+            f"--devices names {missing[0]!r}, which this machine doesn't have; plan for kinds by data sheet instead"
+        )
+    return kinds
+
+
+def _devices(
+    arguments: argparse.Namespace, kinds: list[DeviceKind | str], config: PretrainedConfig, facts: ModelFacts
+) -> list[PlannedDevice]:
+    from ..partition.measure import CACHE, measured
+    from ..partition.planner import estimated
+
+    here = [kind for kind in kinds if isinstance(kind, str)]
+    if not here:
+        return [estimated(facts, kind) for kind in kinds]
     return measured(config, facts, here, CACHE, again=arguments.measure_again)
 
 
@@ -125,6 +158,9 @@ def _headline(plan: SplitPlan) -> str:
         f"{facts.batch} x {facts.time} tokens, {str(facts.dtype).removeprefix('torch.')}, "
         f"M = {plan.options.micro_batches}, {plan.options.optimizer}{', recompute' if plan.options.recompute else ''}"
     )
+    used = max(plan.placement) + 1
+    if used < len(plan.devices):
+        text += f"\nonly {used} of {len(plan.devices)} devices are used: more have no layers of their own"
     return text if facts.untrainable is None else f"{text}\nPLANNED ONLY, training not supported: {facts.untrainable}"
 
 
@@ -197,7 +233,7 @@ def _device_table(plan: SplitPlan, chosen: Simulation) -> str:
 
 def _schedule_table(plan: SplitPlan, runs: dict[str, Simulation], ideal: float, replicas: int) -> str:
     tokens = plan.facts.batch * plan.facts.time * replicas
-    naive = runs["naive"].seconds_per_tick
+    naive = runs.get("naive")  # not if there are more devices than layers
     name, unit = byte_unit(max(max(found.bytes_in_flight) for found in runs.values()))
     rows = []
     for schedule, found in runs.items():
@@ -205,7 +241,7 @@ def _schedule_table(plan: SplitPlan, runs: dict[str, Simulation], ideal: float, 
             (
                 schedule,
                 f"{tokens / found.seconds_per_tick:,.0f}",
-                f"{naive / found.seconds_per_tick:.2f}",
+                f"{naive.seconds_per_tick / found.seconds_per_tick:.2f}" if naive is not None else "-",
                 f"{min(found.busy_shares):.0%} - {max(found.busy_shares):.0%}",
                 milliseconds(found.fill_seconds),
                 size(max(found.bytes_in_flight), unit),
@@ -218,8 +254,8 @@ def _schedule_table(plan: SplitPlan, runs: dict[str, Simulation], ideal: float, 
     )
 
 
-def _picture(plan: SplitPlan, chosen: Simulation, output: Path) -> Path:
+def _picture(plan: SplitPlan, chosen: Simulation, path: Path) -> None:
     from ..simulate.picture import draw
 
     title = f"{plan.facts.name}, {chosen.schedule}, predicted: {len(chosen.busy_shares)} devices"
-    return draw(chosen.timeline, output.with_name(f"{output.name}.png"), title=title)
+    draw(chosen.timeline, path, title=title)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .options import add_link_options, add_model_options, data_type, links, load_config, positive
+from ..errors import DeviceMapError, UnsupportedOptionError
+from ..options import Place, Whole
+from ..user_files import check_writable, written_together
+from .options import GIGABYTES, add_link_options, add_model_options, check_work, data_type, links, load_config
 from .tables import table
 
+MOST_PANELS = 24
 SCHEDULES = ("pipelined", "lockstep", "1f1b", "zero-bubble", "interleaved", "gpipe", "naive")
 
 
@@ -20,12 +24,14 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     add_model_options(parser)
     parser.add_argument("--kind", default="rtx3090", help="kind of the devices, as for `plan --devices`")
-    parser.add_argument("--counts", nargs="+", type=positive, default=[2, 4, 8, 16], help="numbers of devices")
-    parser.add_argument("--micro_batches", nargs="+", type=positive, default=[8], help="M, one panel for each")
-    parser.add_argument("--link", nargs="+", type=float, default=[25.0], help="GB/s, one panel for each (default 25)")
+    parser.add_argument("--counts", nargs="+", type=Whole(1, 128), default=[2, 4, 8, 16], help="numbers of devices")
+    parser.add_argument("--micro_batches", nargs="+", type=Whole(1, 2**16), default=[8], help="M, one panel for each")
+    parser.add_argument(
+        "--link", nargs="+", type=GIGABYTES, default=[25.0], help="GB/s, one panel for each (default 25)"
+    )
     add_link_options(parser)
     parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES[:4]), metavar="SCHEDULE")
-    parser.add_argument("--output", default="speedup.png", help="the plot (default speedup.png)")
+    parser.add_argument("--output", type=Place((".png",)), default="speedup.png", help="the plot (default speedup.png)")
     parser.set_defaults(run=run)
 
 
@@ -33,7 +39,6 @@ def run(arguments: argparse.Namespace) -> int:
     """Sweeps; returns the exit status."""
     from dataclasses import replace
 
-    from ..errors import UnsupportedOptionError
     from ..partition.facts import model_facts
     from ..partition.hardware import parse_devices
     from ..partition.memory_model import MemoryOptions
@@ -41,15 +46,26 @@ def run(arguments: argparse.Namespace) -> int:
     from ..simulate.curves import Panel, draw_speedups
     from .prediction import ideal, predict
 
-    config = load_config(arguments)
-    facts = model_facts(config, arguments.batch, arguments.seq, data_type(arguments, config))
-    kinds = parse_devices([arguments.kind])
+    output = Path(arguments.output)
+    check_writable("--output", output)
+    try:
+        kinds = parse_devices([arguments.kind])
+    except DeviceMapError as error:
+        raise UnsupportedOptionError(str(error).replace("--devices", "--kind", 1)) from error
     if len(kinds) != 1 or isinstance(kinds[0], str):
         raise UnsupportedOptionError(f"--kind {arguments.kind!r} must be one kind of device by data sheet, as rtx3090")
+    if len(arguments.micro_batches) * len(arguments.link) > MOST_PANELS:
+        raise UnsupportedOptionError(
+            f"--micro_batches and --link make more than {MOST_PANELS} panels; give fewer of them"
+        )
+    config = load_config(arguments)
+    facts = model_facts(config, arguments.batch, arguments.seq, data_type(arguments, config))
+    counts = sorted(set(arguments.counts))
+    times = len(arguments.link) * len(arguments.schedules)
+    check_work(facts.layers, [(count, m) for count in counts for m in arguments.micro_batches for _ in range(times)])
     # Whether it fits is the planner's question; here only time counts.
     device = replace(estimated(facts, kinds[0]), memory=float("inf"))
     rows, panels = [], []
-    counts = sorted(set(arguments.counts))
     for micro_batches in arguments.micro_batches:
         options = MemoryOptions(micro_batches=micro_batches, recompute=arguments.recompute)
         for gigabytes in arguments.link:
@@ -88,8 +104,8 @@ def run(arguments: argparse.Namespace) -> int:
         f"{facts.time} tokens; {kinds[0].name} by data sheet\n"
     )
     print(table(header, rows))
-    output = Path(arguments.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
     heading = f"{facts.name}, {facts.parameters / 1e9:.1f} billion parameters on {kinds[0].name}s, simulated"
-    print(f"\nplot: {draw_speedups(panels, output, title=heading)}")
+    with written_together(output) as (new,):
+        draw_speedups(panels, new, title=heading)
+    print(f"\nplot: {output}")
     return 0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
+import os
 from pathlib import Path
 
-from ..errors import UnsupportedOptionError
+from ..errors import InputFileError, UnsupportedOptionError
+from ..options import Number, Place, from_json
 from ..simulate.timeline import Timeline
+from ..user_files import check_writable, read_text, written_together
 from .tables import milliseconds, table
 
 KINDS = ("forward", "backward", "weights", "recompute", "step", "settle")
@@ -20,11 +22,16 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="where the time of a recorded run went (the JSON file of OuroborosArguments.timeline)",
         description="Prints a table and writes a picture or a page of a timeline that a run recorded.",
     )
-    parser.add_argument("file", help="timeline JSON of a run with --timeline")
+    parser.add_argument("file", type=Place(), help="timeline JSON of a run with --timeline")
     parser.add_argument(
-        "--output", default=None, help="a .png (a few ticks, and an overview) or a .html (all of it); default FILE.png"
+        "--output",
+        type=Place((".png", ".html")),
+        default=None,
+        help="a .png (a few ticks, and an overview) or a .html (all of it); default FILE.png",
     )
-    parser.add_argument("--window", nargs=2, type=float, default=None, metavar=("FROM", "TO"), help="of the PNG, in ms")
+    parser.add_argument(
+        "--window", nargs=2, type=Number(-1e12, 1e12), default=None, metavar=("FROM", "TO"), help="of the PNG, in ms"
+    )
     parser.set_defaults(run=run)
 
 
@@ -34,23 +41,29 @@ def run(arguments: argparse.Namespace) -> int:
     from ..simulate.picture import draw
 
     source = Path(arguments.file)
-    timeline = read_timeline(source)
     output = Path(arguments.output) if arguments.output else source.with_suffix(".png")
-    if output.suffix not in (".png", ".html"):
-        raise UnsupportedOptionError(f"--output {str(output)!r} must end in .png or .html")
+    if arguments.window is not None and not arguments.window[0] < arguments.window[1]:
+        raise UnsupportedOptionError(f"--window {arguments.window} is empty; give FROM < TO in milliseconds")
+    if os.path.realpath(output) == os.path.realpath(source):
+        raise UnsupportedOptionError(f"--output {str(output)!r} is the timeline itself; name another file")
+    timeline = read_timeline(source)
+    check_writable("--output", output)
     window = None
     if arguments.window is not None:
         zero = timeline.interval[0]
         window = zero + arguments.window[0] / 1e3, zero + arguments.window[1] / 1e3
         if not window[0] < window[1]:
-            raise UnsupportedOptionError(f"--window {arguments.window} is empty; give FROM < TO in milliseconds")
+            raise UnsupportedOptionError(
+                f"--window {arguments.window} is shorter than times of this run can tell apart"
+            )
     summary = where_the_time_went(timeline)
     print(summary)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if output.suffix == ".html":
-        print(f"\npage: {write_page(timeline, output, summary=summary, title=source.name)}")
-    else:
-        print(f"\npicture: {draw(timeline, output, window=window)}")
+    with written_together(output) as (new,):
+        if output.suffix == ".html":
+            write_page(timeline, new, summary=summary, title=source.name)
+        else:
+            draw(timeline, new, window=window)
+    print(f"\n{'page' if output.suffix == '.html' else 'picture'}: {output}")
     return 0
 
 
@@ -58,19 +71,18 @@ def read_timeline(path: Path) -> Timeline:
     """A timeline from the file that a run wrote.
 
     Raises:
-        UnsupportedOptionError: the file is missing or is no such timeline.
+        InputFileError: the file is missing or is no such timeline.
     """
+    text = read_text(path)
     try:
-        timeline = Timeline.from_chrome_trace(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise UnsupportedOptionError(f"{str(path)!r} can't be read: {error.strerror}") from error
+        timeline = Timeline.from_chrome_trace(from_json(text))
     except (ValueError, KeyError, TypeError) as error:
-        raise UnsupportedOptionError(
+        raise InputFileError(
             f"{str(path)!r} is no timeline of a run ({type(error).__name__}: {error}); record one with "
             "OuroborosArguments(timeline=...)"
         ) from error
     if not timeline.forward_ends():
-        raise UnsupportedOptionError(f"{str(path)!r} holds no forward of any micro-batch; there is nothing to see")
+        raise InputFileError(f"{str(path)!r} holds no forward of any micro-batch; there is nothing to see")
     return timeline
 
 

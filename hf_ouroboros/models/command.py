@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
+
+from ..options import Place, from_json, shown
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -14,8 +14,10 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         help="convert an old Transformer-XL checkpoint and vocabulary, safely, to what transformers 5 loads",
         description="Writes config.json, model.safetensors and tokenizer.json. Nothing in the old files is executed.",
     )
-    parser.add_argument("source", help="folder with the old checkpoint (and config.json), vocabulary, or both")
-    parser.add_argument("target", help="folder for the result")
+    parser.add_argument(
+        "source", type=Place(folder=True), help="folder with the old checkpoint (and config.json), vocabulary, or both"
+    )
+    parser.add_argument("target", type=Place(folder=True), help="folder for the result")
     parser.add_argument(
         "--config", type=_json_object, default={}, help='values that win over config.json, as {"mem_len": 640}'
     )
@@ -32,19 +34,14 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> int:
     """Converts; returns the exit status."""
     from .transfo_xl.conversion import convert
-    from .transfo_xl.errors import ConversionError
 
-    try:
-        model, tokenizer = convert(
-            arguments.source,
-            arguments.target,
-            arguments.config,
-            arguments.allow_stubs,
-            add_eos=False if arguments.no_eos else None,
-        )
-    except ConversionError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    model, tokenizer = convert(
+        arguments.source,
+        arguments.target,
+        arguments.config,
+        arguments.allow_stubs,
+        add_eos=False if arguments.no_eos else None,
+    )
     if model is not None:
         print(f"model:     {model.num_parameters():,} parameters in {arguments.target}")
     if tokenizer is not None:
@@ -53,7 +50,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _json_object(text: str) -> dict:
-    value = json.loads(text)
+    try:
+        value = from_json(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no JSON ({error})") from None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f'{text!r} is no JSON object, as {{"mem_len": 640}}')
+        raise argparse.ArgumentTypeError(f'{shown(text)} is no JSON object, as {{"mem_len": 640}}')
     return value

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..errors import UnsupportedOptionError
+from ..options import Checked, Number, Whole, option
+from .compensation import GIVEN_BY
 from .matrices import MatricesAndAdamW, loss_of
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class RotatedAdamW(MatricesAndAdamW):
 
 
 @dataclass(frozen=True)
-class BasisRotation:
+class BasisRotation(Checked):
     """Adam in a rotated basis (SOAP: Vyas et al., 2024), found in 2026 to bear the delays of asynchronous pipelines well.
 
     The matrices are those of `muon`. Costs, for a matrix [A, B], 2 A^2 + 2 B^2 numbers of state, five products of its size per
@@ -138,12 +139,9 @@ class BasisRotation:
     """
 
     name = "basis_rotation"
-    covariance_decay: float = 0.95
-    refresh: int = 10
-
-    def __post_init__(self) -> None:
-        if self.refresh < 1:
-            raise UnsupportedOptionError(f"delay_compensation_args: refresh={self.refresh} must be at least 1 update")
+    given_by = GIVEN_BY
+    covariance_decay: float = option(0.95, Number(0.0, 1.0, below=True))
+    refresh: int = option(10, Whole(1, 10**9))
 
     def optimizer(
         self, args: TrainingArguments, matrices: Iterable[nn.Parameter]

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from ..errors import UnsupportedOptionError
+from ..options import shown
 from .basis_rotation import BasisRotation
-from .compensation import Compensation
+from .compensation import GIVEN_BY, Compensation
 from .error_feedback import ErrorFeedback
 from .gap_aware import GapAware
 from .lr_rescale import LearningRateRescaling
@@ -105,22 +106,18 @@ def choose(text: str | Sequence[str], options: str | None = None) -> Choice:
     )
 
 
-def _read_options(text: str | None, kinds: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The options of each compensation, of the types of their defaults."""
-    values: dict[str, dict[str, Any]] = {name: {} for name in kinds}
-    known = {field.name: (name, type(field.default)) for name, kind in kinds.items() for field in fields(kind)}
+def _read_options(text: str | None, kinds: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """The options of each compensation as they are written; its class reads them."""
+    values: dict[str, dict[str, str]] = {name: {} for name in kinds}
+    owners = {field.name: name for name, kind in kinds.items() for field in fields(kind)}
     for item in filter(None, (part.strip() for part in (text or "").split(","))):
         option, _, written = (part.strip() for part in item.partition("="))
-        if option not in known:
+        if option not in owners:
             raise UnsupportedOptionError(
-                f"delay_compensation_args: {item!r} is no option of delay_compensation={'+'.join(kinds) or 'none'!r}; its "
-                f"options are {', '.join(f'{name}=...' for name in known) or 'none at all'}"
+                f"{GIVEN_BY}: {shown(item)} is no option of delay_compensation={'+'.join(kinds) or 'none'!r}; its "
+                f"options are {', '.join(f'{name}=...' for name in owners) or 'none at all'}"
             )
-        owner, kind = known[option]
-        try:
-            values[owner][option] = kind(written)
-        except ValueError:
-            raise UnsupportedOptionError(
-                f"delay_compensation_args: {option}={written!r} must be {'a whole number' if kind is int else 'a number'}"
-            ) from None
+        if option in values[owners[option]]:
+            raise UnsupportedOptionError(f"{GIVEN_BY}: {option} is given twice; leave one of them out")
+        values[owners[option]][option] = written
     return values

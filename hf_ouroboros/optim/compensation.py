@@ -12,6 +12,10 @@ from typing import Any
 
 import torch
 
+from ..options import Checked
+
+GIVEN_BY = "delay_compensation_args"
+
 
 @dataclass(frozen=True)
 class StageUpdate:
@@ -27,9 +31,10 @@ class StageUpdate:
     delayed_before: int
 
 
-class Compensation:
+class Compensation(Checked):
     """Changes nothing; subclasses override what they change. All calls are without gradient recording."""
 
+    given_by = GIVEN_BY
     name: str
     predicts: bool = False
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..options import Number, option
 from .compensation import Compensation, StageUpdate, newest_first
 
 HISTORY = "feedback_history"
@@ -41,7 +42,7 @@ class ErrorFeedback(Compensation):
     """
 
     name = "error_feedback"
-    feedback: float = 1.0
+    feedback: float = option(1.0, Number(0.0))
 
     def correct(
         self, parameter: torch.Tensor, gradient: torch.Tensor, state: Mapping[str, Any], update: StageUpdate

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..options import Number, option
 from .compensation import Compensation, StageUpdate, newest_first
 
 HISTORY = "gap_history"
@@ -31,8 +32,8 @@ class GapAware(Compensation):
     """
 
     name = "gap_aware"
-    gap_decay: float = 0.99
-    gap_eps: float = 1e-8
+    gap_decay: float = option(0.99, Number(0.0, 1.0, below=True))
+    gap_eps: float = option(1e-8, Number(0.0, above=True))
 
     def correct(
         self, parameter: torch.Tensor, gradient: torch.Tensor, state: Mapping[str, Any], update: StageUpdate

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import UnsupportedOptionError
+from ..options import OneOf, Whole, option
 from .compensation import Compensation, StageUpdate
 from .matrices import algorithm_of
 
@@ -26,16 +26,8 @@ class LearningRateRescaling(Compensation):
     """
 
     name = "lr_rescale"
-    anneal: int = 1000
-    rescaled: str = "all"
-
-    def __post_init__(self) -> None:
-        if self.anneal < 0:
-            raise UnsupportedOptionError(f"delay_compensation_args: anneal={self.anneal} must not be negative")
-        if self.rescaled not in RESCALED:
-            raise UnsupportedOptionError(
-                f"delay_compensation_args: rescaled={self.rescaled!r} is unknown; use one of {', '.join(RESCALED)}"
-            )
+    anneal: int = option(1000, Whole(0, 2**40))
+    rescaled: str = option("all", OneOf(*RESCALED))
 
     def learning_rate_factor(self, group: Mapping[str, Any], update: StageUpdate) -> float:
         """At most 1."""

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..errors import UnsupportedOptionError
+from ..options import Checked, Number, OneOf, option
+from .compensation import GIVEN_BY
 from .matrices import MatricesAndAdamW, loss_of
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ class MuonAdamW(MatricesAndAdamW):
 
 
 @dataclass(frozen=True)
-class Muon:
+class Muon(Checked):
     """Muon (Jordan et al., 2024; learning rates matched to AdamW's: Liu et al., "Muon is Scalable for LLM Training", 2025).
 
     The matrices are the two-dimensional weights inside the layers; embeddings, head, biases and norms are AdamW's. A fused
@@ -195,14 +196,9 @@ class Muon:
     """
 
     name = "muon"
-    momentum: float = 0.95
-    adjust_lr_fn: str = "match_rms_adamw"
-
-    def __post_init__(self) -> None:
-        if self.adjust_lr_fn not in ADJUSTMENTS:
-            raise UnsupportedOptionError(
-                f"delay_compensation_args: adjust_lr_fn={self.adjust_lr_fn!r} is unknown; use one of {', '.join(ADJUSTMENTS)}"
-            )
+    given_by = GIVEN_BY
+    momentum: float = option(0.95, Number(0.0, 1.0, below=True))
+    adjust_lr_fn: str = option("match_rms_adamw", OneOf(*ADJUSTMENTS))
 
     def optimizer(
         self, args: TrainingArguments, matrices: Iterable[nn.Parameter]

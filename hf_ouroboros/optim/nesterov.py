@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..options import Checked, Number, option
+from .compensation import GIVEN_BY
+
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 
 @dataclass(frozen=True)
-class Nesterov:
+class Nesterov(Checked):
     """`torch.optim.NAdam` with beta1 = 0.99 and decoupled weight decay.
 
     Ajanthan, Ramasinghe, Zuo, Avraham, Long, "Nesterov Method for Asynchronous Pipeline Parallel Optimization" (ICML 2025):
@@ -28,8 +31,9 @@ class Nesterov:
     """
 
     name = "nesterov"
-    beta1: float = 0.99
-    momentum_decay: float = 4e-3
+    given_by = GIVEN_BY
+    beta1: float = option(0.99, Number(0.0, 1.0, below=True))
+    momentum_decay: float = option(4e-3, Number(0.0))
 
     def optimizer(
         self, args: TrainingArguments, matrices: Iterable[nn.Parameter]

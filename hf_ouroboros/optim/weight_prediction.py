@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import UnsupportedOptionError
+from ..options import Number, OneOf, option
 from .basis_rotation import RotatedAdamW, rotated_direction
 from .compensation import Compensation, StageUpdate
 from .matrices import algorithm_of
@@ -52,14 +53,8 @@ class WeightPrediction(Compensation):
 
     name = "weight_prediction"
     predicts = True
-    horizon: float = 1.0
-    prediction: str = "momentum"
-
-    def __post_init__(self) -> None:
-        if self.prediction not in FROM:
-            raise UnsupportedOptionError(
-                f"delay_compensation_args: prediction={self.prediction!r} is unknown; use one of {', '.join(FROM)}"
-            )
+    horizon: float = option(1.0, Number(0.0))
+    prediction: str = option("momentum", OneOf(*FROM))
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
         """Only optimizers whose momentum tells the coming step; with "step" all."""

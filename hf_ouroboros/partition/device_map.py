@@ -6,19 +6,20 @@ bites its tail, which is what tied embeddings need.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from accelerate.utils import convert_file_size_to_int
 
-from ..errors import DeviceMapError
+from ..errors import DeviceMapError, InputFileError
+from ..options import from_json, shown
+from ..user_files import read_text
 from .balance import Load, NoSplitError, best_counts
 from .mapping import device_index, expand_legacy, spans_from_mapping
 from .units import StageSpan, Unit, count_layers, spans_of_runs
 
+MOST_BYTES = 2**26  # of a file with a device map
 PRESETS = ("auto", "balanced", "sequential")
 
 
@@ -42,22 +43,20 @@ def parse_device_map(device_map: Any) -> Any:
     if isinstance(device_map, (Mapping, list, tuple)) or device_map in PRESETS:
         return device_map
     if not isinstance(device_map, str):
-        raise DeviceMapError(f"device_map={device_map!r} must be a string, a dict or a list")
+        raise DeviceMapError(f"device_map={shown(device_map)} must be a string, a dict or a list")
     text = device_map.strip()
     if text.endswith(".json"):
         try:
-            text = Path(text).read_text(encoding="utf-8").strip()
-        except OSError as error:
-            raise DeviceMapError(
-                f"device_map={device_map!r} can't be read ({error.strerror}); `hf-ouroboros plan` writes such a file"
-            ) from error
+            text = read_text(text, MOST_BYTES).strip()
+        except InputFileError as error:
+            raise DeviceMapError(f"device_map: {error}; `hf-ouroboros plan` writes such a file") from error
     if text[:1] in "{[" and text:
         try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DeviceMapError(f"device_map is not valid JSON ({error}): {device_map!r}") from error
+            return from_json(text)
+        except ValueError as error:
+            raise DeviceMapError(f"device_map is not valid JSON ({error}): {shown(device_map)}") from error
     raise DeviceMapError(
-        f"device_map={device_map!r} is unknown; use one of {', '.join(PRESETS)}, a dict of module name prefixes "
+        f"device_map={shown(device_map)} is unknown; use one of {', '.join(PRESETS)}, a dict of module name prefixes "
         "to devices, a list of layer counts per stage, or a .json file with one of these"
     )
 
@@ -117,8 +116,10 @@ def parse_max_memory(max_memory: Mapping[Any, int | str] | None, devices: Sequen
         index = device_index(key, devices, where="max_memory")
         try:
             budgets[index] = convert_file_size_to_int(value)
-        except ValueError as error:
-            raise DeviceMapError(f"max_memory[{key!r}]={value!r} is not a size such as 2000000 or '10GB'") from error
+        except (ValueError, AttributeError, TypeError, OverflowError) as error:  # what accelerate makes of other types
+            raise DeviceMapError(
+                f"max_memory[{shown(key)}]={shown(value)} is not a size such as 2000000 or '10GB'"
+            ) from error
     return budgets
 
 
@@ -180,13 +181,15 @@ def _from_counts(
 ) -> list[StageSpan]:
     layers = count_layers(units)
     if not counts or any(isinstance(c, bool) or not isinstance(c, int) or c < 0 for c in counts):
-        raise DeviceMapError(f"device_map={counts!r} must be a list of layer counts per stage, e.g. [3, 6, 3]")
+        raise DeviceMapError(f"device_map={shown(counts)} must be a list of layer counts per stage, e.g. [3, 6, 3]")
     if 0 in counts[1:-1]:
-        raise DeviceMapError(f"device_map={counts!r} has a stage without layers; only first and last may have none")
+        raise DeviceMapError(
+            f"device_map={shown(counts)} has a stage without layers; only first and last may have none"
+        )
     if sum(counts) != layers:
-        raise DeviceMapError(f"device_map={counts!r} adds up to {sum(counts)} layers, but the model has {layers}")
+        raise DeviceMapError(f"device_map={shown(counts)} adds up to {sum(counts)} layers, but the model has {layers}")
     if num_stages is not None and num_stages != len(counts):
-        raise DeviceMapError(f"device_map={counts!r} has {len(counts)} stages, but num_stages={num_stages}")
+        raise DeviceMapError(f"device_map={shown(counts)} has {len(counts)} stages, but num_stages={num_stages}")
     return _spans_from_counts(counts, units, default_placement(len(counts), len(devices), tied))
 
 

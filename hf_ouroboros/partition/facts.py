@@ -113,7 +113,11 @@ def model_facts(config: PretrainedConfig, batch: int, time: int, dtype: torch.dt
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except ValueError as error:
         raise UnsupportedModelError(f"model_type {config.model_type!r} is no causal language model: {error}") from error
-    experts = next((n for n in EXPERT_OPTIONS if (getattr(config, n, None) or 0) > 1), None)
+    except Exception as error:  # whatever a model does that gets sizes that don't fit together
+        raise UnsupportedModelError(
+            f"model_type {config.model_type!r} can't be built from its configuration ({type(error).__name__}: {error})"
+        ) from error
+    experts = next((n for n in EXPERT_OPTIONS if getattr(config, n, None) not in (None, 0, 1)), None)
     if experts is not None:
         raise UnsupportedModelError(
             f"{type(model).__name__} has {experts}={getattr(config, experts)}: what a mixture of experts computes depends "
@@ -124,7 +128,16 @@ def model_facts(config: PretrainedConfig, batch: int, time: int, dtype: torch.dt
             f"{type(model).__name__} attends to a memory of mem_len={config.mem_len}, which is not counted; plan it without "
             "(--config_overrides mem_len=0: the layers weigh as much beside each other), or train with device_map=auto"
         )
-    plan = outline(model)
+    try:
+        plan = outline(model)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # an architecture of another make
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is no plain row of layers and can't be planned ({type(error).__name__}: {error})"
+        ) from error
+    if not any(unit.kind == "layer" for unit in plan.units):
+        raise UnsupportedModelError(f"{type(model).__name__} has no layers in this configuration; nothing can be split")
     seen: set[int] = set()
     owned = []
     for unit in plan.units:
@@ -160,5 +173,7 @@ def model_facts(config: PretrainedConfig, batch: int, time: int, dtype: torch.dt
         )
         for unit, parameters, part in zip(plan.units, owned, counted, strict=True)
     )
+    if not any(part.flops for part in layers):
+        raise UnsupportedModelError(f"the layers of this {type(model).__name__} compute nothing; check its sizes")
     tied_bytes = sum(p.numel() * p.element_size() for p in tied)
     return ModelFacts(type(model).__name__, units, tied_bytes, plan.reason, batch, time, dtype)

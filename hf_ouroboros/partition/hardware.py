@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import DeviceMapError
+from ..options import Number, Whole, read_option, shown
 from .facts import UnitFacts
 
 GIB = 2**30
@@ -67,6 +68,8 @@ PRESETS = {
         _preset("h200", 989, 67, 4800, 141),
     )
 }
+MOST_DEVICES = 128  # of a plan
+_COUNT, _RATE, _MEMORY = Whole(1, MOST_DEVICES), Number(1e-3, 1e6), Number(1e-3, 1e6)
 _ITEM = re.compile(r"(?:(?P<count>\d+)x)?(?P<what>.+)")
 _OWN = re.compile(r"(?P<flops>\d+(?:\.\d+)?)tflops/(?P<memory>\d+(?:\.\d+)?)gb", re.IGNORECASE)
 LOCAL = re.compile(r"(cpu|cuda|xpu|npu|mps)(:\d+)?")
@@ -80,25 +83,40 @@ def parse_devices(items: Sequence[str]) -> list[DeviceKind | str]:
             this machine such as "cpu:0" and "cuda:1", which are to be measured and stay names.
 
     Raises:
-        DeviceMapError: none of these.
+        DeviceMapError, UnsupportedOptionError: none of these, or too many.
     """
     devices: list[DeviceKind | str] = []
     for item in items:
         match = _ITEM.fullmatch(item.strip().lower())
-        count, what = (int(match["count"] or 1), match["what"]) if match else (0, item)
+        what = match["what"] if match else item
+        count = read_option(f"--devices {shown(item)}: count", match["count"] or 1, _COUNT) if match else 0
         if own := _OWN.fullmatch(what):
-            rate = float(own["flops"]) * 1e12
-            devices += [DeviceKind(what, rate, rate, math.inf, float(own["memory"]) * GIB)] * count
+            rate = read_option(f"--devices {shown(item)}: tflops", own["flops"], _RATE) * 1e12
+            memory = read_option(f"--devices {shown(item)}: gb", own["memory"], _MEMORY) * GIB
+            devices += [DeviceKind(what, rate, rate, math.inf, memory)] * count
         elif what in PRESETS:
             devices += [PRESETS[what]] * count
         elif LOCAL.fullmatch(what) and count == 1:
             devices.append(what if ":" in what else f"{what}:0")
         else:
             raise DeviceMapError(
-                f"--devices {item!r} is unknown; use [COUNTx]KIND with a kind of {', '.join(PRESETS)}, "
+                f"--devices {shown(item)} is unknown; use [COUNTx]KIND with a kind of {', '.join(PRESETS)}, "
                 "[COUNTx]35tflops/24gb for sustained speed and memory of another kind, or devices of this machine such "
                 "as cpu:0 cpu:1 or cuda:0 cuda:1, which are measured"
             )
     if not devices:
         raise DeviceMapError("--devices is empty; name at least one, for example 4xrtx3090")
+    if len(devices) > MOST_DEVICES:
+        raise DeviceMapError(f"--devices names {len(devices)} devices, more than {MOST_DEVICES}; name fewer")
     return devices
+
+
+def is_here(name: str) -> bool:
+    """Whether this machine has a device with an index; any number of cpu:i is here, they are threads."""
+    kind, _, index = name.partition(":")
+    if not index.isdecimal() or len(index) > 6:
+        return False
+    if kind == "cpu":
+        return True
+    present = torch.accelerator.current_accelerator(check_available=True)
+    return present is not None and present.type == kind and int(index) < torch.accelerator.device_count()

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import DeviceMapError
+from ..options import shown
 from .units import StageSpan, Unit, spans_of_runs
 
 
@@ -24,10 +25,10 @@ def spans_from_mapping(
     for key in mapping:
         if key and not any(name == key or name.startswith(f"{key}.") or key.startswith(f"{name}.") for name in names):
             raise DeviceMapError(
-                f"device_map names the module {key!r}, which the model does not have; its parts are "
+                f"device_map names the module {shown(key)}, which the model does not have; its parts are "
                 f"{', '.join(names[:4])}, ..., {names[-1]}"
             )
-    indices = {key: device_index(value, devices, where=f"device_map[{key!r}]") for key, value in mapping.items()}
+    indices = {key: device_index(value, devices, where=f"device_map[{shown(key)}]") for key, value in mapping.items()}
     assigned = []
     for unit in units:
         found = {name: _longest_prefix(name, indices) for name in unit.modules}
@@ -66,7 +67,9 @@ def check_module_names(mapping: Mapping[Any, Any], model: nn.Module) -> None:
     known.update(name for name, _ in model.named_parameters(remove_duplicate=False))
     unknown = [str(name) for name in mapping if name not in known]
     if unknown:
-        raise DeviceMapError(f"device_map names the module {unknown[0]!r}, which {type(model).__name__} does not have")
+        raise DeviceMapError(
+            f"device_map names the module {shown(unknown[0])}, which {type(model).__name__} does not have"
+        )
 
 
 def expand_legacy(mapping: Mapping[Any, Any], units: Sequence[Unit], tied: bool) -> Mapping[Any, Any]:
@@ -76,10 +79,12 @@ def expand_legacy(mapping: Mapping[Any, Any], units: Sequence[Unit], tied: bool)
     layers = [unit.modules[0] for unit in units if unit.kind == "layer"]
     expanded: dict[str, Any] = {}
     for device, numbers in mapping.items():
-        device = int(device) if str(device).isdigit() else device
+        device = int(device) if str(device).isdecimal() else device
         for number in numbers:
             if not isinstance(number, int) or not 0 <= number < len(layers):
-                raise DeviceMapError(f"device_map names layer {number!r}; the model has layers 0 to {len(layers) - 1}")
+                raise DeviceMapError(
+                    f"device_map names layer {shown(number)}; the model has layers 0 to {len(layers) - 1}"
+                )
             if layers[number] in expanded:
                 raise DeviceMapError(f"device_map names layer {number} twice")
             expanded[layers[number]] = device
@@ -98,17 +103,17 @@ def device_index(value: Any, devices: Sequence[str], where: str) -> int:
     text = str(value)
     if text in ("disk", "meta") or (text == "cpu" and not devices[0].startswith("cpu")):
         raise DeviceMapError(
-            f"{where}={text!r}: offloading is not possible while training in a pipeline; every stage lives on one of "
+            f"{where}={shown(text)}: offloading is not possible while training in a pipeline; every stage lives on one of "
             f"{', '.join(devices)}"
         )
-    if text.isdigit():
+    if text.isdecimal() and len(text) < 10:
         if int(text) < len(devices):
             return int(text)
     else:
         text = text if ":" in text else f"{text}:0"
         if text in devices:
             return list(devices).index(text)
-    raise DeviceMapError(f"{where}={value!r} is not among the {len(devices)} devices {', '.join(devices)}")
+    raise DeviceMapError(f"{where}={shown(value)} is not among the {len(devices)} devices {', '.join(devices)}")
 
 
 def _longest_prefix(name: str, indices: Mapping[str, int]) -> int | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import platform
 import statistics
 import threading
@@ -27,6 +28,7 @@ from ..errors import UnsupportedModelError
 from .anatomy import HIDDEN
 from .facts import ModelFacts
 from .families import Family, find_family
+from .kept_times import remember, remembered
 from .plan import torch_device
 from .planner import PlannedDevice, UnitTimes
 from .stages import Boundary, Stage
@@ -34,6 +36,7 @@ from .units import StageSpan
 
 REPETITIONS = 7  # of which the first two warm up; the median of the others counts
 SEED = 0
+MOST_MEASURED = 64  # devices
 CACHE = Path(HF_HOME) / "hf_ouroboros" / "unit_times"
 _so_far: dict[str, list[list[list[float]]]] = {}
 
@@ -57,24 +60,51 @@ def measured(
         again: measure even if it was before.
 
     Raises:
-        UnsupportedModelError: the architecture can only be estimated, not run in stages.
+        UnsupportedModelError: the architecture can only be estimated, not run in stages; or it fails, or needs more memory
+            than there is.
     """
+    if len(devices) > MOST_MEASURED:
+        raise UnsupportedModelError(
+            f"{len(devices)} devices are more than the {MOST_MEASURED} that are measured at once"
+        )
     if facts.untrainable is not None:
         raise UnsupportedModelError(f"{facts.untrainable}, so it can't be measured; plan for device kinds instead")
     key = _key(config, facts, devices)
     file = None if cache is None else cache / f"{key}.json"
     if again or key not in _so_far:
-        if not again and file is not None and file.is_file():
-            _so_far[key] = json.loads(file.read_text(encoding="utf-8"))
-        else:
-            _so_far[key] = _measure(config, facts, devices)
+        known = None if again or file is None else remembered(file, len(devices), len(facts.units))
+        if known is None:
+            _check_room(facts, sum(name.startswith("cpu") for name in devices))
+            try:
+                known = _measure(config, facts, devices)
+            except Exception as error:  # whatever a model does with a batch of this shape
+                raise UnsupportedModelError(
+                    f"{facts.name} can't be measured with micro-batches of {facts.batch} x {facts.time} tokens on "
+                    f"{', '.join(devices)} ({type(error).__name__}: {error}); plan for device kinds instead"
+                ) from error
             if file is not None:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(json.dumps(_so_far[key]), encoding="utf-8")
+                remember(file, known)
+        _so_far[key] = known
     return [
         PlannedDevice(name, tuple(UnitTimes(*times) for times in row), _memory_of(name) * margin)
         for name, row in zip(devices, _so_far[key], strict=True)
     ]
+
+
+def _check_room(facts: ModelFacts, workers: int) -> None:
+    """Refuses what a machine has no memory for: it would not fail, but be ended, or end others."""
+    if not workers or not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return
+    # Of each unit: weights, gradients and two moments; activations, and gradients of as many.
+    sizes = [4 * unit.parameter_bytes + 2 * (unit.activation_bytes + unit.output_bytes) for unit in facts.units]
+    layers = [size for size, unit in zip(sizes, facts.units, strict=True) if unit.kind == "layer"]
+    need = workers * (max(sizes) + sum(sizes) - sum(layers) + max(layers))
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if need > there:
+        raise UnsupportedModelError(
+            f"measuring {facts.name} with micro-batches of {facts.batch} x {facts.time} tokens needs about {need / 2**30:,.0f} "
+            f"GiB, but this machine has {there / 2**30:,.0f}; plan for device kinds instead"
+        )
 
 
 def _key(config: PretrainedConfig, facts: ModelFacts, devices: Sequence[str]) -> str:

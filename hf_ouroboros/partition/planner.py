@@ -210,15 +210,22 @@ def _what_would_fit(
             need = _fullest(smaller, devices, options, num_stages)[1]
             ways.append(f"micro-batches of {batch} row{'s' if batch > 1 else ''} ({need / GIB:.1f} GiB)")
             break
+    most = min(64, int(1e8 / (facts.layers + 1) ** 3))  # a longer search than a user's patience
     for more in (options,) if recompute_helps or options.recompute else (options, recomputed):
-        found = next((n for n in range(len(devices) + 1, 65) if _fits(facts, _more(devices, n), more, None)), None)
+        found = next(
+            (n for n in range(len(devices) + 1, most + 1) if _fits(facts, _more(devices, n), more, None)), None
+        )
         if found is not None:
             ways.append(f"{found} devices{'' if more is options else ' with recompute'}")
             break
     smallest = facts.for_batch(1)
     if not ways and _fits(smallest, devices, recomputed, num_stages):
         ways.append("recompute together with micro-batches of 1 row")
-    text.append(f"It would fit with {', or '.join(ways)}." if ways else "Nothing makes room on up to 64 such devices.")
+    text.append(
+        f"It would fit with {', or '.join(ways)}."
+        if ways
+        else f"Nothing makes room on up to {max(most, len(devices))} such devices."
+    )
     return " ".join(text)
 
 

@@ -50,8 +50,7 @@ def write_page(timeline: Timeline, path: str | Path, *, summary: str = "", title
     kinds = [kind for kind in COLOURS if any(e.kind == kind for e in timeline.events)]
     legend = " ".join(f'<i style="background:{COLOURS[kind]}"></i>{kind}' for kind in kinds)
     path = Path(path)
-    path.write_text(
-        f"""<!doctype html>
+    page = f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>
 <style>
 body {{ font: 14px sans-serif; margin: 24px; color: #1c1c22 }}
@@ -70,7 +69,6 @@ svg rect:hover {{ stroke: #1c1c22 }}
 <div class="run"><div class="names">{names}</div><div class="scroll">
 <svg width="{width}" height="{height}">{"".join(shapes)}</svg></div></div>
 </html>
-""",
-        encoding="utf-8",
-    )
+"""
+    path.write_bytes(page.encode("utf-8", "xmlcharrefreplace"))  # names of files need not be text
     return path

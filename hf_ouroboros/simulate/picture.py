@@ -177,6 +177,8 @@ def busy_profile(timeline: Timeline, device: int, bins: int) -> list[float]:
     start, end = timeline.interval
     width = (end - start) / bins
     shares = [0.0] * bins
+    if width == 0:
+        return shares
     for a, b in timeline.busy_intervals(device):
         for i in range(int((a - start) / width), min(bins - 1, int((b - start) / width)) + 1):
             shares[i] += max(0.0, min(b, start + (i + 1) * width) - max(a, start + i * width)) / width
@@ -186,7 +188,7 @@ def busy_profile(timeline: Timeline, device: int, bins: int) -> list[float]:
 def _rows(axes: Axes, timeline: Timeline, labels: Sequence[str]) -> None:
     """Device 0 on top, its name at the left, no frame."""
     axes.set_ylim(timeline.num_devices - 0.5, -0.5)
-    axes.set_yticks(range(timeline.num_devices), labels)
+    axes.set_yticks(range(timeline.num_devices), labels, parse_math=False)  # a name is no formula
     axes.tick_params(axis="y", length=0, labelsize=9)
     axes.tick_params(axis="x", labelsize=8.5, color="#999999")
     axes.spines[:].set_visible(False)

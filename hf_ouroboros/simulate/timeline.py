@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
+from hf_ouroboros.options import Number, Rule, Whole, shown
+from hf_ouroboros.user_files import written_together
+
 KINDS = ("forward", "backward", "weights", "recompute", "step", "settle", "wait")
 _NAMES = {
     "forward": "F",
@@ -23,6 +26,8 @@ _NAMES = {
     "settle": "settle",
     "wait": "wait",
 }
+MOST_DEVICES, LONGEST_NAME = 512, 80  # rows of a picture, and letters before them
+_DEVICE, _COUNT, _MICROSECONDS = Whole(0, MOST_DEVICES - 1), Whole(0, 2**53), Number(0.0, 1e14)
 
 
 @dataclass(frozen=True)
@@ -215,15 +220,26 @@ class Timeline:
 
     @classmethod
     def from_chrome_trace(cls, trace: dict[str, Any]) -> Timeline:
-        """Read back what `to_chrome_trace` wrote; times start at zero and are exact to a nanosecond."""
+        """Read back what `to_chrome_trace` wrote; times start at zero and are exact to a nanosecond.
+
+        Raises:
+            ValueError, KeyError, TypeError: it is something else.
+        """
         rows: Iterable[dict[str, Any]] = trace["traceEvents"]
-        names = {row["tid"]: row["args"]["name"] for row in rows if row["ph"] == "M"}
+        names = {_read(row, "tid", _DEVICE): row["args"]["name"] for row in rows if row["ph"] == "M"}
+        if sorted(names) != list(range(len(names))):
+            raise ValueError(f"it names the devices {shown(sorted(names))}; they must be numbered from 0")
+        for name in names.values():
+            if not isinstance(name, str) or not name.isprintable() or len(name) > LONGEST_NAME:
+                raise ValueError(f"a device is named {shown(name)}; use up to {LONGEST_NAME} printable characters")
         timeline = cls(len(names), [names[i] for i in range(len(names))])
         for row in rows:
             if row["ph"] == "X":
-                args, start, end = row["args"], row["ts"] / 1e6, (row["ts"] + row["dur"]) / 1e6
-                index = args["update" if row["cat"] == "step" else "tick"]
-                timeline.record(Event(row["tid"], args["stage"], row["cat"], index, start, end))
+                start, span = _read(row, "ts", _MICROSECONDS), _read(row, "dur", _MICROSECONDS)
+                stage = None if row["args"]["stage"] is None else _read(row["args"], "stage", _DEVICE)
+                index = _read(row["args"], "update" if row["cat"] == "step" else "tick", _COUNT)
+                event = Event(_read(row, "tid", _DEVICE), stage, row["cat"], index, start / 1e6, (start + span) / 1e6)
+                timeline.record(event)
         return timeline
 
     def write(self, path: str | Path, *, title: str | None = None) -> tuple[Path, Path]:
@@ -231,13 +247,16 @@ class Timeline:
 
         Returns:
             The two paths. Missing parent folders are created.
+
+        Raises:
+            OutputFileError: they can't be written; then neither is.
         """
         from hf_ouroboros.simulate.picture import draw
 
         trace, picture = timeline_files(path)
-        trace.parent.mkdir(parents=True, exist_ok=True)
-        trace.write_text(json.dumps(self.to_chrome_trace(), separators=(",", ":")) + "\n", encoding="utf-8")
-        draw(self, picture, title=title)
+        with written_together(trace, picture) as (new_trace, new_picture):
+            new_trace.write_text(json.dumps(self.to_chrome_trace(), separators=(",", ":")) + "\n", encoding="utf-8")
+            draw(self, new_picture, title=title)
         return trace, picture
 
 
@@ -250,6 +269,14 @@ def _merged(intervals: Iterable[tuple[float, float]]) -> list[tuple[float, float
         else:
             merged.append((start, end))
     return merged
+
+
+def _read(row: dict[str, Any], name: str, rule: Rule) -> Any:
+    """What a row of a trace file says under a name."""
+    try:
+        return rule.read(row[name])
+    except ValueError:
+        raise ValueError(f"{name}={rule.refusal(row[name])}") from None
 
 
 def timeline_files(path: str | Path) -> tuple[Path, Path]:

@@ -84,18 +84,80 @@ def test_planned_only(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("status", "arguments", "message"),
     [
-        (["nobody/nothing", "--devices", "t4"], "no configuration for 'nobody/nothing'"),
-        (["gpt2", "--devices", "abacus"], "--devices 'abacus' is unknown"),
-        (["gpt2", "--devices", "t4", "cpu:0"], "mixes devices of this machine"),
-        (["gpt2", "--devices", "t4", "--config_overrides", "layers=3"], "write name=value with a name that a gpt2"),
-        (["gpt2", "--devices", "t4", "--link", "0"], "bandwidth=0"),
-        (["gpt2", "--batch", "4", "--devices", "2x1tflops/4gb"], "does not fit into 2 devices .* It would fit with"),
+        (1, ["nobody/nothing", "--devices", "t4"], "no configuration for 'nobody/nothing'"),
+        (2, ["gpt2", "--devices", "abacus"], "--devices 'abacus' is unknown"),
+        (2, ["gpt2", "--devices", "t4", "cpu:0"], "mixes devices of this machine"),
+        (2, ["gpt2", "--devices", "cpu:0", "cpu:0"], "must be different devices"),
+        (2, ["gpt2", "--devices", "cuda:99"], "names 'cuda:99', which this machine doesn't have"),
+        (2, ["gpt2", "--devices", "t4", "--config_overrides", "layers=3"], "with a name that a gpt2 configuration has"),
+        (2, ["gpt2", "--devices", "t4", "--config_overrides", "n_layer=many"], "n_layer must be int, got 'many'"),
+        (
+            1,
+            ["gpt2", "--devices", "t4", "--config_overrides", "n_layer=1000000000"],
+            "n_layer=1000000000 is more than 1,024",
+        ),
+        (1, ["gpt2", "--devices", "t4", "--config_overrides", "n_head=0"], "can't be built from its configuration"),
+        (1, ["gpt2", "--devices", "t4", "--config_overrides", "n_layer=0"], "has no layers in this configuration"),
+        (1, ["gpt2", "--devices", "t4", "--config_overrides", "dtype=int8"], "dtype='int8' is no floating-point type"),
+        (1, ["gpt2", "--batch", "4", "--devices", "2x1tflops/4gb"], "does not fit into 2 devices .* It would fit with"),
+        (2, ["gpt2", "--devices", "t4", "--micro_batches", "60000"], "take too long to simulate"),
     ],
     ids=str,
 )
-def test_errors(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert main(["plan", *arguments, "--output", str(tmp_path / "plan")]) == 1
+def test_errors(status: int, arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["plan", *arguments, "--output", str(tmp_path / "plan")]) == status
     assert re.search(f"error: .*{message}", capsys.readouterr().err)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b"null",
+        b"{",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"model_type": 3}',
+        b'{"model_type": "gpt2", "n_layer": "x"}',
+    ],
+)
+def test_malformed_configurations(content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    for name in (tmp_path, tmp_path / "config.json"):
+        assert main(["plan", str(name), "--devices", "t4", *SHAPE, "--output", str(tmp_path / "plan")]) == 1
+        assert "error: " in capsys.readouterr().err
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_more_devices_than_layers(config: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["plan", config, "--devices", "16xt4", *SHAPE, "--output", str(tmp_path / "plan")]) == 0
+    text = capsys.readouterr().out
+    assert "only 5 of 16 devices are used: more have no layers of their own" in text
+    assert "naive: not simulated" in text
+    assert re.search(r"pipelined +[0-9,]+ +- ", text)
+
+
+@pytest.mark.parametrize("blocked", ["plan.json", "plan.png"])
+def test_both_files_or_none(config: str, blocked: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    output = tmp_path / "out" / "plan"
+    (tmp_path / "out" / blocked).mkdir(parents=True)
+    arguments = ["plan", config, "--devices", "t4", *SHAPE, "--output"]
+    assert main([*arguments, str(output)]) == 1
+    told = capsys.readouterr()
+    assert f"{blocked}' is a folder" in told.err and told.out == "", "found out before the work"
+    assert [p.name for p in output.parent.iterdir()] == [blocked]
+    assert main([*arguments, str(tmp_path / "model" / "config.json" / "plan")]) == 1
+    assert "is a file, not a folder" in capsys.readouterr().err
+
+
+def test_a_picture_that_fails_leaves_no_map(config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hf_ouroboros.commands.plan._picture", full)
+    assert main(["plan", config, "--devices", "t4", *SHAPE, "--output", str(tmp_path / "new" / "deep" / "plan")]) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]

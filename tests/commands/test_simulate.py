@@ -30,8 +30,37 @@ def test_what_cannot_run_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_errors(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert main(["simulate", *SMALL, "--kind", "cpu:0", "--output", str(tmp_path / "speed.png")]) == 1
+    assert main(["simulate", *SMALL, "--kind", "cpu:0", "--output", str(tmp_path / "speed.png")]) == 2
     assert "--kind 'cpu:0' must be one kind of device by data sheet" in capsys.readouterr().err
+    assert main(["simulate", *SMALL, "--kind", "abacus", "--output", str(tmp_path / "speed.png")]) == 2
+    assert "--kind 'abacus' is unknown" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--output", "plot.svg", "must be the path of a file that ends in .png"),
+        ("--counts", "1000000", "must be a whole number from 1 to 128"),
+        ("--counts", "0", "must be a whole number from 1 to 128"),
+        ("--micro_batches", "1000000000", "must be a whole number from 1 to 65,536"),
+        ("--link", "inf", "must be a number of at least 1e-06"),
+        ("--latency", "nan", "must be a number of at least 0"),
+    ],
+)
+def test_values_out_of_bounds(option: str, value: str, message: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["simulate", *SMALL, option, value])
+    assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_what_would_take_minutes_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = ["--counts", "128", "--micro_batches", "65536", "--output", str(tmp_path / "speed.png")]
+    assert main(["simulate", *SMALL, *arguments]) == 2
+    assert "take too long to simulate" in capsys.readouterr().err
+    deep = ["gpt2", "--config_overrides", "n_layer=600,n_embd=16,n_head=2,vocab_size=64,n_positions=8", "--seq", "8"]
+    assert main(["simulate", *deep, "--output", str(tmp_path / "speed.png")]) == 2
+    assert "600 layers on 2 devices have too many splits" in capsys.readouterr().err
 
 
 def test_the_claim(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,63 @@ def test_wrong_files(content: str | None, message: str, tmp_path: Path, capsys: 
 
 
 def test_wrong_options(recorded: Path, capsys: pytest.CaptureFixture) -> None:
-    assert main(["trace", str(recorded), "--output", "run.svg"]) == 1
-    assert "must end in .png or .html" in capsys.readouterr().err
-    assert main(["trace", str(recorded), "--window", "5", "5"]) == 1
+    with pytest.raises(SystemExit) as caught:
+        main(["trace", str(recorded), "--output", "run.svg"])
+    assert caught.value.code == 2
+    assert "must be the path of a file that ends in .png or .html" in capsys.readouterr().err
+    assert main(["trace", str(recorded), "--output", str(recorded.with_name("run.html")), "--window", "5", "5"]) == 2
     assert "is empty; give FROM < TO" in capsys.readouterr().err
+    table = recorded.rename(recorded.with_suffix(".png"))
+    assert main(["trace", str(table)]) == 2
+    assert "is the timeline itself; name another file" in capsys.readouterr().err
+
+
+WRONG = [None, [], {}, "x", float("inf"), float("nan"), -1, True, 1e300, 10**5000, "\ud800"]
+
+
+@pytest.mark.parametrize("name", ["tid", "ts", "dur", "cat", "args", "stage", "tick", "name", "device"])
+def test_wrong_values_in_a_trace(recorded: Path, name: str, capsys: pytest.CaptureFixture) -> None:
+    """Refused by name, or drawn; never a half-written file."""
+    content = json.loads(recorded.read_text())
+    rows = content["traceEvents"]
+    row = next(r for r in rows if r["ph"] == ("M" if name == "device" else "X"))
+    where, key = (
+        (row["args"], "name" if name == "device" else name) if name in ("stage", "tick", "device") else (row, name)
+    )
+    good, files = where[key], set(recorded.parent.iterdir())
+    for wrong in WRONG:
+        where[key] = wrong
+        sys.set_int_max_str_digits(0)
+        recorded.write_text(json.dumps(content))
+        sys.set_int_max_str_digits(4300)
+        output = recorded.with_name("again.png")
+        status = main(["trace", str(recorded), "--output", str(output)])
+        told = capsys.readouterr().err
+        unused = name == "name" and wrong != 10**5000  # what a row is called is for those who look at it
+        allowed = unused or (name, wrong) in (("stage", None), ("device", "x"))
+        assert (status, output.exists()) == ((0, True) if allowed else (1, False)), (wrong, told)
+        assert allowed or ("is no timeline of a run" in told and len(told) < 500)
+        output.unlink(missing_ok=True)
+    where[key] = good
+    assert set(recorded.parent.iterdir()) == files
+
+
+def test_a_name_is_no_formula(recorded: Path) -> None:
+    recorded.write_text(recorded.read_text().replace("device 0", "$\\\\frac$").replace("device 1", "<b>"))
+    assert main(["trace", str(recorded)]) == 0
+    assert main(["trace", str(recorded), "--output", str(recorded.with_name("run.html"))]) == 0
+    assert "&lt;b&gt;" in recorded.with_name("run.html").read_text()
+
+
+def test_a_run_of_no_time_at_all(tmp_path: Path) -> None:
+    timeline = Timeline(1)
+    for tick in range(40):
+        timeline.record(Event(0, 0, "forward", tick, 0.0, 0.0))
+    file = timeline.write(tmp_path / "run")[0]
+    assert main(["trace", str(file)]) == 0
+    assert main(["trace", str(file), "--window", "-1", "1"]) == 0
+
+
+def test_no_end_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["trace", "/dev/zero", "--output", str(tmp_path / "x.png")]) == 1
+    assert "is no file" in capsys.readouterr().err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from hf_ouroboros.errors import UnsupportedOptionError
 from hf_ouroboros.optim import choose
 from hf_ouroboros.optim.advice import COSTLY, MEASURED, WHOLE_UPDATES, automatic, recommended_micro_batches, warning
 from hf_ouroboros.optim.choice import COMPENSATIONS, NAMES, OPTIMIZERS
+from hf_ouroboros.optim.muon import Muon
 
 
 def test_nothing() -> None:
@@ -51,11 +54,26 @@ def test_options_reach_their_owner_with_their_type() -> None:
         ("lr_rescale", "momentum=3", "its options are anneal=..., rescaled=..."),
         ("lr_rescale", "anneal", "anneal='' must be a whole number"),
         ("lr_rescale", "anneal=0.5", "anneal='0.5' must be a whole number"),
-        ("lr_rescale", "anneal=-1", "anneal=-1 must not be negative"),
+        ("lr_rescale", "anneal=-1", "anneal='-1' must be a whole number from 0 to"),
         ("lr_rescale", "rescaled=some", "rescaled='some' is unknown; use one of all, adamw"),
         ("muon+basis_rotation", None, "muon and basis_rotation don't go together"),
-        ("basis_rotation", "refresh=0", "refresh=0 must be at least 1"),
+        ("basis_rotation", "refresh=0", "refresh='0' must be a whole number from 1 to"),
         ("weight_prediction", "prediction=magic", "prediction='magic' is unknown; use one of momentum, step"),
+        *(
+            (name, f"{option}={value}", f"{option}='{value}' must be a number")
+            for name, option, values in (
+                ("muon", "momentum", ("-1", "1", "inf", "nan", "")),
+                ("nesterov", "beta1", ("-0.1", "1", "nan")),
+                ("nesterov", "momentum_decay", ("-1", "inf")),
+                ("basis_rotation", "covariance_decay", ("2", "nan")),
+                ("weight_prediction", "horizon", ("-1", "inf")),
+                ("error_feedback", "feedback", ("-1", "nan")),
+                ("gap_aware", "gap_decay", ("1", "nan")),
+                ("gap_aware", "gap_eps", ("0", "-1", "inf")),
+            )
+            for value in values
+        ),
+        ("lr_rescale", "anneal=1,anneal=2", "anneal is given twice"),
         ("muon", "momentum=much", "momentum='much' must be a number"),
         ("muon", "adjust_lr_fn=magic", "adjust_lr_fn='magic' is unknown; use one of match_rms_adamw, original"),
     ],
@@ -147,3 +165,19 @@ def test_no_warning_without_knowledge_or_cost() -> None:
     assert warning(9, 1, 1e-2, "adamw", "gap_aware") is None
     assert all(m.cost > 0 for m in MEASURED) and any(m.cost < COSTLY for m in MEASURED)
     assert len({(m.optimizer, m.compensation, m.stages, m.micro_batches) for m in MEASURED}) == len(MEASURED)
+
+
+def test_options_are_read_however_a_compensation_is_made() -> None:
+    assert Muon("0.5") == Muon(0.5) == choose("muon", "momentum=0.5").optimizer
+    for value in (True, None, [0.9], float("inf"), -1):
+        with pytest.raises(UnsupportedOptionError, match="delay_compensation_args: momentum="):
+            Muon(value)
+
+
+def test_every_option_of_every_compensation_has_a_rule() -> None:
+    kinds = [*OPTIMIZERS.values(), *COMPENSATIONS.values()]
+    own = [(kind, field) for kind in kinds for field in dataclasses.fields(kind)]
+    assert len(own) == len({field.name for _, field in own}), "an option of two compensations would reach one of them"
+    for kind, field in own:
+        with pytest.raises(UnsupportedOptionError, match=f"{field.name}={{}} "):
+            kind(**{field.name: {}})

@@ -263,8 +263,17 @@ def test_a_map_in_a_file(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     file.write_text(json.dumps(whole()))
     assert plan(str(file)) == SNAKE
-    with pytest.raises(DeviceMapError, match="missing.json' can't be read .*`hf-ouroboros plan` writes such a file"):
+    with pytest.raises(
+        DeviceMapError, match="missing.json' can't be read: No such file.*`hf-ouroboros plan` writes such a file"
+    ):
         parse_device_map(str(tmp_path / "missing.json"))
+    file.write_bytes(b"\xff{}")
+    with pytest.raises(DeviceMapError, match="plan.json' can't be read .*utf-8"):
+        parse_device_map(str(file))
+    for text in ("[" * 100_000, '{"a": ' * 100_000):
+        file.write_text(text)
+        with pytest.raises(DeviceMapError, match="is not valid JSON"):
+            parse_device_map(str(file))
     file.write_text("{")
     with pytest.raises(DeviceMapError, match="is not valid JSON"):
         parse_device_map(str(file))

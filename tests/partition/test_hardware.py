@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from hf_ouroboros.errors import DeviceMapError
+from hf_ouroboros.errors import DeviceMapError, UnsupportedOptionError
 from hf_ouroboros.partition.facts import UnitFacts
-from hf_ouroboros.partition.hardware import GIB, PRESETS, STEP_PASSES, DeviceKind, parse_devices
+from hf_ouroboros.partition.hardware import GIB, PRESETS, STEP_PASSES, DeviceKind, is_here, parse_devices
 
 
 def test_forms() -> None:
@@ -29,8 +29,32 @@ def test_unknown_devices(item: str) -> None:
 def test_no_devices() -> None:
     with pytest.raises(DeviceMapError, match="--devices is empty"):
         parse_devices([])
-    with pytest.raises(DeviceMapError, match="--devices is empty"):
-        parse_devices(["0xt4"])
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ("0xt4", "count='0' must be a whole number from 1 to 128"),
+        ("1000000000xt4", "count='1000000000' must be"),
+        (f"{'9' * 5000}xt4", "must be a whole number from 1 to 128"),
+        ("0tflops/8gb", "tflops='0' must be a number of at least 0.001"),
+        (f"{'9' * 400}tflops/8gb", "must be a number of at least 0.001"),
+        ("10tflops/0gb", "gb='0' must be a number"),
+    ],
+)
+def test_devices_that_nobody_has(item: str, message: str) -> None:
+    with pytest.raises(UnsupportedOptionError, match=message) as caught:
+        parse_devices([item])
+    assert len(str(caught.value)) < 500
+    with pytest.raises(DeviceMapError, match="names 200 devices, more than 128"):
+        parse_devices(["100xt4"] * 2)
+
+
+def test_devices_that_are_here() -> None:
+    assert is_here("cpu:0") and is_here("cpu:7")
+    assert not any(
+        is_here(name) for name in ("cpu", "cpu:", "cpu:x", "cpu:\u00b2", "cuda:99", "tpu:0", f"cpu:{'9' * 5000}")
+    )
 
 
 def test_estimates() -> None:

@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 
 from hf_ouroboros.errors import UnsupportedModelError
 from hf_ouroboros.models.transfo_xl import TransfoXLConfig
-from hf_ouroboros.partition import measure
+from hf_ouroboros.partition import kept_times, measure
 from hf_ouroboros.partition.facts import model_facts
 from hf_ouroboros.partition.measure import measured
 
@@ -61,12 +61,50 @@ def test_results_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     measure._so_far.clear()
     assert measured(config, facts, ["cpu:0"], cache=tmp_path) == first  # in the file
     for others in (model_facts(config, 1, 8), model_facts(config, 2, 8, torch.bfloat16)):
-        with pytest.raises(AssertionError, match="measured again"):
+        with pytest.raises(UnsupportedModelError, match="measured again"):
             measured(config, others, ["cpu:0"], cache=tmp_path)
-    with pytest.raises(AssertionError, match="measured again"):
+    with pytest.raises(UnsupportedModelError, match="measured again"):
         measured(config, facts, ["cpu:0", "cpu:1"], cache=tmp_path)
-    with pytest.raises(AssertionError, match="measured again"):
+    with pytest.raises(UnsupportedModelError, match="measured again"):
         measured(config, facts, ["cpu:0"], cache=tmp_path, again=True)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[[[1.0, 2.0",
+        b"null",
+        b"[]",
+        b"[[]]",
+        b'[[["1", null, 3]]]',
+        b"\xff",
+        b"[" * 100_000,
+        b"[[[NaN,0,0]]]",
+        None,
+    ],
+)
+def test_a_file_that_holds_no_measurements_is_replaced(
+    content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_gpt2().config
+    facts = model_facts(config, 2, 8)
+    times = [[[1.0, 2.0, 3.0]] * len(facts.units)]
+    monkeypatch.setattr(measure, "_measure", lambda *arguments: times)
+    told: list[str] = []
+    monkeypatch.setattr(kept_times.logger, "warning", told.append)
+    file = tmp_path / f"{measure._key(config, facts, ['cpu:0'])}.json"
+    if content is None:
+        file.mkdir()  # can't be replaced, which is no reason to fail
+    else:
+        file.write_bytes(content)
+    (device,) = measured(config, facts, ["cpu:0"], cache=tmp_path)
+    assert device.times[0].backward == 2.0
+    assert "holds no measurements" in told[0] or "can't be read" in told[0]
+    if content is None:
+        assert "are not kept for the next time" in told[1]
+    else:
+        assert json.loads(file.read_text()) == times and list(tmp_path.iterdir()) == [file]
 
 
 def test_a_failure_ends_all_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +115,7 @@ def test_a_failure_ends_all_and_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
         raise MemoryError("no room")
 
     monkeypatch.setattr(measure._DeviceRun, "_step", fail)
-    with pytest.raises(MemoryError, match="no room"):
+    with pytest.raises(UnsupportedModelError, match="can't be measured .*MemoryError: no room"):
         measured(config, facts, ["cpu:0", "cpu:1"], cache=None)
 
 
@@ -87,3 +125,16 @@ def test_what_can_only_be_planned_is_refused() -> None:
     )
     with pytest.raises(UnsupportedModelError, match="so it can't be measured; plan for device kinds instead"):
         measured(config, model_facts(config, 1, 8), ["cpu:0"], cache=None)
+
+
+def test_what_the_machine_has_no_memory_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_gpt2().config
+    monkeypatch.setattr(measure, "_measure", refuse)
+    with pytest.raises(UnsupportedModelError, match=r"needs about [0-9,]+ GiB, but this machine has"):
+        measured(config, model_facts(config, 2**20, 64), ["cpu:0"], cache=None)
+
+
+def test_rows_that_are_longer_than_the_model_takes() -> None:
+    config = tiny_gpt2().config
+    with pytest.raises(UnsupportedModelError, match="can't be measured with micro-batches of 1 x 5000 tokens on cpu:0"):
+        measured(config, model_facts(config, 1, 5000), ["cpu:0"], cache=None)

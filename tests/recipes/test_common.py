@@ -79,6 +79,8 @@ def test_config_types_and_choices_are_checked(tmp_path: Path, capsys: pytest.Cap
 def test_unsupported_options_fail_early() -> None:
     with pytest.raises(UnsupportedOptionError, match="fp16"):
         parse(["--fp16", "true"])
+    with pytest.raises(OptionError, match="an option of training can't be used"):
+        parse(["--lr_scheduler_kwargs", "{x"])
 
 
 def test_overrides_have_the_type_of_the_configuration() -> None:

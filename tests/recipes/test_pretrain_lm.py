@@ -67,6 +67,8 @@ def test_text_file_config_and_checkpoint_under_accelerate(pretrained: tuple[Path
     ],
 )
 def test_errors_come_before_any_work(tmp_path: Path, values: dict[str, object], error: str, words: str) -> None:
-    last = recipe("pretrain_lm.py", tmp_path, values, fails=True).stderr.strip().splitlines()[-1]
+    done = recipe("pretrain_lm.py", tmp_path, values, fails=True)
+    last = done.stderr.strip().splitlines()[-1]
     assert error in last and words in last
+    assert done.returncode == 2 and "Traceback" not in done.stderr
     assert not (tmp_path / "runs").exists()

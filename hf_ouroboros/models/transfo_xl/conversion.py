@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
+from ...errors import InputFileError, OuroborosError
+from ...options import from_json, shortened, shown
+from ...user_files import check_folder_writable, check_writable, read_text, written_together
 from .configuration_transfo_xl import TransfoXLConfig
 from .errors import ConversionError
 from .modeling_transfo_xl import TransfoXLLMHeadModel
@@ -18,6 +24,9 @@ from .safe_pickle import Stub, load_pickle
 from .vocabulary import build_tokenizer, read_vocabulary
 
 CHECKPOINTS = ("model.safetensors", "pytorch_model.bin", "model.pt")
+MOST_CONFIG = 2**26  # bytes
+MOST_LAYERS = 1024
+MOST_VIEWS = 8  # a parameter may stand in a file under several names
 VOCABULARIES = ("vocab.pkl", "vocab.bin", "vocab.txt", "cache.pt")
 
 
@@ -46,8 +55,10 @@ def convert(
     Raises:
         ConversionError: nothing to convert; an unsafe or damaged file; parameters, configuration and vocabulary that
             don't belong together.
+        OutputFileError: nothing can be written in the target.
     """
     source, target = Path(source), Path(target)
+    check_folder_writable("target", target)
     checkpoint, vocabulary = _first(source, CHECKPOINTS), _first(source, VOCABULARIES)
     if checkpoint is None and vocabulary is None:
         raise ConversionError(
@@ -62,10 +73,21 @@ def convert(
     if model is not None and tokenizer is not None and len(tokenizer) != model.config.vocab_size:
         raise ConversionError(f"{vocabulary} has {len(tokenizer)} words, the model {model.config.vocab_size}")
     # Only now: a conversion that fails leaves nothing behind.
-    for result in (model, tokenizer):
-        if result is not None:
-            result.save_pretrained(target)
+    _save([result for result in (model, tokenizer) if result is not None], target)
     return model, tokenizer
+
+
+def _save(results: Sequence[Any], target: Path) -> None:
+    """All files or none: they are written elsewhere, and get their names once they are complete."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for result in results:
+            result.save_pretrained(scratch)
+        names = sorted(path.name for path in Path(scratch).iterdir())
+        targets = [target / name for name in names]
+        check_writable("target", *targets)
+        with written_together(*targets) as fresh:
+            for name, new in zip(names, fresh, strict=True):
+                shutil.copyfile(Path(scratch, name), new)
 
 
 def _first(folder: Path, names: tuple[str, ...]) -> Path | None:
@@ -75,22 +97,25 @@ def _first(folder: Path, names: tuple[str, ...]) -> Path | None:
 def _read_model(path: Path, given: dict[str, Any], allow_stubs: bool) -> TransfoXLLMHeadModel:
     state, told = _read_state(path, allow_stubs)
     original = is_original(state)
-    if original:
-        state = renamed(state)
     config_file = path.with_name("config.json")
-    if config_file.is_file():
-        values = json.loads(config_file.read_text(encoding="utf-8"))
-    elif original:
-        values = inferred_config(state, told | given)
-    else:
-        raise ConversionError(f"{path.parent} has no config.json")
-    config = TransfoXLConfig.from_dict(values | given)
+    with _understood(path, "is no checkpoint of a Transformer-XL"):
+        if original:
+            state = renamed(state)
+        if config_file.exists():
+            values = _read_config(config_file)
+        elif original:
+            values = inferred_config(state, told | given)
+        else:
+            raise ConversionError(f"{path.parent} has no config.json")
+    with _understood(path, "has a configuration that no Transformer-XL has"):
+        config = TransfoXLConfig.from_dict(values | given)
+        _check_size(config, state, path)
     model, info = TransfoXLLMHeadModel.from_pretrained(
         None, config=config, state_dict=state, output_loading_info=True, ignore_mismatched_sizes=True
     )
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:
-            names = ", ".join(sorted(map(str, info[what])))
+            names = shortened(", ".join(sorted(map(str, info[what]))))
             raise ConversionError(f"{path} doesn't fit its configuration; {what.replace('_', ' ')}: {names}")
     model.config.name_or_path = str(path.parent)
     return model
@@ -99,11 +124,54 @@ def _read_model(path: Path, given: dict[str, Any], allow_stubs: bool) -> Transfo
 def _read_state(path: Path, allow_stubs: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Parameters by name, and what a whole module tells of its configuration."""
     if path.suffix == ".safetensors":
-        return load_file(path), {}
+        with _understood(path, "is damaged"):
+            return load_file(path), {}
     content, told = load_pickle(path, allow_stubs), {}
     if isinstance(content, Stub):
-        content, told = dict(module_state(content)), module_config(content)
+        with _understood(path, "is no module of the original repository"):
+            content, told = dict(module_state(content)), module_config(content)
     tensors = isinstance(content, dict) and all(isinstance(value, torch.Tensor) for value in content.values())
     if not tensors or not content:
         raise ConversionError(f"{path} holds neither a state dict nor a module")
+    if not all(isinstance(name, str) for name in content):
+        raise ConversionError(f"{path} holds parameters without names")
+    size, found = path.stat().st_size, sum(tensor.numel() * tensor.element_size() for tensor in content.values())
+    if found > MOST_VIEWS * size:  # one number may be viewed as a tensor of any size
+        raise ConversionError(f"{path} holds tensors of {found:,} bytes in a file of {size:,}")
     return content, told
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        values = from_json(read_text(file, MOST_CONFIG))
+    except (InputFileError, ValueError) as error:
+        raise ConversionError(f"{file} is no configuration: {error}") from error
+    if not isinstance(values, dict):
+        raise ConversionError(f"{file} is no configuration, but {shown(values)}")
+    return values
+
+
+def _check_size(config: TransfoXLConfig, state: dict[str, torch.Tensor], path: Path) -> None:
+    """Before memory is taken: a configuration may name any sizes, and its model would be made with them."""
+    if not isinstance(config.n_layer, int) or not 0 < config.n_layer <= MOST_LAYERS:
+        raise ConversionError(
+            f"{path}: n_layer={shown(config.n_layer)} must be a whole number from 1 to {MOST_LAYERS:,}"
+        )
+    with torch.device("meta"):
+        wanted = sum(p.numel() for p in TransfoXLLMHeadModel(config).parameters())
+    given = sum(tensor.numel() for tensor in state.values())
+    if wanted > 2 * given + 10**8:
+        raise ConversionError(
+            f"{path} doesn't fit its configuration, which describes {wanted:,} parameters; there are {given:,}"
+        )
+
+
+@contextmanager
+def _understood(path: Path, otherwise: str) -> Iterator[None]:
+    """What is read may be anything, so that nearly any error may come of taking it for a Transformer-XL."""
+    try:
+        yield
+    except OuroborosError:
+        raise
+    except Exception as error:
+        raise ConversionError(f"{path} {otherwise} ({type(error).__name__}: {shortened(str(error))})") from error

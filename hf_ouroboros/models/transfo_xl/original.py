@@ -18,15 +18,30 @@ State = dict[str, torch.Tensor]
 UNTOLD = ("mem_len", "clamp_len", "same_length", "pre_lnorm")
 
 
+MOST_DEPTH, MOST_MODULES = 20, 100_000
+
+
 def module_state(module: Stub, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and parameters of the stub of a pickled module, as its `state_dict` would give them."""
+    """Names and parameters of the stub of a pickled module, as its `state_dict` would give them.
+
+    Raises:
+        ConversionError: modules hold each other without end.
+    """
+    left = [MOST_MODULES]
+    yield from _module_state(module, prefix, left)
+
+
+def _module_state(module: Stub, prefix: str, left: list[int]) -> Iterator[tuple[str, torch.Tensor]]:
+    left[0] -= 1
+    if left[0] < 0 or prefix.count(".") > MOST_DEPTH:
+        raise ConversionError("it has modules that hold each other without end")
     attributes = module.__dict__
     for name, parameter in attributes.get("_parameters", {}).items():
         if parameter is not None:
             yield prefix + name, parameter.detach()
     for name, child in attributes.get("_modules", {}).items():
         if child is not None:
-            yield from module_state(child, f"{prefix}{name}.")
+            yield from _module_state(child, f"{prefix}{name}.", left)
 
 
 def is_original(state: State) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import pickle
+import tarfile
 import types
 import warnings
 import zipfile
@@ -17,7 +18,9 @@ from typing import IO, Any
 
 import torch
 
+from ...options import shortened, shown
 from .errors import ConversionError
+from .pickle_scan import check_archive, check_pickle
 
 
 def _guarded(harmless: Callable[..., Any]) -> Callable[..., Any]:
@@ -25,6 +28,8 @@ def _guarded(harmless: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *arguments: harmless(*arguments)
 
 
+ZIP = b"PK\x03\x04"
+LEGACY_PICKLES = 5  # magic number, protocol, the system's numbers, the content, keys of the storages
 # Python 2 calls the module of its builtins __builtin__.
 PLAIN = {
     ("collections", "OrderedDict"): _guarded(collections.OrderedDict),
@@ -40,6 +45,9 @@ TENSORS = {
     ("torch.nn.parameter", "Parameter"): _guarded(torch.nn.Parameter),
     ("torch", "Size"): _guarded(torch.Size),
 }
+
+
+MOST_CLASSES = 1000
 
 
 class Stub:
@@ -74,6 +82,7 @@ class SafeUnpickler(pickle.Unpickler):
     def __init__(self, file: IO[bytes], stubs: bool = False, tensors: bool = False, **kwargs: Any):
         super().__init__(file, **kwargs)
         self._stubs = stubs
+        self._made: dict[tuple[str, str], type[Stub]] = {}
         self._table = PLAIN | TENSORS if tensors else PLAIN
 
     def find_class(self, module: str, name: str) -> Any:
@@ -81,9 +90,13 @@ class SafeUnpickler(pickle.Unpickler):
         if (module, name) in self._table:
             return self._table[module, name]
         if self._stubs:
-            return type("Stub", (Stub,), {"origin": f"{module}.{name}"})
+            if len(self._made) >= MOST_CLASSES:
+                raise ConversionError(f"it has objects of more than {MOST_CLASSES:,} classes")
+            if (module, name) not in self._made:
+                self._made[module, name] = type("Stub", (Stub,), {"origin": f"{module}.{name}"[:200]})
+            return self._made[module, name]
         raise ConversionError(
-            f"it wants to import {module}.{name}, which is refused: only OrderedDict, Counter, set and tensors are "
+            f"it wants to import {shown(f'{module}.{name}')}, which is refused: only OrderedDict, Counter, set and tensors are "
             "harmless. With allow_stubs=True (--allow_stubs) unknown objects become inert instead"
         )
 
@@ -96,27 +109,40 @@ def load_pickle(path: str | Path, allow_stubs: bool = False) -> Any:
         allow_stubs: unknown objects become stubs; otherwise the file is refused if it has any.
 
     Raises:
-        ConversionError: the file wants to import something, or is damaged.
+        ConversionError: the file wants to import something, is damaged, or would never end (see `pickle_scan`).
     """
     path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file at {path}")
     try:
-        if not zipfile.is_zipfile(path):
-            with path.open("rb") as file:
+        with path.open("rb") as file:
+            if file.read(4) != ZIP:  # what torch goes by
+                file.seek(0)
+                check_pickle(file)
+                file.seek(0)
                 content = SafeUnpickler(file, allow_stubs).load()
-            # Before torch 1.6 a torch file was a sequence of pickles, the first of which is a magic number.
-            if not isinstance(content, int):
-                return content
-        elif any(name.endswith("constants.pkl") for name in zipfile.ZipFile(path).namelist()):
-            raise ConversionError("it is a TorchScript archive, which holds code")
+                # Before torch 1.6 a torch file was a sequence of pickles, the first of which is a magic number.
+                if not isinstance(content, int):
+                    return content
+                if tarfile.is_tarfile(path):
+                    raise ConversionError(
+                        "it is an archive of torch 0.1, which is not read; save it with a newer torch"
+                    )
+                for _ in range(LEGACY_PICKLES - 1):
+                    check_pickle(file)
+            elif any(name.endswith("constants.pkl") for name in zipfile.ZipFile(path).namelist()):
+                raise ConversionError("it is a TorchScript archive, which holds code")
+            else:
+                check_archive(path)
         return _load_with_stubs(path) if allow_stubs else torch.load(path, map_location="cpu", weights_only=True)
     except ConversionError as error:
         raise ConversionError(f"{path}: {error}") from None
-    except OSError:
-        raise
+    except (OSError, MemoryError) as error:
+        raise ConversionError(f"{path} can't be read: {error}") from error
     except Exception as error:  # a damaged pickle may raise nearly anything
         raise ConversionError(
             f"{path} is damaged, or holds more than data; in the latter case, with allow_stubs=True (--allow_stubs) "
-            f"unknown objects become inert ({type(error).__name__}: {error})"
+            f"unknown objects become inert ({type(error).__name__}: {shortened(str(error))})"
         ) from error
 
 

@@ -9,6 +9,9 @@ from typing import Any
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from ...errors import InputFileError
+from ...options import shown
+from ...user_files import read_text
 from .errors import ConversionError
 from .safe_pickle import Stub, load_pickle
 
@@ -42,7 +45,10 @@ def read_vocabulary(path: str | Path, allow_stubs: bool = False) -> Vocabulary:
     """
     path = Path(path)
     if path.suffix == ".txt":
-        lines = path.read_text(encoding="utf-8").splitlines()
+        try:
+            lines = read_text(path).splitlines()
+        except InputFileError as error:
+            raise ConversionError(f"{error}: a vocabulary is UTF-8 text with a word per line") from error
         vocabulary = Vocabulary([line.split()[0] for line in lines if line.strip()])
     else:
         vocabulary = _from_attributes(_attributes(load_pickle(path, allow_stubs)), path)
@@ -51,7 +57,7 @@ def read_vocabulary(path: str | Path, allow_stubs: bool = False) -> Vocabulary:
     if len(set(vocabulary.words)) < len(vocabulary.words):
         seen: set[str] = set()
         twice = next(word for word in vocabulary.words if word in seen or seen.add(word))
-        raise ConversionError(f"{path} holds {twice!r} twice")
+        raise ConversionError(f"{path} holds {shown(twice)} twice")
     return vocabulary
 
 
@@ -101,14 +107,16 @@ def _from_attributes(attributes: dict[str, Any], path: Path) -> Vocabulary:
         raise ConversionError(f"{path} is no Transformer-XL vocabulary: it has no list idx2sym and dict sym2idx")
     for i, word in enumerate(words):
         if not isinstance(word, str):
-            raise ConversionError(f"{path}: idx2sym[{i}] is {word!r}, not a word")
+            raise ConversionError(f"{path}: idx2sym[{i}] is {shown(word)}, not a word")
         if ids.get(word) != i:
-            raise ConversionError(f"{path}: idx2sym[{i}] is {word!r}, but sym2idx[{word!r}] is {ids.get(word)!r}")
+            raise ConversionError(
+                f"{path}: idx2sym[{i}] is {shown(word)}, but sym2idx has {shown(ids.get(word))} for it"
+            )
     if len(ids) != len(words):
         raise ConversionError(f"{path}: sym2idx has {len(ids)} words, idx2sym {len(words)}")
     if attributes.get("delimiter") is not None:
         raise ConversionError(
-            f"{path}: words are separated by {attributes['delimiter']!r}; only vocabularies for text that is split at "
+            f"{path}: words are separated by {shown(attributes['delimiter'])}; only vocabularies for text that is split at "
             "whitespace can be converted"
         )
     return Vocabulary(words, bool(attributes.get("lower_case", False)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import pickle
 import shutil
@@ -17,7 +16,8 @@ from torch import nn
 from transfo_xl_cases import KINDS, tiny_model, tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_ouroboros.models.command import add_parser
+from hf_ouroboros.cli import main
+from hf_ouroboros.errors import OutputFileError
 from hf_ouroboros.models.transfo_xl import TransfoXLLMHeadModel
 from hf_ouroboros.models.transfo_xl.conversion import convert
 from hf_ouroboros.models.transfo_xl.errors import ConversionError
@@ -176,10 +176,7 @@ def test_what_does_not_belong_together(tmp_path: Path) -> None:
 
 
 def run(*arguments: str) -> int:
-    parser = argparse.ArgumentParser(prog="hf-ouroboros")
-    add_parser(parser.add_subparsers(dest="command", required=True))
-    parsed = parser.parse_args(["convert-transfo-xl", *arguments])
-    return parsed.run(parsed)
+    return main(["convert-transfo-xl", *arguments])
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,3 +202,82 @@ def test_the_parser_needs_no_torch() -> None:
     """`hf-ouroboros plan` and `env` shall not wait for transformers' import."""
     code = "import sys, hf_ouroboros.models.command; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_target_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, target = tmp_path / "old", tmp_path / "new"
+    source.mkdir()
+    (source / "vocab.txt").write_text("\n".join(WORDS))
+    target.write_text("mine")
+    assert run(str(source), str(target)) == 1
+    told = capsys.readouterr()
+    assert "is a file, not a folder" in told.err and not told.out
+    assert target.read_text() == "mine"
+
+
+def test_all_files_or_none(tmp_path: Path) -> None:
+    source, target = tmp_path / "old", tmp_path / "new"
+    tiny_model().save_pretrained(source)
+    (source / "vocab.txt").write_text("\n".join(WORDS))
+    (target / "tokenizer.json").mkdir(parents=True)
+    with pytest.raises(OutputFileError, match=r"tokenizer\.json' is a folder"):
+        convert(source, target)
+    assert [path.name for path in target.iterdir()] == ["tokenizer.json"]
+    convert(source, source)  # over itself
+    assert AutoTokenizer.from_pretrained(source)("word0").input_ids == [2, 0]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"null", b"{", b"\xff", b"[" * 100_000, b'{"n_layer": "x"}', b'{"n_layer": 1000000000}',
+                b'{"d_inner": 1000000000}', b'{"cutoffs": 5}', b'{"d_model": null}', b'{"n_head": 0}'],
+)  # fmt: skip
+def test_malformed_configurations(content: bytes, tmp_path: Path) -> None:
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    own = json.loads((tmp_path / "config.json").read_text())
+    try:
+        content = json.dumps(own | json.loads(content)).encode()
+    except (ValueError, TypeError, RecursionError):
+        pass
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ConversionError, match="config"):
+        convert(tmp_path, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "vocab.pkl", "vocab.txt"])
+@pytest.mark.parametrize("content", [b"", b"\xff" * 40, b"PK\x03\x04" + b"x" * 60, b"\x80\x02K\x01.", b"\x80\x02}."])
+def test_damaged_files(name: str, content: bytes, tmp_path: Path) -> None:
+    tiny_model().config.save_pretrained(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    for stubs in (False, True):
+        if name == "vocab.txt" and b"\xff" not in content and content:
+            continue  # words, whatever they mean
+        with pytest.raises(ConversionError, match=f"{name}|no words"):
+            convert(tmp_path, tmp_path / "new", allow_stubs=stubs)
+
+
+def test_one_number_viewed_as_many(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.config.save_pretrained(tmp_path)
+    state = {name: torch.zeros(1).as_strided((2**20, 2**20), (0, 0)) for name in model.state_dict()}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ConversionError, match=r"holds tensors of [0-9,]+ bytes in a file of"):
+        convert(tmp_path, tmp_path / "new")
+
+
+def test_modules_that_hold_each_other(tmp_path: Path) -> None:
+    module_type = types.ModuleType("mem_transformer")
+    sys.modules["mem_transformer"] = module_type
+    module_type.Part = type("Part", (), {"__module__": "mem_transformer"})
+    for loop in (False, True):
+        root = part = module_type.Part()
+        for _ in range(60):
+            part._modules, part._parameters = {"a": module_type.Part()}, {}
+            part._modules["b"] = part._modules["a"]
+            part = part._modules["a"]
+        part._modules, part._parameters = ({"a": root} if loop else {}), {}
+        torch.save(root, tmp_path / "model.pt")
+        with pytest.raises(ConversionError, match="hold each other without end|hold themselves|again and again"):
+            convert(tmp_path, tmp_path / "new", allow_stubs=True)
+    del sys.modules["mem_transformer"]
