@@ -230,12 +230,12 @@ def test_gpt2_ignores_places_and_has_no_memory_options(tmp_path: Path) -> None:
     options = {"train_sampling_strategy": "random", "num_train_epochs": 1, **split_options(3, 2)}
     stream_trainer(tmp_path, {"model": tiny_model()}, **options).train()
     for option in ("eval_mem_len", "eval_clamp_len"):
-        with pytest.raises(UnsupportedOptionError, match=f"{option}=5: a GPT-2 has no memory"):
+        with pytest.raises(UnsupportedOptionError, match=f"{option}=5: a gpt2 model has no memory"):
             ouroboros(tmp_path, **{option: 5})
 
 
 def test_negative_memory(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedOptionError, match=r"eval_mem_len=-1 must be 0 \(no memory\) or more"):
+    with pytest.raises(UnsupportedOptionError, match=r"eval_mem_len=-1 must be a whole number from 0"):
         OuroborosArguments(**common_options(tmp_path, eval_mem_len=-1))
 
 

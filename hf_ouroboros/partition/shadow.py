@@ -22,12 +22,15 @@ Path = tuple[Any, ...]
 Replacement = Callable[[nn.Module], nn.Module]
 
 
-def shadow(module: nn.Module, replacements: Mapping[int, Replacement] | None = None) -> nn.Module:
-    """A copy of a module tree that shares parameters, buffers and hooks.
+def shadow(
+    module: nn.Module, replacements: Mapping[int, Replacement] | None = None, own_hooks: bool = False
+) -> nn.Module:
+    """A copy of a module tree that shares parameters and buffers.
 
     Args:
         module: the root.
         replacements: {id of a module: makes what stands in its place}.
+        own_hooks: whether hooks that are put on either from now on are not the other's.
 
     Raises:
         UnsupportedModelError: a module's forward was replaced by one that computes with the original's weights.
@@ -35,6 +38,9 @@ def shadow(module: nn.Module, replacements: Mapping[int, Replacement] | None = N
     known: dict[int, nn.Module] = {}
     twin = _shadow(module, replacements or {}, known)
     for copied in list(known.values()):
+        if own_hooks:
+            for name in _hooks(copied):
+                copied.__dict__[name] = copy.copy(copied.__dict__[name])
         for name, value in vars(copied).items():  # plain attributes that point back into the tree
             if isinstance(value, nn.Module) and id(value) in known:
                 copied.__dict__[name] = known[id(value)]
@@ -47,7 +53,7 @@ def _shadow(module: nn.Module, replacements: Mapping[int, Replacement], known: d
     if id(module) in replacements:
         known[id(module)] = replacements[id(module)](module)
         return known[id(module)]
-    twin = _copied(module)
+    twin = copy.copy(module)  # nn.Module copies its __dict__ shallowly
     known[id(module)] = twin
     forward = twin.__dict__.get("forward")
     if hasattr(module, "_hf_hook") and "_old_forward" in vars(module):
@@ -82,8 +88,8 @@ def hollow(module: nn.Module, known: dict[int, nn.Module] | None = None) -> nn.M
     known = {} if known is None else known
     if id(module) in known:
         return known[id(module)]
-    twin = known[id(module)] = _copied(module)
-    for name in [n for n in vars(twin) if n.endswith(("_hooks", "_hooks_with_kwargs"))]:
+    twin = known[id(module)] = copy.copy(module)
+    for name in _hooks(twin):
         twin.__dict__[name] = type(twin.__dict__[name])()
     for name in ("forward", "_hf_hook", "_old_forward"):
         twin.__dict__.pop(name, None)
@@ -106,7 +112,7 @@ def detached(module: nn.Module) -> nn.Module:
 
 
 def _with_parameters(module: nn.Module, values: Callable[[nn.Parameter], torch.Tensor]) -> nn.Module:
-    twin = shadow(module)
+    twin = shadow(module, own_hooks=True)
     parameters: dict[int, nn.Parameter] = {}
     for part in twin.modules():
         for name, parameter in part._parameters.items():
@@ -118,11 +124,8 @@ def _with_parameters(module: nn.Module, values: Callable[[nn.Parameter], torch.T
     return twin
 
 
-def _copied(module: nn.Module) -> nn.Module:
-    twin = copy.copy(module)  # nn.Module copies its __dict__ shallowly
-    for name in [n for n in vars(twin) if n.endswith(("_hooks", "_hooks_with_kwargs"))]:
-        twin.__dict__[name] = copy.copy(twin.__dict__[name])  # a hook put on the shadow is not the original's
-    return twin
+def _hooks(module: nn.Module) -> list[str]:
+    return [name for name in vars(module) if name.endswith(("_hooks", "_hooks_with_kwargs"))]
 
 
 # ---- tensors in nested arguments ----
