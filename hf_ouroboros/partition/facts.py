@@ -8,10 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ..errors import UnsupportedModelError
+from .experts import find_experts
 from .outline import outline
 from .tracing import Part, trace
-
-EXPERT_OPTIONS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,7 @@ class UnitFacts:
         activation_bytes: what is kept from its forward to its backward.
         output_bytes: size of the hidden state that it gives on.
         plan_cost: multiply-adds per token, by which the engine balances and interleaves on its own.
+        idle_parameters: how many of the parameters are of experts that a token does not pass.
     """
 
     modules: tuple[str, ...]
@@ -37,6 +37,7 @@ class UnitFacts:
     activation_bytes: float
     output_bytes: float
     plan_cost: float
+    idle_parameters: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,11 @@ class ModelFacts:
         return sum(unit.parameters for unit in self.units)
 
     @property
+    def active_parameters(self) -> int:
+        """Of the whole model, but for the experts that a token does not pass."""
+        return self.parameters - sum(unit.idle_parameters for unit in self.units)
+
+    @property
     def flops(self) -> float:
         """Of a forward through the whole model."""
         return sum(unit.flops for unit in self.units)
@@ -113,12 +119,6 @@ def model_facts(config: PretrainedConfig, batch: int, time: int, dtype: torch.dt
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except ValueError as error:
         raise UnsupportedModelError(f"model_type {config.model_type!r} is no causal language model: {error}") from error
-    experts = next((n for n in EXPERT_OPTIONS if (getattr(config, n, None) or 0) > 1), None)
-    if experts is not None:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has {experts}={getattr(config, experts)}: what a mixture of experts computes depends "
-            "on the data and can't be counted; plan a dense model"
-        )
     if getattr(config, "mem_len", 0):
         raise UnsupportedModelError(
             f"{type(model).__name__} attends to a memory of mem_len={config.mem_len}, which is not counted; plan it without "
@@ -137,6 +137,10 @@ def model_facts(config: PretrainedConfig, batch: int, time: int, dtype: torch.dt
             f"({missing[0]}, ...), so it is no plain row of layers and can't be planned"
         )
     tied = [model.get_parameter(name) for name in plan.tied_names]
+    asleep = [
+        sum(some.idle for name in unit.modules for some in find_experts(model.get_submodule(name), config))
+        for unit in plan.units
+    ]
     try:
         parts = trace(model, [unit.modules[0] for unit in plan.units if unit.kind == "layer"], batch, time)
     except Exception as error:  # whatever a model does that needs data
@@ -155,10 +159,11 @@ def model_facts(config: PretrainedConfig, batch: int, time: int, dtype: torch.dt
             sum(p.numel() * p.element_size() for p in parameters),
             part.flops,
             part.kept_bytes,
-            float(layers[0].width * batch * time * dtype.itemsize),
+            float(layers[0].output_size * dtype.itemsize),
             unit.cost,
+            idle,
         )
-        for unit, parameters, part in zip(plan.units, owned, counted, strict=True)
+        for unit, parameters, part, idle in zip(plan.units, owned, counted, asleep, strict=True)
     )
     tied_bytes = sum(p.numel() * p.element_size() for p in tied)
     return ModelFacts(type(model).__name__, units, tied_bytes, plan.reason, batch, time, dtype)

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
+from .experts import active_cost
 from .families import Family, find_family
 from .split import tied_parameter_names
 from .stages import Stage
@@ -81,6 +82,10 @@ class LayerList(Family):
     def head(self, model: PreTrainedModel) -> list[tuple[str, ...]]:
         """Names of the modules after the layers."""
         return [(name,) for name in self._after]
+
+    def cost(self, model: PreTrainedModel, name: str) -> float | None:
+        """As of a model that can be split."""
+        return active_cost(model.get_submodule(name), model.config)
 
 
 def outline(model: PreTrainedModel) -> Outline:
