@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "gpt2 or llama with that type's default configuration; weights are not needed",
     )
     parser.add_argument(
-        "--config_overrides", default="", help="changes of the configuration, as n_layer=48,n_embd=1600,n_head=25"
+        "--config_overrides", default="", help="changes of the configuration, as num_hidden_layers=48,hidden_size=1600"
     )
     parser.add_argument("--batch", type=positive, default=1, help="rows of a micro-batch (default 1)")
     parser.add_argument("--seq", type=positive, default=1024, help="tokens per row (default 1024)")
@@ -68,8 +69,9 @@ def load_config(arguments: argparse.Namespace) -> PretrainedConfig:
     from transformers import AutoConfig
 
     name = arguments.model
+    by_type = name in _model_types() and not Path(name).exists()
     try:
-        if name in _model_types() and not Path(name).exists():
+        if by_type:
             config = AutoConfig.for_model(name)
         else:
             config = AutoConfig.from_pretrained(name, local_files_only=True)
@@ -78,13 +80,18 @@ def load_config(arguments: argparse.Namespace) -> PretrainedConfig:
             f"no configuration for {name!r} ({str(error).splitlines()[0]}). Give a folder, a config.json, a Hub name whose "
             "configuration is in the cache (`hf download NAME config.json`), or a model type such as gpt2 or llama"
         ) from error
-    for item in filter(None, arguments.config_overrides.split(",")):
+    changes = {}
+    for item in filter(None, re.split(r",(?![^\[{]*[\]}])", arguments.config_overrides)):  # not inside of a list
         option, equals, value = (part.strip() for part in item.partition("="))
         if not equals or not hasattr(config, option):
             raise UnsupportedOptionError(
                 f"--config_overrides {item!r}: write name=value with a name that a {config.model_type} configuration has"
             )
-        setattr(config, option, yaml.safe_load(value))
+        changes[option] = yaml.safe_load(value)
+    if by_type and changes:  # made anew, as one option may follow from another
+        return AutoConfig.for_model(name, **changes)
+    for option, value in changes.items():
+        setattr(config, option, value)
     return config
 
 

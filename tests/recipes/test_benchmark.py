@@ -18,7 +18,7 @@ from benchmarking.job import Job, build_model, muon_matrices, tables
 from benchmarking.options import THROUGHPUT, TIME_TO_LOSS, BenchmarkArguments
 from benchmarking.text import read_blocks, write_blocks
 from running import RECIPES, run
-from transformers import BertConfig, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, T5Config
 
 from hf_ouroboros import OuroborosArguments, OuroborosTrainer
 
@@ -215,8 +215,8 @@ def test_contenders_train_a_model_on(tmp_path: Path) -> None:
 
 def test_models_that_contenders_cannot_train_on_are_named(tmp_path: Path) -> None:
     GPT2Config(n_positions=8).save_pretrained(tmp_path / "short")
-    BertConfig().save_pretrained(tmp_path / "bert")
-    for folder, words in (("short", "8 positions"), ("bert", "is a bert"), ("missing", ": ")):
+    T5Config().save_pretrained(tmp_path / "t5")
+    for folder, words in (("short", "8 positions"), ("t5", "is a t5"), ("missing", ": ")):
         with pytest.raises(ContenderError, match=f"{folder}.*{words}"):
             BenchmarkArguments(model_name_or_path=str(tmp_path / folder), block_size=16).take_sizes()
 
