@@ -32,7 +32,7 @@ class Outline:
 
 
 class LayerList(Family):
-    """What a family tells about names, read off the model: its longest list of modules holds the layers."""
+    """What a family tells about names, read off the model: its longest list of modules, in no other list, holds the layers."""
 
     def accepts(self, model: nn.Module) -> bool:
         """Nothing: it can only plan."""
@@ -47,6 +47,7 @@ class LayerList(Family):
 
     def __init__(self, model: PreTrainedModel):
         lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+        lists = [item for item in lists if not any(item[0].startswith(f"{name}.") for name, _ in lists)]
         head = model.get_output_embeddings()
         if not lists or head is None:
             raise UnsupportedModelError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from helpers import tiny_gpt2
 from transformers import AutoModelForCausalLM
 
 from hf_ouroboros.cli import main
+from hf_ouroboros.commands.options import load_config
 from hf_ouroboros.partition import split_model
 
 SHAPE = ["--batch", "2", "--seq", "8", "--micro_batches", "4"]
@@ -95,6 +97,12 @@ def test_a_mixture_is_planned_and_split_as_planned(tmp_path: Path, capsys: pytes
     assert "PLANNED ONLY" not in text
     split = split_model(model, ["cpu:0", "cpu:1"], str(output.with_name("p.json")))
     assert split.plan.placement == (0, 1)
+
+
+def test_options_that_follow_from_changed_ones() -> None:
+    changes = "hidden_size=256,num_attention_heads=4,rope_parameters={rope_type: default, rope_theta: 5000.0}"
+    found = load_config(Namespace(model="llama", config_overrides=changes))
+    assert (found.head_dim, found.num_key_value_heads, found.rope_parameters["rope_theta"]) == (64, 4, 5000.0)
 
 
 @pytest.mark.parametrize(

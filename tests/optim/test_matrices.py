@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import helpers
 import pytest
 import torch
 from decoders import tiny
+from helpers import VOCABULARY, Case, Run, assert_same_run
 from torch import nn
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
 from hf_ouroboros.optim.matrices import algorithm_of, hidden_matrices, layer_matrices
-from hf_ouroboros.optim.muon import Muon
+from hf_ouroboros.optim.muon import Muon, MuonAdamW
 from hf_ouroboros.partition import split_model
 
 GATED = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -64,3 +66,23 @@ def test_what_is_no_matrix_of_a_layer() -> None:
     assert list(layer_matrices(Layer())) == ["up.weight"]
     shared = nn.Linear(4, 4)
     assert list(layer_matrices(shared)) == ["weight"]
+
+
+class Mixture(Case):
+    """A run of a Mixtral."""
+
+    def model(self) -> PreTrainedModel:
+        """The model before it is split."""
+        torch.manual_seed(0)
+        config = tiny("mixtral", vocab_size=VOCABULARY, num_hidden_layers=4, experts_implementation="eager")
+        return AutoModelForCausalLM.from_config(config)
+
+
+def test_a_mixture_under_delay_is_stepped_as_the_reference_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    def muon(name: str, model: PreTrainedModel) -> torch.optim.Optimizer:
+        matrices = [p for layer in model.model.layers for p in layer_matrices(layer).values()]
+        return MuonAdamW([{"params": list(model.parameters()), "weight_decay": 0.1}], matrices, lr=1e-2)
+
+    monkeypatch.setattr(helpers, "make_optimizer", muon)
+    case = Mixture(stages=3, updates=(2, 2, 1, 2), tied=False, clip=0.5, padded=True)
+    assert_same_run(Run(case, "reference").train(), Run(case, "pipelined").train())

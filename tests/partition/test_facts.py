@@ -8,6 +8,7 @@ from decoders import tiny
 from helpers import causal_loss, make_batch, tiny_gpt2
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
     DeepseekV3Config,
     Gemma2Config,
     GPT2Config,
@@ -218,8 +219,12 @@ def test_transformer_xl_without_memory() -> None:
     [
         (transfo_xl(mem_len=16), "attends to a memory of mem_len=16, which is not counted; plan it without"),
         (T5Config(), "model_type 't5' is no causal language model"),
+        (
+            BertConfig(**SMALL, is_decoder=True, add_cross_attention=True),
+            "neither in its embedding, its layers nor its head",
+        ),
     ],
-    ids=["memory", "no causal model"],
+    ids=["memory", "no causal model", "can't be split, and is no plain row of layers"],
 )
 def test_what_cannot_be_counted(config: PretrainedConfig, message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
