@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig
 
 from ..errors import UnsupportedModelError
 from .experts import find_experts
@@ -114,11 +114,15 @@ def model_facts(config: PretrainedConfig, batch: int, time: int, dtype: torch.dt
     Raises:
         UnsupportedModelError: no causal language model, not a row of layers, or it does not run without data.
     """
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModelError(f"model_type {config.model_type!r} is no causal language model of Transformers")
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except ValueError as error:
-        raise UnsupportedModelError(f"model_type {config.model_type!r} is no causal language model: {error}") from error
+    except Exception as error:  # whatever a model does with a configuration that contradicts itself
+        raise UnsupportedModelError(
+            f"no {config.model_type} model can be made of this configuration ({type(error).__name__}: {error})"
+        ) from error
     if getattr(config, "mem_len", 0):
         raise UnsupportedModelError(
             f"{type(model).__name__} attends to a memory of mem_len={config.mem_len}, which is not counted; plan it without "

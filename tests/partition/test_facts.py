@@ -219,12 +219,13 @@ def test_transformer_xl_without_memory() -> None:
     [
         (transfo_xl(mem_len=16), "attends to a memory of mem_len=16, which is not counted; plan it without"),
         (T5Config(), "model_type 't5' is no causal language model"),
+        (GPT2Config(n_embd=32, n_head=5), r"no gpt2 model can be made of this configuration \(ValueError: .*divisible"),
         (
             BertConfig(**SMALL, is_decoder=True, add_cross_attention=True),
             "neither in its embedding, its layers nor its head",
         ),
     ],
-    ids=["memory", "no causal model", "can't be split, and is no plain row of layers"],
+    ids=["memory", "no causal model", "contradiction", "can't be split, and is no plain row of layers"],
 )
 def test_what_cannot_be_counted(config: PretrainedConfig, message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
