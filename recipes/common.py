@@ -130,7 +130,7 @@ def read_overrides(text: str, config: PretrainedConfig) -> dict[str, Any]:
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises OptionError if the tokenizer has tokens that the model doesn't know."""
-    known = model.config.vocab_size
+    known = model.config.get_text_config().vocab_size
     if len(tokenizer) > known:
         raise OptionError(
             f"tokenizer_name: {tokenizer.name_or_path!r} has {len(tokenizer)} tokens, the model only {known}; use the "
@@ -228,7 +228,7 @@ def sample(
 
     A text longer than the model's positions is written in parts, each seeing the end of what is there.
     """
-    positions = getattr(model.config, "max_position_embeddings", None) or 2**20
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20
     how = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 0.8, "top_k": 40}
     special = not ends_lines(tokenizer)  # a prompt is no complete line
     encoded = tokenizer(prompt or tokenizer.eos_token, add_special_tokens=special, return_tensors="pt")

@@ -1,6 +1,6 @@
 """Perplexity and bits per character of a language model over a whole text, its memory carried from start to end.
 
-    python recipes/evaluate_lm.py --model_name_or_path runs/pretrain_lm                      # GPT-2, default corpus
+    python recipes/evaluate_lm.py --model_name_or_path runs/pretrain_lm                      # default corpus
     python recipes/evaluate_lm.py --model_name_or_path runs/enwik8_transfo_xl --data_dir data/enwik8 --split test \
         --segment_len 80 --mem_len 2100 --clamp_len 820 --same_length true                   # as published
 

@@ -1,7 +1,7 @@
 """Fine-tunes a causal language model on text, or on completions of prompts, with delayed gradients.
 
     python recipes/finetune_lm.py                                    # continues the default run of pretrain_lm.py
-    python recipes/finetune_lm.py --model_name_or_path openai-community/gpt2 --train_file pairs.jsonl
+    python recipes/finetune_lm.py --model_name_or_path Qwen/Qwen3-0.6B-Base --train_file pairs.jsonl
 
 Rows of a .jsonl file have a `text`, or a `prompt` and a `completion`; then only completions count in the loss. Without
 data it makes pairs from Python's standard library: a function's name, and the first line of its documentation.
@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from architectures import positions_of
 from common import (
     OptionError,
     busy_rows,
@@ -147,7 +148,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(script.tokenizer_name or script.model_name_or_path)
     model = AutoStagedModelForCausalLM.from_pretrained(script.model_name_or_path, args=args, dtype="float32")
     check_vocabulary(model, tokenizer)
-    positions = getattr(model.config, "max_position_embeddings", None) or 1024
+    positions = positions_of(model.config) or 1024
     if script.max_length is not None and script.max_length > positions:
         raise OptionError(f"max_length={script.max_length} is more than the model's {positions} positions; lower it")
     train, validation, shown, description = read_datasets(script, tokenizer, script.max_length or min(positions, 1024))

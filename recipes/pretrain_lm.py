@@ -1,7 +1,8 @@
 """Pretrains a causal language model from scratch, or continues a checkpoint, with delayed gradients.
 
     python recipes/pretrain_lm.py                                   # offline default, about two minutes on two CPU cores
-    python recipes/pretrain_lm.py --model_type transfo-xl           # the same with a Transformer-XL and its memory
+    python recipes/pretrain_lm.py --model_type qwen3                # the same with another architecture
+    python recipes/pretrain_lm.py --model_type transfo-xl           # with a Transformer-XL and its memory
     python recipes/pretrain_lm.py --config recipes/configs/gpt2_small_4gpu.yaml --train_file text.txt
     python recipes/pretrain_lm.py --config recipes/configs/enwik8_transfo_xl.yaml --smoke    # a minute of it on CPU
 
@@ -15,6 +16,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from architectures import default_config, initialized, make, positions_of, sizes, without_dropout
 from common import (
     CORPUS_BYTES,
     VALIDATION_SHARE,
@@ -34,9 +36,8 @@ from common import (
     whole_model,
 )
 from lm_data import make_examples, make_tokenizer, read_source
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-import hf_ouroboros.models.transfo_xl  # noqa: F401 - the Auto classes then know it
 from hf_ouroboros import AutoStagedModelForCausalLM, OuroborosArguments, OuroborosTrainer
 from hf_ouroboros.data import ends_lines
 
@@ -60,7 +61,8 @@ DEFAULTS = {
     "report_to": "none",
 }
 STDLIB = "Python standard library"
-OVERRIDES = {  # of the default configuration, by model_type; a wider initialization shortens the first plateau
+WIDTH, HEADS, LAYERS, DEVIATION = 96, 3, 6, 0.06  # a wider initialization shortens the first plateau
+OVERRIDES = {  # of the default configuration, by model_type
     "gpt2": "n_layer=6,n_embd=96,activation_function=gelu_pytorch_tanh,n_head=3,initializer_range=0.06,resid_pdrop=0.0,embd_pdrop=0.0,attn_pdrop=0.0",
     "transfo-xl": "n_layer=4,d_model=96,d_embed=96,n_head=3,d_head=32,d_inner=384,div_val=1,cutoffs=[],mem_len=64,clamp_len=128,same_length=false,dropout=0.0,init_std=0.06",
 }
@@ -84,7 +86,7 @@ SMOKE = {
     "report_to": "none",
     "sample_tokens": 40,
 }
-SMALL = {  # by model_type, on top of the configuration's own overrides
+SMALL = {  # of a smoke test, by model_type, on top of the configuration's own overrides
     "gpt2": "n_layer=4,n_embd=32,n_head=2,n_inner=64",
     "transfo-xl": "n_layer=4,d_model=32,d_embed=32,n_head=2,d_head=16,d_inner=64,mem_len=32",
 }
@@ -126,7 +128,10 @@ class ScriptArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Checkpoint to continue; default: a model from scratch, of model_type."}
     )
-    model_type: str = field(default="gpt2", metadata={"help": "Architecture of a model from scratch."})
+    model_type: str = field(
+        default="gpt2",
+        metadata={"help": "Architecture of a model from scratch: gpt2, llama, qwen3, mixtral, transfo-xl, ..."},
+    )
     config_overrides: str | None = field(
         default=None,
         metadata={
@@ -156,7 +161,7 @@ class ScriptArguments:
 
 def make_config(script: ScriptArguments, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
     """The configuration of a model from scratch."""
-    default = AutoConfig.for_model(script.model_type)
+    default = default_config("model_type", script.model_type)
     values = {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
@@ -165,14 +170,18 @@ def make_config(script: ScriptArguments, tokenizer: PreTrainedTokenizerBase) -> 
         "pad_token_id": tokenizer.pad_token_id,
     }
     if hasattr(default, "max_position_embeddings"):
-        values["max_position_embeddings"] = script.block_size
-    overrides = OVERRIDES.get(script.model_type, "") if script.config_overrides is None else script.config_overrides
+        values[default.attribute_map.get("max_position_embeddings", "max_position_embeddings")] = script.block_size
+    if script.config_overrides is not None or script.model_type in OVERRIDES:
+        given = OVERRIDES[script.model_type] if script.config_overrides is None else script.config_overrides
+        values |= read_overrides(given, default)
+    else:
+        values |= sizes(default, WIDTH, HEADS, LAYERS) | without_dropout(default) | initialized(default, DEVIATION)
     if script.smoke:
-        overrides += "," + SMALL.get(script.model_type, "")
-    values |= read_overrides(overrides, default)
+        small = SMALL.get(script.model_type)
+        values |= sizes(default, 32, 2, 4) if small is None else read_overrides(small, default)
     if script.smoke and values.get("cutoffs"):  # made for a larger vocabulary
         values["cutoffs"] = [len(tokenizer) * part // 8 for part in range(1, len(values["cutoffs"]) + 1)]
-    return AutoConfig.for_model(script.model_type, **values)
+    return make(default, values)
 
 
 def make_model(
@@ -184,7 +193,7 @@ def make_model(
     else:
         model = AutoStagedModelForCausalLM.from_config(make_config(script, tokenizer), args=args)
     check_vocabulary(model, tokenizer)
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = positions_of(model.config)
     for name, length in (("block_size", script.block_size), ("eval_segment_len", script.eval_segment_len or 0)):
         if positions and length > positions:
             raise OptionError(f"{name}={length} is more than the model's {positions} positions; lower it")

@@ -30,7 +30,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "gpt2 or llama with that type's default configuration; weights are not needed",
     )
     parser.add_argument(
-        "--config_overrides", default="", help="changes of the configuration, as n_layer=48,n_embd=1600,n_head=25"
+        "--config_overrides", default="", help="changes of the configuration, as num_hidden_layers=48,hidden_size=1600"
     )
     parser.add_argument("--batch", type=Whole(1, 2**20), default=1, help="rows of a micro-batch (default 1)")
     parser.add_argument("--seq", type=Whole(1, 2**24), default=1024, help="tokens per row (default 1024)")
@@ -75,8 +75,9 @@ def load_config(arguments: argparse.Namespace) -> PretrainedConfig:
     from transformers import AutoConfig
 
     name = arguments.model
+    by_type = name in _model_types() and not Path(name).exists()
     try:
-        if name in _model_types() and not Path(name).exists():
+        if by_type:
             config = AutoConfig.for_model(name)
         else:
             file = Path(name, "config.json") if Path(name).is_dir() else Path(name)
@@ -90,13 +91,18 @@ def load_config(arguments: argparse.Namespace) -> PretrainedConfig:
             f"no configuration for {shown(name)} ({_first_line(error)}). Give a folder, a config.json, a Hub name whose "
             "configuration is in the cache (`hf download NAME config.json`), or a model type such as gpt2 or llama"
         ) from error
-    for option, value in read_overrides(arguments.config_overrides, config).items():
-        try:
-            setattr(config, option, value)
-        except Exception as error:
-            raise UnsupportedOptionError(
-                f"--config_overrides: {option}={shown(value)} is refused by {type(config).__name__} ({_first_line(error)})"
-            ) from error
+    changes = read_overrides(arguments.config_overrides, config)
+    try:
+        if by_type and changes:  # made anew, as one option may follow from another
+            config = AutoConfig.for_model(name, **changes)
+        else:
+            for option, value in changes.items():
+                setattr(config, option, value)
+    except Exception as error:
+        raise UnsupportedOptionError(
+            f"--config_overrides: {shown(arguments.config_overrides)} is refused by {type(config).__name__} "
+            f"({_first_line(error)})"
+        ) from error
     check_sizes(config)
     return config
 

@@ -153,8 +153,9 @@ def _devices(
 def _headline(plan: SplitPlan) -> str:
     facts = plan.facts
     tied = "tied" if facts.tied else "untied"
+    active = "" if facts.active_parameters == facts.parameters else f" ({facts.active_parameters:,} per token)"
     text = (
-        f"{facts.name}: {facts.parameters:,} parameters, {facts.layers} layers, {tied} embeddings; micro-batches of "
+        f"{facts.name}: {facts.parameters:,} parameters{active}, {facts.layers} layers, {tied} embeddings; micro-batches of "
         f"{facts.batch} x {facts.time} tokens, {str(facts.dtype).removeprefix('torch.')}, "
         f"M = {plan.options.micro_batches}, {plan.options.optimizer}{', recompute' if plan.options.recompute else ''}"
     )

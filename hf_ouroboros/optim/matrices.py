@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..partition.experts import routing_parameters
 
 if TYPE_CHECKING:
     from ..partition.stages import Stage
@@ -87,17 +90,34 @@ def algorithm_of(group: Mapping[str, Any]) -> str | None:
 
 
 def hidden_matrices(stages: Iterable[Stage], decayed: Iterable[str]) -> list[nn.Parameter]:
-    """The two-dimensional weights inside the stages' layers.
+    """The matrices inside the stages' layers by which hidden states are multiplied.
+
+    They are the weights of linear modules. Not so embeddings and tables of relative positions that layers have, whose rows are
+    looked up; routers of a mixture and other choices between a few; a matrix of one row, which is a vector; and experts that
+    are stacked in one tensor, which the optimizers of matrices don't take. Experts that are modules of their own are.
 
     Args:
         stages: of the model.
-        decayed: names of the parameters that weight decay is meant for, which leaves out biases of two dimensions.
+        decayed: names of the parameters that weight decay is meant for.
     """
     names = set(decayed)
     return [
         parameter
         for stage in stages
-        for layer in stage.layer_names
-        for name, parameter in stage.get_submodule(layer).named_parameters(prefix=layer)
-        if parameter.ndim == 2 and name in names
+        for layer, module in stage.layers.items()
+        for name, parameter in layer_matrices(module).items()
+        if f"{layer}.{name}" in names
     ]
+
+
+def layer_matrices(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """The matrices of a layer, see `hidden_matrices`, by their names in it."""
+    routing = routing_parameters(layer)
+    return {
+        f"{name}.weight" if name else "weight": module.weight
+        for name, module in layer.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+        and module.weight.ndim == 2
+        and min(module.weight.shape) > 1
+        and id(module.weight) not in routing
+    }

@@ -185,8 +185,9 @@ class MuonAdamW(MatricesAndAdamW):
 class Muon(Checked):
     """Muon (Jordan et al., 2024; learning rates matched to AdamW's: Liu et al., "Muon is Scalable for LLM Training", 2025).
 
-    The matrices are the two-dimensional weights inside the layers; embeddings, head, biases and norms are AdamW's. A fused
-    matrix, such as GPT-2's of query, key and value, counts as one.
+    The matrices are the weights of the linear modules inside the layers, see `hidden_matrices`; embeddings, head, biases, norms,
+    routers, and experts stacked in one tensor, as Transformers has them, are AdamW's: torch's Muon takes two dimensions. A
+    fused matrix, such as GPT-2's of query, key and value, counts as one.
 
     Args:
         momentum: Muon's.

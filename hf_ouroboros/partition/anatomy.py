@@ -244,7 +244,7 @@ class _Recording:
     # ---- running ----
 
     def _runnable(self) -> Any:
-        return _batched_experts(self.config)
+        return batched_experts(self.config)
 
     def _run(self) -> torch.Tensor:
         device = next(self.twin.get_input_embeddings().parameters()).device
@@ -520,7 +520,7 @@ class _Recording:
         return tuple(found)
 
 
-class _batched_experts:
+class batched_experts:
     """Within this context, experts are computed for all tokens at once, which needs no data."""
 
     def __init__(self, config: Any):

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig
 
 from ..errors import UnsupportedModelError
+from .experts import find_experts
 from .outline import outline
 from .tracing import Part, trace
-
-EXPERT_OPTIONS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,7 @@ class UnitFacts:
         activation_bytes: what is kept from its forward to its backward.
         output_bytes: size of the hidden state that it gives on.
         plan_cost: multiply-adds per token, by which the engine balances and interleaves on its own.
+        idle_parameters: how many of the parameters are of experts that a token does not pass.
     """
 
     modules: tuple[str, ...]
@@ -37,6 +37,7 @@ class UnitFacts:
     activation_bytes: float
     output_bytes: float
     plan_cost: float
+    idle_parameters: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,11 @@ class ModelFacts:
         return sum(unit.parameters for unit in self.units)
 
     @property
+    def active_parameters(self) -> int:
+        """Of the whole model, but for the experts that a token does not pass."""
+        return self.parameters - sum(unit.idle_parameters for unit in self.units)
+
+    @property
     def flops(self) -> float:
         """Of a forward through the whole model."""
         return sum(unit.flops for unit in self.units)
@@ -108,21 +114,15 @@ def model_facts(config: PretrainedConfig, batch: int, time: int, dtype: torch.dt
     Raises:
         UnsupportedModelError: no causal language model, not a row of layers, or it does not run without data.
     """
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModelError(f"model_type {config.model_type!r} is no causal language model of Transformers")
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except ValueError as error:
-        raise UnsupportedModelError(f"model_type {config.model_type!r} is no causal language model: {error}") from error
-    except Exception as error:  # whatever a model does that gets sizes that don't fit together
+    except Exception as error:  # whatever a model does with a configuration that contradicts itself
         raise UnsupportedModelError(
-            f"model_type {config.model_type!r} can't be built from its configuration ({type(error).__name__}: {error})"
+            f"no {config.model_type} model can be made of this configuration ({type(error).__name__}: {error})"
         ) from error
-    experts = next((n for n in EXPERT_OPTIONS if getattr(config, n, None) not in (None, 0, 1)), None)
-    if experts is not None:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has {experts}={getattr(config, experts)}: what a mixture of experts computes depends "
-            "on the data and can't be counted; plan a dense model"
-        )
     if getattr(config, "mem_len", 0):
         raise UnsupportedModelError(
             f"{type(model).__name__} attends to a memory of mem_len={config.mem_len}, which is not counted; plan it without "
@@ -150,6 +150,10 @@ def model_facts(config: PretrainedConfig, batch: int, time: int, dtype: torch.dt
             f"({missing[0]}, ...), so it is no plain row of layers and can't be planned"
         )
     tied = [model.get_parameter(name) for name in plan.tied_names]
+    asleep = [
+        sum(some.idle for name in unit.modules for some in find_experts(model.get_submodule(name), config))
+        for unit in plan.units
+    ]
     try:
         parts = trace(model, [unit.modules[0] for unit in plan.units if unit.kind == "layer"], batch, time)
     except Exception as error:  # whatever a model does that needs data
@@ -168,10 +172,11 @@ def model_facts(config: PretrainedConfig, batch: int, time: int, dtype: torch.dt
             sum(p.numel() * p.element_size() for p in parameters),
             part.flops,
             part.kept_bytes,
-            float(layers[0].width * batch * time * dtype.itemsize),
+            float(layers[0].output_size * dtype.itemsize),
             unit.cost,
+            idle,
         )
-        for unit, parameters, part in zip(plan.units, owned, counted, strict=True)
+        for unit, parameters, part, idle in zip(plan.units, owned, counted, asleep, strict=True)
     )
     if not any(part.flops for part in layers):
         raise UnsupportedModelError(f"the layers of this {type(model).__name__} compute nothing; check its sizes")

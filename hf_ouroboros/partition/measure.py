@@ -1,8 +1,8 @@
 """Measures what units of a model take on devices that are here, all devices at once as in training, and remembers it.
 
-A model with one layer is built from the configuration, so weights are not needed and a large model need not fit; a
-model whose layers differ in shape is built whole. What was measured is kept in memory and, by default, in a file
-under the Hugging Face cache folder, by configuration, shape, dtype, devices and torch version.
+A model with the first layers is built from the configuration, as many as it takes to have one of every kind, so weights are
+not needed and a large model need not fit. What was measured is kept in memory and, by default, in a file under the
+Hugging Face cache folder, by configuration, shape, dtype, devices and torch version.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ import threading
 import time as clock
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.constants import HF_HOME
 from torch import nn
 from torch.nn.utils import get_total_norm
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..errors import UnsupportedModelError
-from .anatomy import HIDDEN
 from .facts import ModelFacts
 from .families import Family, find_family
 from .kept_times import remember, remembered
+from .kinds import kind_of, layer_kinds
 from .plan import torch_device
 from .planner import PlannedDevice, UnitTimes
 from .stages import Boundary, Stage
@@ -135,11 +136,8 @@ def _measure(config: PretrainedConfig, facts: ModelFacts, devices: Sequence[str]
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(config)
     family = find_family(whole)
-    shapes = [tuple(p.shape for p in whole.get_submodule(name).parameters()) for name in family.layers(whole)]
-    alike = len(set(shapes)) == 1
-    small = copy.deepcopy(config)
-    if alike:
-        small.num_hidden_layers = 1
+    kinds = layer_kinds([whole.get_submodule(name) for name in family.layers(whole)])
+    small = _shortened(config, whole, family, max(kinds) + 1) or config
     results: list[list[list[float]]] = [[] for _ in devices]
     failures: list[BaseException] = []
     gate = threading.Barrier(len(devices))
@@ -164,10 +162,40 @@ def _measure(config: PretrainedConfig, facts: ModelFacts, devices: Sequence[str]
         worker.join()
     if failures:
         raise next((e for e in failures if not isinstance(e, threading.BrokenBarrierError)), failures[0])
-    if not alike:
-        return results
-    layer = next(i for i, unit in enumerate(facts.units) if unit.kind == "layer")
-    return [[*row[:layer], *[row[layer]] * facts.layers, *row[layer + 1 :]] for row in results]
+    first = next(i for i, unit in enumerate(facts.units) if unit.kind == "layer")
+    after = len(facts.units) - first - facts.layers
+    return [[*row[:first], *(row[first + kind] for kind in kinds), *row[len(row) - after :]] for row in results]
+
+
+def _shortened(
+    config: PretrainedConfig, whole: PreTrainedModel, family: Family, layers: int
+) -> PretrainedConfig | None:
+    """The configuration with the first layers only; None if that changes anything else, so that the model is built whole."""
+    total = len(family.layers(whole))
+    if layers == total:
+        return None
+    small = copy.deepcopy(config)
+    text = small.get_text_config()
+    try:
+        for name, value in list(vars(text).items()):
+            if "layer" in name and isinstance(value, (list, tuple)) and len(value) == total:
+                setattr(text, name, value[:layers])  # what is said of every layer
+        text.num_hidden_layers = layers
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(small)
+        names = family.layers(model)
+    except Exception:  # a configuration that this doesn't leave valid
+        return None
+    if names != family.layers(whole)[:layers]:
+        return None
+    alike = [kind_of(model.get_submodule(n)) == kind_of(whole.get_submodule(n)) for n in names]
+    return small if all(alike) and _outside(model, family) == _outside(whole, family) else None
+
+
+def _outside(model: PreTrainedModel, family: Family) -> dict[str, torch.Size]:
+    """The shapes of the parameters that are in no layer."""
+    layers = tuple(f"{name}." for name in family.layers(model))
+    return {name: p.shape for name, p in model.named_parameters() if not name.startswith(layers)}
 
 
 class _DeviceRun:
@@ -178,60 +206,68 @@ class _DeviceRun:
     ):
         self.model, self.family, self.facts, self.device, self.gate = model, family, facts, device, gate
         generator = torch.Generator().manual_seed(SEED)
-        vocabulary = model.config.vocab_size
+        vocabulary = model.config.get_text_config().vocab_size
         shape = (facts.batch, facts.time)
         self.batch = {"input_ids": torch.randint(vocabulary, shape, generator=generator).to(device)}
-        self.width = int(facts.units[0].output_bytes / facts.batch / facts.time / facts.dtype.itemsize)
 
     def run(self) -> list[list[float]]:
         """[unit] -> [forward, backward, step]; norm and head are measured together and count for the head."""
         units = self.family.units(self.model)
         first_head = next(i for i, unit in enumerate(units) if unit.kind == "head")
         rows: list[list[float]] = []
+        received: Boundary | None = None
         for i in range(first_head):
             # Index 0 makes a first stage, which embeds; any other stage of three is one from the middle.
             stage = self.family.make_stage(self.model, units, StageSpan(min(i, 1), i, i + 1, 0), 3)
-            rows.append(self._unit(stage, is_head=False))
+            row, received = self._unit(stage, received)
+            rows.append(row)
         head = self.family.make_stage(self.model, units, StageSpan(2, first_head, len(units), 0), 3)
         rows += [[0.0, 0.0, 0.0] for _ in units[first_head:-1]]
-        rows.append(self._unit(head, is_head=True))
+        rows.append(self._unit(head, received)[0])
         return rows
 
-    def _unit(self, stage: Stage, is_head: bool) -> list[float]:
+    def _unit(self, stage: Stage, received: Boundary | None) -> tuple[list[float], Boundary]:
+        """Forward, backward and step of a stage, and what it gives on."""
         stage.train()
         parameters = list(stage.parameters())
         optimizer = torch.optim.AdamW(parameters, lr=0.0) if parameters else None
-        shape = (self.facts.batch, self.facts.time, self.width)
         found: list[list[float]] = []
+        given: Boundary = {}
         for _ in range(REPETITIONS):
-            received = None
-            if not stage.is_first:
-                hidden = torch.randn(shape, device=self.device, dtype=self.facts.dtype).requires_grad_(True)
-                received = {HIDDEN: hidden}
+            fresh = None if received is None else {n: self._fresh(stage, n, t) for n, t in received.items()}
             self.gate.wait()
-            forward, output = self._timed(lambda given=received: self._loss(stage(self.batch, given), is_head))
-            gradient = None if is_head else torch.ones_like(output)
-            backward, _ = self._timed(lambda output=output, gradient=gradient: output.backward(gradient))
+            forward, output = self._timed(lambda fresh=fresh: self._output(stage, fresh))
+            ends = [t for t in output.values() if t.requires_grad]
+            gradients = None if stage.is_last else [torch.ones_like(t) for t in ends]
+            backward, _ = self._timed(lambda e=ends, g=gradients: torch.autograd.backward(e, g))
             step = 0.0
             # A tied matrix is stepped by its owner, the embedding.
-            if optimizer is not None and not (is_head and self.facts.tied):
+            if optimizer is not None and not (stage.is_last and self.facts.tied):
                 step, _ = self._timed(lambda: self._step(optimizer, parameters))
             for parameter in parameters:
                 parameter.grad = None
             found.append([forward, backward, step])
-        return [statistics.median(column) for column in zip(*found[2:], strict=True)]
+            given = {name: tensor.detach() for name, tensor in output.items()}
+        return [statistics.median(column) for column in zip(*found[2:], strict=True)], given
 
-    def _loss(self, output: Boundary | torch.Tensor, is_head: bool) -> torch.Tensor:
-        if not is_head:
-            return output[HIDDEN]
+    @staticmethod
+    def _fresh(stage: Stage, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor as a stage receives it."""
+        return tensor.clone().requires_grad_(stage.trains(name, tensor))
+
+    def _output(self, stage: Stage, received: Boundary | None) -> Boundary:
+        """What a stage gives on; of the last one the loss."""
+        output = stage(self.batch, received)
+        if not stage.is_last:
+            return output
         labels = self.batch["input_ids"].flatten().roll(-1)
-        return nn.functional.cross_entropy(output.float().flatten(0, 1), labels)
+        return {"loss": nn.functional.cross_entropy(output.float().flatten(0, 1), labels)}
 
     def _step(self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:
         get_total_norm([p.grad for p in parameters if p.grad is not None])
         optimizer.step()
 
-    def _timed(self, action: Callable[[], torch.Tensor | None]) -> tuple[float, torch.Tensor | None]:
+    def _timed(self, action: Callable[[], Any]) -> tuple[float, Any]:
         self._wait()
         start = clock.perf_counter()
         result = action()

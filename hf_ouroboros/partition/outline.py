@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
+from .experts import active_cost
 from .families import Family, find_family
 from .split import tied_parameter_names
 from .stages import Stage
@@ -31,7 +32,7 @@ class Outline:
 
 
 class LayerList(Family):
-    """What a family tells about names, read off the model: its longest list of modules holds the layers."""
+    """What a family tells about names, read off the model: its longest list of modules, in no other list, holds the layers."""
 
     def accepts(self, model: nn.Module) -> bool:
         """Nothing: it can only plan."""
@@ -46,6 +47,7 @@ class LayerList(Family):
 
     def __init__(self, model: PreTrainedModel):
         lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+        lists = [item for item in lists if not any(item[0].startswith(f"{name}.") for name, _ in lists)]
         head = model.get_output_embeddings()
         if not lists or head is None:
             raise UnsupportedModelError(
@@ -81,6 +83,10 @@ class LayerList(Family):
     def head(self, model: PreTrainedModel) -> list[tuple[str, ...]]:
         """Names of the modules after the layers."""
         return [(name,) for name in self._after]
+
+    def cost(self, model: PreTrainedModel, name: str) -> float | None:
+        """As of a model that can be split."""
+        return active_cost(model.get_submodule(name), model.config)
 
 
 def outline(model: PreTrainedModel) -> Outline:

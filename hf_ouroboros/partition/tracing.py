@@ -1,12 +1,11 @@
 """Counts FLOPs and kept bytes of every layer in one forward on the meta device: tensors without data.
 
 FLOPs are those of matrix products and attentions. Kept bytes are those that autograd saves for the backward, each
-storage once, weights excepted. Where all layers are alike, one stands for all.
+storage once, weights excepted. Of layers that are alike, one stands for all. Experts compute the tokens that chose them.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from .anatomy import Answers, batched_experts, call_options
+from .kinds import layer_kinds
+
 
 @dataclass
 class Part:
@@ -25,12 +27,12 @@ class Part:
     Args:
         flops: of its forward.
         kept_bytes: from its forward to its backward.
-        width: of the hidden state that a layer returns.
+        output_size: elements of the hidden state that a layer returns.
     """
 
     flops: float = 0.0
     kept_bytes: float = 0.0
-    width: int = 0
+    output_size: int = 0
 
 
 def trace(model: PreTrainedModel, layer_names: Sequence[str], batch: int, time: int) -> list[Part]:
@@ -43,13 +45,19 @@ def trace(model: PreTrainedModel, layer_names: Sequence[str], batch: int, time: 
         time: tokens per row.
     """
     layers = [model.get_submodule(name) for name in layer_names]
-    shapes = {(type(layer), *(p.shape for p in layer.parameters())) for layer in layers}
-    if len(shapes) > 1:
+    kinds = layer_kinds(layers)
+    first = layers[: max(kinds) + 1]
+    if len(first) == len(layers):
         return _Tracer(model, layers).run(batch, time)
-    parent, _, own = layer_names[0].rpartition(".")[0].rpartition(".")
-    setattr(model.get_submodule(parent), own, nn.ModuleList(layers[:1]))
-    before, layer, after = _Tracer(model, layers[:1]).run(batch, time)
-    return [before, *[layer] * len(layers), after]
+    stack = layer_names[0].rpartition(".")[0]
+    whole = model.get_submodule(stack)
+    try:
+        model.set_submodule(stack, nn.ModuleList(first))
+        before, *parts, after = _Tracer(model, first).run(batch, time)
+    except Exception:  # a forward that asks for the other layers: they run too
+        model.set_submodule(stack, whole)
+        return _Tracer(model, layers).run(batch, time)
+    return [before, *(parts[kind] for kind in kinds), after]
 
 
 class _Tracer:
@@ -69,20 +77,14 @@ class _Tracer:
         handles = [layer.register_forward_pre_hook(self._enter(i + 1)) for i, layer in enumerate(self.layers)]
         handles += [layer.register_forward_hook(self._leave) for layer in self.layers]
         ids = torch.zeros(batch, time, dtype=torch.long, device="meta")
-        given = {}
-        if "position_ids" in inspect.signature(self.model.forward).parameters:
-            # Without positions, and with a mask of two dimensions, transformers looks for packed and padded rows, which
-            # needs data. A mask of four dimensions is taken as it is; it is the same for all layers.
-            given["position_ids"] = torch.zeros(batch, time, dtype=torch.long, device="meta")
-            given["attention_mask"] = torch.ones(batch, 1, time, time, dtype=torch.bool, device="meta")
-            mask = given["attention_mask"].untyped_storage()
-            self._known[mask._cdata] = mask
         self.model.train()
         self.model.loss_type = "ForCausalLM"  # some configurations name none and would be warned of
         saving = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
         try:
-            with self._counter, _FusedAttention(self._book), saving:
-                self.model(input_ids=ids, labels=ids, use_cache=False, **given)
+            fused = _FusedAttention(self._book)
+            weights = _GatheredWeights(self._know)
+            with batched_experts(self.model.config), self._counter, Answers(), fused, weights, saving:
+                self.model(input_ids=ids, labels=ids, **call_options(self.model))
         finally:
             for handle in handles:
                 handle.remove()
@@ -93,7 +95,8 @@ class _Tracer:
         return lambda module, inputs: self._go_on_to(part)
 
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self.parts[self._running].width = (output[0] if isinstance(output, tuple) else output).shape[-1]
+        values = output if isinstance(output, (tuple, list)) else (output,)
+        self.parts[self._running].output_size = next(v.numel() for v in values if isinstance(v, torch.Tensor))
         self._go_on_to(len(self.parts) - 1)
 
     def _go_on_to(self, part: int) -> None:
@@ -103,6 +106,10 @@ class _Tracer:
 
     def _book(self, flops: float) -> None:
         self.parts[self._running].flops += flops
+
+    def _know(self, tensor: torch.Tensor) -> None:
+        """Doesn't count what a tensor holds."""
+        self._known[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
 
     def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -130,6 +137,24 @@ class _FusedAttention(TorchFunctionMode):
         batch, heads, time, width = query.shape
         self._book(2.0 * batch * heads * time * key.shape[-2] * (width + value.shape[-1]))
         return _KeepsInputsAndOutput.apply(query, key, value)
+
+
+class _GatheredWeights(TorchFunctionMode):
+    """What is taken out of a weight is no activation: kernels that group tokens by experts read it where it is.
+
+    Args:
+        know: told the tensors.
+    """
+
+    def __init__(self, know: Callable[[torch.Tensor], None]):
+        super().__init__()
+        self._know = know
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.__getitem__ and isinstance(args[0], nn.Parameter):
+            self._know(result)
+        return result
 
 
 class _KeepsInputsAndOutput(torch.autograd.Function):

@@ -31,6 +31,7 @@ COLOURS = {
 }
 IDLE, INK = "#e9e9ec", "#1c1c22"
 TINTS = (0.0, 0.55, 0.78)  # towards white: a device's first, second, third and further stages
+Ranks = dict[tuple[int, int | None], int]
 FONT_SIZES = (9.0, 8.0, 7.0)  # of the numbers in the boxes: the largest that fits
 
 
@@ -69,17 +70,19 @@ def draw(
     figure = Figure(figsize=(14, height), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
 
-    label_width = 0.3 + 0.085 * max(len(line) for i in range(rows) for line in _row_label(timeline, i).split("\n"))
+    ranks = _stage_ranks(timeline)
+    labels = [_row_label(timeline, i, ranks) for i in range(rows)]
+    label_width = 0.3 + 0.085 * max(len(line) for label in labels for line in label.split("\n"))
     left, width = label_width / 14, (14 - label_width - 0.95) / 14
     bottom = margins["bottom"] + strip_height + margins["between"]
     axes = figure.add_axes((left, bottom / height, width, gantt_height / height))
-    _gantt(axes, timeline, shown, width * 14 * 72)
+    _gantt(axes, timeline, shown, width * 14 * 72, ranks, labels)
     if overview:
         strip = figure.add_axes((left, margins["bottom"] / height, width, strip_height / height))
         _strips(strip, timeline, shown)
     heading = title if title is not None else _heading(timeline, shown)
     figure.text(0.3 / 14, 1 - 0.2 / height, heading, fontsize=13, color=INK, va="top", weight="bold", parse_math=False)
-    _legend(figure, timeline, 1 - 0.46 / height)
+    _legend(figure, timeline, 1 - 0.46 / height, any(rank > 0 for rank in ranks.values()))
     path = Path(path)
     figure.savefig(path, format="png", metadata={"Software": None})
     return path
@@ -94,12 +97,18 @@ def default_window(timeline: Timeline) -> tuple[float, float]:
     return ends[first - 1], ends[first - 1 + WINDOW_TICKS]
 
 
-def _gantt(axes: Axes, timeline: Timeline, shown: tuple[float, float], width_points: float) -> None:
+def _gantt(
+    axes: Axes,
+    timeline: Timeline,
+    shown: tuple[float, float],
+    width_points: float,
+    ranks: Ranks,
+    labels: Sequence[str],
+) -> None:
     """One row per device; x in ms since the start of the run."""
     zero = timeline.interval[0]
     start, end = ((t - zero) * 1e3 for t in shown)
     span = (end - start) or 1.0
-    ranks = _stage_ranks(timeline)
     boxes: list[list[tuple[float, float]]] = [[] for _ in range(timeline.num_devices)]
     faces: list[list[tuple[float, ...]]] = [[] for _ in range(timeline.num_devices)]
     for e in timeline.events:
@@ -122,7 +131,7 @@ def _gantt(axes: Axes, timeline: Timeline, shown: tuple[float, float], width_poi
         axes.text(1.012, device, f"{share:.0%}", transform=axes.get_yaxis_transform(), fontsize=11, va="center")
     axes.text(1.012, -0.62, "busy", transform=axes.get_yaxis_transform(), fontsize=9, color=INK)
     axes.set_xlim(start, start + span)
-    _rows(axes, timeline, [_row_label(timeline, i) for i in range(timeline.num_devices)])
+    _rows(axes, timeline, labels)
     axes.set_xlabel("ms since the start of the run", fontsize=9, labelpad=2)
 
 
@@ -194,7 +203,7 @@ def _rows(axes: Axes, timeline: Timeline, labels: Sequence[str]) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _legend(figure: Figure, timeline: Timeline, top: float) -> None:
+def _legend(figure: Figure, timeline: Timeline, top: float, two_stages: bool) -> None:
     """What each colour means, for the kinds and stage shades that occur."""
     from matplotlib.legend_handler import HandlerTuple
     from matplotlib.patches import Patch
@@ -204,7 +213,7 @@ def _legend(figure: Figure, timeline: Timeline, top: float) -> None:
         Patch(facecolor=colour) for kind, colour in COLOURS.items() if kind in occurring
     ]
     labels = [kind for kind in COLOURS if kind in occurring]
-    if any(rank > 0 for rank in _stage_ranks(timeline).values()):
+    if two_stages:
         handles.append(tuple(Patch(facecolor=_tint(COLOURS[kind], 1)) for kind in ("forward", "backward")))
         labels.append("the device's second stage")
     handles.append(Patch(facecolor=IDLE))
@@ -223,14 +232,14 @@ def _heading(timeline: Timeline, shown: tuple[float, float]) -> str:
     return f"{devices}, ticks {visible[0]} to {visible[-1]} of {len(ends)}"
 
 
-def _stage_ranks(timeline: Timeline) -> dict[tuple[int, int | None], int]:
+def _stage_ranks(timeline: Timeline) -> Ranks:
     """(device, stage) -> 0 for the device's lowest stage, 1 for its next, ..."""
     stages = {(e.device, e.stage) for e in timeline.events if e.stage is not None}
     return {(d, s): sum(1 for other, t in stages if other == d and t < s) for d, s in stages}
 
 
-def _row_label(timeline: Timeline, device: int) -> str:
-    stages = sorted(s for d, s in _stage_ranks(timeline) if d == device and s is not None)
+def _row_label(timeline: Timeline, device: int, ranks: Ranks) -> str:
+    stages = sorted(s for d, s in ranks if d == device and s is not None)
     if not stages:
         return timeline.device_names[device]
     plural = "s" if len(stages) > 1 else ""

@@ -7,19 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from architectures import without_dropout
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, TrainingArguments, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainingArguments, set_seed
 
 from hf_ouroboros import split_model
-from hf_ouroboros.models.transfo_xl import TransfoXLConfig, TransfoXLLMHeadModel
+from hf_ouroboros.models.transfo_xl import TransfoXLLMHeadModel
 from hf_ouroboros.optim.matrices import hidden_matrices
 from hf_ouroboros.optim.muon import Muon
 
 from .contenders import Contender
 from .options import BenchmarkArguments
-
-NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-"""A GPT-2's, so that all contenders compute the same."""
 
 
 @dataclass(frozen=True)
@@ -74,57 +72,21 @@ def build_model(job: Job) -> PreTrainedModel:
     options = job.options
     set_seed(job.seed)
     if options.model_name_or_path is not None:
-        model = GPT2LMHeadModel.from_pretrained(options.model_name_or_path, **NO_DROPOUT)
+        config = AutoConfig.from_pretrained(options.model_name_or_path)
+        for name, value in without_dropout(config).items():
+            setattr(config, name, value)
+        model = AutoModelForCausalLM.from_pretrained(options.model_name_or_path, config=config, dtype=torch.float32)
     else:
-        model = {"gpt2": _gpt2, "transfo-xl": _transfo_xl}[options.model_type](options)
+        model = AutoModelForCausalLM.from_config(options.config())
     model.loss_type = "ForCausalLM"  # otherwise Trainer counts one label too many per row
     return model
-
-
-def _gpt2(options: BenchmarkArguments) -> GPT2LMHeadModel:
-    config = GPT2Config(
-        vocab_size=options.vocab_size,
-        n_positions=options.block_size,
-        n_embd=options.n_embd,
-        n_layer=options.n_layer,
-        n_head=max(1, options.n_embd // 64),
-        initializer_range=options.init_std,
-        **NO_DROPOUT,
-        bos_token_id=0,
-        eos_token_id=0,
-        tie_word_embeddings=not options.untied,
-    )
-    return GPT2LMHeadModel(config)
-
-
-def _transfo_xl(options: BenchmarkArguments) -> TransfoXLLMHeadModel:
-    """With a plain softmax, and without memory: what it costs is attention, which peers can't carry from batch to batch."""
-    config = TransfoXLConfig(
-        vocab_size=options.vocab_size,
-        cutoffs=[],
-        div_val=1,
-        d_model=options.n_embd,
-        d_embed=options.n_embd,
-        n_head=max(1, options.n_embd // 64),
-        d_head=64,
-        d_inner=4 * options.n_embd,
-        n_layer=options.n_layer,
-        mem_len=0,
-        clamp_len=0,
-        same_length=False,
-        dropout=0.0,
-        init_std=options.init_std,
-        eos_token_id=0,
-        tie_word_embeddings=not options.untied,
-    )
-    return TransfoXLLMHeadModel(config)
 
 
 def tables(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
     """The modules whose `weight` is the input and the output embedding, [vocabulary, width]."""
     if isinstance(model, TransfoXLLMHeadModel):
         return model.transformer.word_emb.emb_layers[0], model.crit.out_layers[0]
-    return model.transformer.wte, model.lm_head
+    return model.get_input_embeddings(), model.get_output_embeddings()
 
 
 def common_arguments(job: Job) -> dict[str, Any]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from transformers import AutoConfig
+from architectures import default_config, initialized, make, positions_of, sizes, without_dropout
+from common import OptionError, read_overrides
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
 
 from .contenders import Contender, ContenderError, parse_contender
 
@@ -48,14 +50,17 @@ class BenchmarkArguments:
     model_type: str = field(
         default="gpt2",
         metadata={
-            "help": "Architecture; a Transformer-XL reads every row by itself, without memory.",
-            "choices": ["gpt2", "transfo-xl"],
+            "help": "Architecture: gpt2, llama, qwen3, mixtral, ..., in the proportions of its default configuration; a "
+            "transfo-xl reads every row by itself, without memory."
         },
+    )
+    config_overrides: str = field(
+        default="", metadata={"help": "Further changes of the configuration: name=value,... They win over all sizes."}
     )
     model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "Train this GPT-2 over bytes on instead of one from scratch; its sizes take the place of --model_type, "
+            "help": "Train this model over bytes on instead of one from scratch; its sizes take the place of --model_type, "
             "--n_embd, --n_layer, --vocab_size and --untied, and its dropout is switched off."
         },
     )
@@ -167,7 +172,7 @@ class BenchmarkArguments:
         """Replaces the sizes by those of `model_name_or_path`, if there is one.
 
         Raises:
-            ContenderError: it can't be read, is no GPT-2, or is too short for the rows.
+            ContenderError: it can't be read, is no causal language model, or is too short for the rows.
         """
         if self.model_name_or_path is None:
             return
@@ -175,18 +180,43 @@ class BenchmarkArguments:
             config = AutoConfig.from_pretrained(self.model_name_or_path)
         except (OSError, ValueError) as error:
             raise ContenderError(f"--model_name_or_path {self.model_name_or_path}: {error}") from error
-        if config.model_type != "gpt2":
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ContenderError(
-                f"--model_name_or_path {self.model_name_or_path} is a {config.model_type}; use a GPT-2"
+                f"--model_name_or_path {self.model_name_or_path} is a {config.model_type}; use a causal language model"
             )
-        if config.n_positions < self.block_size:
+        positions = positions_of(config)
+        if positions and positions < self.block_size:
             raise ContenderError(
-                f"--model_name_or_path {self.model_name_or_path} has {config.n_positions} positions, --block_size is "
+                f"--model_name_or_path {self.model_name_or_path} has {positions} positions, --block_size is "
                 f"{self.block_size}; use a smaller --block_size"
             )
-        self.model_type = config.model_type
-        self.n_embd, self.n_layer, self.vocab_size = config.n_embd, config.n_layer, config.vocab_size
-        self.untied = not config.tie_word_embeddings
+        text = config.get_text_config()
+        self.model_type, self.untied = config.model_type, not config.tie_word_embeddings
+        self.n_embd, self.n_layer, self.vocab_size = text.hidden_size, text.num_hidden_layers, text.vocab_size
+
+    def config(self) -> PretrainedConfig:
+        """The configuration of a model from scratch, without dropout.
+
+        Raises:
+            ContenderError: there is no such type, or it does not take these sizes.
+        """
+        heads = max(1, self.n_embd // 64)
+        try:
+            default = default_config("--model_type", self.model_type)
+            values = sizes(default, self.n_embd, heads, self.n_layer) | without_dropout(default)
+            values |= initialized(default, self.init_std) | {"vocab_size": self.vocab_size}
+            values |= {"bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": not self.untied}
+            if self.model_type == "transfo-xl":  # with a plain softmax; attention is what it costs
+                plain = {"cutoffs": [], "div_val": 1, "d_embed": self.n_embd, "d_head": 64, "d_inner": 4 * self.n_embd}
+                values |= plain | {"mem_len": 0, "clamp_len": 0, "same_length": False}
+            else:
+                values["pad_token_id"] = None
+            if positions_of(default):
+                name = default.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+                values[name] = self.block_size
+            return make(default, values | read_overrides(self.config_overrides, default))
+        except OptionError as error:
+            raise ContenderError(str(error)) from error
 
     def check(self) -> None:
         """Refuses what can't be measured.
@@ -201,6 +231,8 @@ class BenchmarkArguments:
             raise ContenderError(f"--devices {' '.join(self.devices)}: use cpu:0 cpu:1 ... or cuda:0 cuda:1 ...")
         if self.vocab_size < 256:
             raise ContenderError(f"--vocab_size {self.vocab_size} can't hold bytes; use 256 or more")
+        if self.model_name_or_path is None:
+            self.config()
         if self.until_loss is None:
             for contender in contenders:
                 first = settling_updates(contender)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,8 +21,10 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 
 from hf_ouroboros import split_model
 from hf_ouroboros.partition import Stage
+from hf_ouroboros.partition.anatomy import HIDDEN
 
 from .clock import Clock
+from .contenders import ContenderError
 from .job import Job, build_model, common_arguments, muon, muon_matrices, tables
 from .measure import gather, peak_memory_mib, steady_state
 from .options import settling_updates
@@ -42,7 +44,29 @@ class Part(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Token ids [batch, time] or hidden [batch, time, width] -> hidden or logits [batch, time, vocabulary]."""
-        return self.stage({"input_ids": inputs}) if self.stage.is_first else self.stage({}, inputs)
+        if self.stage.is_first:
+            output = self.stage({"input_ids": inputs})
+        else:  # only the shape of the tokens matters to layers and head
+            tokens = torch.zeros(inputs.shape[:2], dtype=torch.long, device=inputs.device)
+            output = self.stage({"input_ids": tokens}, {HIDDEN: inputs})
+        return output if self.stage.is_last else output[HIDDEN]
+
+
+def check_boundaries(stages: Sequence[Stage]) -> None:
+    """Refuses a model whose layers get more than the hidden state, which is all that these schedules hand on.
+
+    Raises:
+        ContenderError: it is one.
+    """
+    ids, state = torch.zeros(1, 4, dtype=torch.long), None
+    with torch.no_grad():
+        for stage in stages[:-1]:
+            state = stage({"input_ids": ids}, state)
+            if more := sorted(state.keys() - {HIDDEN}):
+                raise ContenderError(
+                    f"{type(stage.config).__name__}: {len(more)} tensor(s) besides the hidden state cross the end of stage "
+                    f"{stage.index}, but torch-* hand on one; leave torch-* out for this --model_type"
+                )
 
 
 class TimedStage(PipelineStage):
@@ -92,6 +116,7 @@ class Peer:
             model.config.tie_word_embeddings = False
         names = [f"cpu:{i}" for i in range(self.num_stages)]  # only a split: no weight moves
         all_stages = split_model(model, names, num_stages=self.num_stages, check=False).stages
+        check_boundaries(all_stages)
         self.parts = {
             s: Part(all_stages[s]).to(self.device).train() for s in range(self.rank, self.num_stages, world_size)
         }
@@ -126,7 +151,7 @@ class Peer:
         self.lr_scheduler = get_scheduler(
             self.arguments.lr_scheduler_type, self.optimizer, self.arguments.warmup_steps, job.updates
         )
-        self.width = model.config.hidden_size
+        self.width = model.config.get_text_config().hidden_size
         self.optimizer_seconds = 0.0
 
     def update(self, ids: torch.Tensor) -> float | None:

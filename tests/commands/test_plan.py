@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
+from decoders import tiny
 from helpers import tiny_gpt2
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from hf_ouroboros.cli import main
+from hf_ouroboros.commands.options import load_config
 from hf_ouroboros.partition import split_model
 
 SHAPE = ["--batch", "2", "--seq", "8", "--micro_batches", "4"]
@@ -72,15 +75,34 @@ def test_delay_is_told(
 
 
 def test_planned_only(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4, vocab_size=64
-    ).save_pretrained(tmp_path)
+    tiny("gpt2", num_hidden_layers=6, add_cross_attention=True).save_pretrained(tmp_path)
     arguments = [str(tmp_path / "config.json"), "--devices", "3x10tflops/8gb", *SHAPE, "--output", str(tmp_path / "p")]
     assert main(["plan", *arguments, "--dtype", "bfloat16", "--recompute"]) == 0
     text = capsys.readouterr().out
-    assert "PLANNED ONLY, training not supported: LlamaForCausalLM can't be split" in text
+    assert "PLANNED ONLY, training not supported: GPT2LMHeadModel with config.add_cross_attention=True can't" in text
     assert "bfloat16, M = 4, adamw, recompute" in text
     assert "for --device_map" not in text
+
+
+def test_a_mixture_is_planned_and_split_as_planned(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    config = tiny("deepseek_v3", num_hidden_layers=5)
+    config.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_config(config)
+    output = tmp_path / "p"
+    arguments = [str(tmp_path), "--devices", "2x10tflops/8gb", "--num_stages", "2", *SHAPE, "--output", str(output)]
+    assert main(["plan", *arguments]) == 0
+    text = capsys.readouterr().out
+    unused = 4 * 2 * 3 * 32 * 16
+    assert f"{model.num_parameters():,} parameters ({model.num_parameters() - unused:,} per token), 5 layers" in text
+    assert "PLANNED ONLY" not in text
+    split = split_model(model, ["cpu:0", "cpu:1"], str(output.with_name("p.json")))
+    assert split.plan.placement == (0, 1)
+
+
+def test_options_that_follow_from_changed_ones() -> None:
+    changes = "hidden_size=256,num_attention_heads=4,rope_parameters={rope_type: default, rope_theta: 5000.0}"
+    found = load_config(Namespace(model="llama", config_overrides=changes))
+    assert (found.head_dim, found.num_key_value_heads, found.rope_parameters["rope_theta"]) == (64, 4, 5000.0)
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from decoders import tiny
 from helpers import causal_loss, make_batch, tiny_gpt2
 from transformers import (
+    AutoModelForCausalLM,
     BertConfig,
+    DeepseekV3Config,
     Gemma2Config,
     GPT2Config,
     LlamaConfig,
-    MixtralConfig,
     PretrainedConfig,
     T5Config,
 )
@@ -78,19 +80,105 @@ def test_half_precision_and_other_batches() -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_decoders_that_can_only_be_planned(tied: bool) -> None:
+def test_any_decoder(tied: bool) -> None:
     config = LlamaConfig(**SMALL, num_key_value_heads=2, tie_word_embeddings=tied)
     facts = model_facts(config, 2, 16)
-    assert "LlamaForCausalLM can't be split into stages" in facts.untrainable
+    assert facts.untrainable is None
     assert facts.tied is tied
-    assert [unit.modules for unit in facts.units][:2] == [
-        ("model.embed_tokens", "model.rotary_emb"),
-        ("model.layers.0",),
-    ]
+    assert facts.units[0].modules[0] == "model.embed_tokens"
+    assert facts.units[1].modules == ("model.layers.0",)
     assert [unit.modules for unit in facts.units][-2:] == [("model.norm",), ("lm_head",)]
     products = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48
     assert facts.units[1].flops == 2 * products * 32 + 4 * 2 * 16**2 * 32
+    assert facts.units[1].plan_cost == products
     assert facts.units[-1].parameter_bytes == (0 if tied else 64 * 32 * 4)
+    assert facts.active_parameters == facts.parameters
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_experts_count_for_the_tokens_that_pass_them(model_type: str) -> None:
+    """Two of four, of which the layer has twice as many parameters as it computes with; and none of them is kept."""
+    few, many = (model_facts(tiny(model_type, **{name_of_experts(model_type): n}), 2, 16) for n in (4, 16))
+    inner = 16 if model_type in ("qwen3_moe", "deepseek_v3") else 48
+    expert, biases = 3 * 32 * inner, 32 + 2 * inner if model_type == "gpt_oss" else 0
+    for facts, count in ((few, 4), (many, 16)):
+        assert facts.untrainable is None
+        layer = facts.units[3]
+        assert layer.idle_parameters == (count - 2) * (expert + biases)
+        assert facts.parameters - facts.active_parameters == sum(u.idle_parameters for u in facts.units)
+        keys_and_values = 12 + 8 if model_type == "deepseek_v3" else 8 + 8  # widths of a head
+        assert layer.flops == 2 * 32 * layer.plan_cost + 2 * 2 * 4 * 16**2 * keys_and_values
+    # Twelve more experts make the router wider, and nothing else.
+    assert many.units[3].flops - few.units[3].flops == 2 * 32 * 12 * 32
+    assert many.units[3].activation_bytes - few.units[3].activation_bytes < 32 * 12 * 8 * 4
+    assert many.units[3].plan_cost - few.units[3].plan_cost == 12 * 32
+
+
+def name_of_experts(model_type: str) -> str:
+    """The option for how many there are."""
+    return {"qwen3_moe": "num_experts", "deepseek_v3": "n_routed_experts"}.get(model_type, "num_local_experts")
+
+
+def test_kept_bytes_of_experts_are_those_of_a_real_forward() -> None:
+    """In float32, where grouped products run on CPUs as on accelerators."""
+    config = tiny("mixtral", experts_implementation="grouped_mm")
+    model = AutoModelForCausalLM.from_config(config).train()
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage
+        return tensor
+
+    ids = torch.randint(64, (4, 16))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(input_ids=ids, labels=ids).loss
+    assert loss.requires_grad
+    real = sum(storage.nbytes() for storage in kept.values())
+    counted = sum(unit.activation_bytes for unit in model_facts(config, 4, 16).units)
+    assert counted == pytest.approx(real, rel=0.15)
+
+
+LARGE = {
+    "llama": (
+        LlamaConfig(
+            hidden_size=8192,
+            intermediate_size=28672,
+            num_hidden_layers=80,
+            num_attention_heads=64,
+            num_key_value_heads=8,
+            vocab_size=128256,
+        ),
+        70.6e9,
+        70.6e9,
+    ),
+    "deepseek": (DeepseekV3Config(), 671.03e9, 37.55e9),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGE)
+def test_the_largest_are_counted_without_weights(name: str) -> None:
+    """The published numbers of parameters, all and active; a forward takes two operations for each, but for the embedding."""
+    config, parameters, active = LARGE[name]
+    facts = model_facts(config, 1, 1024, torch.bfloat16)
+    assert facts.untrainable is None
+    assert facts.layers == config.num_hidden_layers
+    assert facts.parameters == pytest.approx(parameters, rel=1e-3)
+    assert facts.active_parameters == pytest.approx(active, rel=1e-3)
+    embedded = config.vocab_size * config.hidden_size
+    assert facts.flops / 2 / 1024 == pytest.approx(facts.active_parameters - embedded, rel=0.08)
+    layers = [unit for unit in facts.units if unit.kind == "layer"]
+    alike = {(unit.flops, unit.activation_bytes, unit.parameters) for unit in layers}
+    assert len(alike) == (2 if name == "deepseek" else 1)
+
+
+def test_what_can_only_be_planned_says_why() -> None:
+    facts = model_facts(gpt2(add_cross_attention=True), 2, 16)
+    assert facts.untrainable == "GPT2LMHeadModel with config.add_cross_attention=True can't be split into stages"
+    assert facts.layers == 4 and facts.units[1].flops > 0
 
 
 def test_eager_attention_keeps_its_scores() -> None:
@@ -131,10 +219,13 @@ def test_transformer_xl_without_memory() -> None:
     [
         (transfo_xl(mem_len=16), "attends to a memory of mem_len=16, which is not counted; plan it without"),
         (T5Config(), "model_type 't5' is no causal language model"),
-        (MixtralConfig(**SMALL, num_key_value_heads=2), "num_local_experts=8: what a mixture of experts computes"),
-        (BertConfig(**SMALL, is_decoder=True), "neither in its embedding, its layers nor its head"),
+        (GPT2Config(n_embd=32, n_head=5), r"no gpt2 model can be made of this configuration \(ValueError: .*divisible"),
+        (
+            BertConfig(**SMALL, is_decoder=True, add_cross_attention=True),
+            "neither in its embedding, its layers nor its head",
+        ),
     ],
-    ids=["memory", "no causal model", "experts", "no plain row of layers"],
+    ids=["memory", "no causal model", "contradiction", "can't be split, and is no plain row of layers"],
 )
 def test_what_cannot_be_counted(config: PretrainedConfig, message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=message):

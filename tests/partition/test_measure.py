@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import tiny_gpt2
-from transformers import LlamaConfig
+from transformers import Gemma3nTextConfig, Gemma3TextConfig, LlamaConfig, PretrainedConfig, Qwen3MoeConfig
 
 from hf_ouroboros.errors import UnsupportedModelError
 from hf_ouroboros.models.transfo_xl import TransfoXLConfig
@@ -119,12 +120,68 @@ def test_a_failure_ends_all_and_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
         measured(config, facts, ["cpu:0", "cpu:1"], cache=None)
 
 
-def test_what_can_only_be_planned_is_refused() -> None:
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("config", "built"),
+    [
+        (LlamaConfig(**SMALL, num_hidden_layers=4), 1),
+        (
+            Qwen3MoeConfig(
+                **SMALL,
+                num_hidden_layers=4,
+                num_experts=4,
+                num_experts_per_tok=2,
+                moe_intermediate_size=16,
+                mlp_only_layers=[0],
+            ),
+            2,
+        ),
+        (Gemma3TextConfig(**SMALL, num_hidden_layers=8, head_dim=8, sliding_window=4), 6),
+    ],
+    ids=["llama", "a dense layer, then experts", "one layer of six sees all"],
+)
+def test_of_every_kind_of_layer_one_is_built(
+    config: PretrainedConfig, built: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = []
+    run = measure._DeviceRun.run
+    monkeypatch.setattr(
+        measure._DeviceRun,
+        "run",
+        lambda self: layers.append(self.model.config.num_hidden_layers) or run(self),
     )
+    facts = model_facts(config, 1, 8)
+    (device,) = measured(config, facts, ["cpu:0"], cache=None)
+    assert layers == [built]
+    assert len(device.times) == len(facts.units)
+    assert all(min(t.forward, t.backward, t.step) > 0 for t in device.times[1:-2])
+
+
+def test_what_else_crosses_boundaries_is_handed_on() -> None:
+    """Layers of a Gemma 3n get embeddings of their own, and keys and values of earlier layers."""
+    config = Gemma3nTextConfig(
+        **SMALL | {"intermediate_size": [48] * 4},
+        num_hidden_layers=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2,
+        vocab_size_per_layer_input=64,
+        hidden_size_per_layer_input=8,
+        laurel_rank=4,
+        activation_sparsity_pattern=[0.0] * 4,
+    )
+    (device,) = measured(config, model_facts(config, 1, 8), ["cpu:0"], cache=None)
+    assert all(t.forward > 0 and t.backward > 0 for t in device.times[:5])
+
+
+def test_what_can_only_be_planned_is_refused() -> None:
+    config = LlamaConfig(**SMALL, num_hidden_layers=2)
+    facts = replace(model_facts(config, 1, 8), untrainable="this model can't be split into stages")
     with pytest.raises(UnsupportedModelError, match="so it can't be measured; plan for device kinds instead"):
-        measured(config, model_facts(config, 1, 8), ["cpu:0"], cache=None)
+        measured(config, facts, ["cpu:0"], cache=None)
 
 
 def test_what_the_machine_has_no_memory_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,14 +11,14 @@ import benchmark
 import psutil
 import pytest
 import torch
-from benchmarking import launch, report, trainers
+from benchmarking import launch, peers, report, trainers
 from benchmarking.clock import Clock
 from benchmarking.contenders import ContenderError, parse_contender
 from benchmarking.job import Job, build_model, muon_matrices, tables
 from benchmarking.options import THROUGHPUT, TIME_TO_LOSS, BenchmarkArguments
 from benchmarking.text import read_blocks, write_blocks
 from running import RECIPES, run
-from transformers import BertConfig, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, T5Config
 
 from hf_ouroboros import OuroborosArguments, OuroborosTrainer
 
@@ -74,6 +74,8 @@ def test_impossible_contenders_are_named(text: str, words: str) -> None:
         ({"updates": 5}, "use 7 or more"),
         ({"contenders": ["naive", "naive"]}, "twice"),
         ({"vocab_size": 100}, "bytes"),
+        ({"model_type": "lama"}, "--model_type='lama' is unknown to Transformers"),
+        ({"model_type": "llama", "config_overrides": "n_layer=3"}, "has no option 'n_layer'"),
         ({"devices": ["cuda:1", "cuda:0"]}, "cuda:0 cuda:1"),
         ({"until_loss": "low", "updates": 20}, "a number or 'naive'"),
         ({"until_loss": "naive", "contenders": ["1f1b", "naive"], "updates": 20}, "name naive first"),
@@ -94,7 +96,7 @@ def test_planned_lengths() -> None:
     assert BenchmarkArguments(updates=20, until_loss="3.5", at_most=1.5).planned_updates(contender("naive")) == 30
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "transfo-xl"])
+@pytest.mark.parametrize("model_type", ["gpt2", "transfo-xl", "mixtral"])
 def test_muon_steps_the_same_matrices_as_ours(tmp_path: Path, model_type: str) -> None:
     options = BenchmarkArguments(model_type=model_type, n_embd=64, n_layer=3, block_size=16, optimizer="muon")
     model = build_model(Job(options, contender("naive"), 0, tmp_path, tmp_path, 1))
@@ -190,7 +192,7 @@ def test_synchronous_contenders_agree_and_failures_are_reported(
 
 
 @pytest.mark.parametrize("untied", [True, False])
-@pytest.mark.parametrize("model_type", ["gpt2", "transfo-xl"])
+@pytest.mark.parametrize("model_type", ["gpt2", "transfo-xl", "llama"])
 def test_models_of_contenders(tmp_path: Path, model_type: str, untied: bool) -> None:
     options = BenchmarkArguments(model_type=model_type, n_embd=64, n_layer=2, block_size=16, untied=untied)
     job = Job(options, contender("naive"), 0, tmp_path / "blocks", tmp_path, updates=1)
@@ -215,8 +217,8 @@ def test_contenders_train_a_model_on(tmp_path: Path) -> None:
 
 def test_models_that_contenders_cannot_train_on_are_named(tmp_path: Path) -> None:
     GPT2Config(n_positions=8).save_pretrained(tmp_path / "short")
-    BertConfig().save_pretrained(tmp_path / "bert")
-    for folder, words in (("short", "8 positions"), ("bert", "is a bert"), ("missing", ": ")):
+    T5Config().save_pretrained(tmp_path / "t5")
+    for folder, words in (("short", "8 positions"), ("t5", "is a t5"), ("missing", ": ")):
         with pytest.raises(ContenderError, match=f"{folder}.*{words}"):
             BenchmarkArguments(model_name_or_path=str(tmp_path / folder), block_size=16).take_sizes()
 
@@ -241,6 +243,31 @@ def test_time_to_the_loss_of_the_naive_run(tmp_path: Path, optimizer: str, toler
     assert 1024 < tokens < 2048 and naive["tokens_per_update"] == 8 * 32  # on the way from update 4 to 8
     assert "| 4 | 1 of 1 |" in row and f"| {tokens:,.0f} | 1.00 (1.00 - 1.00) |" in row
     assert (tmp_path / "out/results.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_peers_train_any_decoder(tmp_path: Path) -> None:
+    """A mixture, whose losses are the naive run's."""
+    contenders = ["naive", "torch-zb:M=8"]
+    values = {"updates": 8, "model_type": "mixtral", "config_overrides": "num_local_experts=4"}
+    printed = run(command(tmp_path, contenders, values), tmp_path).stdout
+    assert "failed" not in printed and "losses differ" not in printed
+    losses = [run["losses"] for run in json.loads((tmp_path / "out/results.json").read_text())["results"][0]]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_peers_refuse_what_they_would_not_hand_on() -> None:
+    class Sharing:
+        index = 1
+        config = T5Config()
+
+        def __call__(self, batch: dict[str, torch.Tensor], received: object) -> dict[str, torch.Tensor]:
+            return {"hidden": batch["input_ids"], "extra0": batch["input_ids"]}
+
+    with pytest.raises(
+        ContenderError, match=re.escape("1 tensor(s) besides the hidden state cross the end of stage 1")
+    ):
+        peers.check_boundaries([Sharing(), Sharing()])
 
 
 def test_a_late_run_is_ended_with_its_processes(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pretrain_lm
 import pytest
 from common import OptionError, count_characters, limit_bytes, parse_options, read_overrides
 from running import RECIPES
-from transformers import GPT2Config
+from transformers import GPT2Config, LlamaConfig
 
 from hf_ouroboros import UnsupportedOptionError
 from hf_ouroboros.data import byte_tokenizer
@@ -96,6 +96,10 @@ def test_overrides_have_the_type_of_the_configuration() -> None:
         "activation_function": "relu",
     }
     assert [type(value) for value in found.values()] == [int, float, float, bool, str]
+    nested = read_overrides(
+        "rope_parameters={rope_type: default, rope_theta: 5000.0},num_hidden_layers=2", LlamaConfig()
+    )
+    assert nested == {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}, "num_hidden_layers": 2}
 
 
 @pytest.mark.parametrize(

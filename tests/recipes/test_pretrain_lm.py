@@ -6,11 +6,15 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
+import pretrain_lm
 import pytest
 from huggingface_hub import ModelCard
 from running import PLAIN_LOAD, RECIPES, TINY, options, recipe, run
 from safetensors.torch import load_file
+
+from hf_ouroboros.data import byte_tokenizer
 
 
 def test_files_card_and_table(pretrained: tuple[Path, str], tmp_path: Path) -> None:
@@ -46,6 +50,36 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
     assert all(whole[name].equal(resumed[name]) for name in whole)
     halfway = load_file(tmp_path / "whole/checkpoint-2/model.safetensors")
     assert not all(whole[name].equal(halfway[name]) for name in whole)
+
+
+@pytest.mark.slow
+def test_another_decoder_is_pretrained_and_finetuned(tmp_path: Path) -> None:
+    overrides = "hidden_size=32,intermediate_size=64,num_hidden_layers=3,num_attention_heads=2,num_key_value_heads=1"
+    values = TINY | {"model_type": "qwen3", "config_overrides": overrides, "output_dir": "out", "max_steps": 2}
+    recipe("pretrain_lm.py", tmp_path, values)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert (config["model_type"], config["hidden_size"], config["vocab_size"]) == ("qwen3", 32, 257)
+    tuning = {"model_name_or_path": "out", "max_train_examples": 8, "num_train_epochs": 1, "sample_tokens": 8}
+    done = recipe("finetune_lm.py", tmp_path, tuning)
+    assert "before -> after" in done.stdout
+    assert "This `qwen3` causal language model" in (tmp_path / "runs/finetune_lm/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"model_type": "gpt2"}, {"n_embd": 96, "n_layer": 6, "n_positions": 64, "resid_pdrop": 0.0}),
+        ({"model_type": "gpt2", "config_overrides": "n_positions=128"}, {"n_embd": 768, "n_positions": 128}),
+        ({"model_type": "gpt2", "smoke": True}, {"n_embd": 32, "n_layer": 4}),
+        ({"model_type": "deepseek_v3"}, {"hidden_size": 96, "num_hidden_layers": 6, "n_routed_experts": 8}),
+        ({"model_type": "qwen3", "smoke": True}, {"hidden_size": 32, "max_position_embeddings": 64}),
+        ({"model_type": "llama", "config_overrides": "num_hidden_layers=2"}, {"hidden_size": 4096}),
+    ],
+)
+def test_models_from_scratch_are_small_or_as_told(options: dict[str, Any], expected: dict[str, object]) -> None:
+    config = pretrain_lm.make_config(pretrain_lm.ScriptArguments(**options), byte_tokenizer(64))
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert (config.vocab_size, config.eos_token_id) == (257, 256)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from ...errors import UnsupportedModelError
 from ..anatomy import find_anatomy
+from ..experts import active_cost
 from ..shadow_stage import ShadowStage
 from ..stages import Stage
 from ..units import StageSpan, Unit
@@ -50,6 +51,10 @@ class DecoderFamily(Family):
         """Final norm and output projection."""
         anatomy = find_anatomy(model)
         return [names for names in (anatomy.norms, anatomy.head) if names]
+
+    def cost(self, model: PreTrainedModel, name: str) -> float | None:
+        """Of a layer with experts: a token passes only some of them."""
+        return active_cost(model.get_submodule(name), model.config)
 
     def make_stage(self, model: PreTrainedModel, units: Sequence[Unit], span: StageSpan, num_stages: int) -> Stage:
         """A stage that is a shadow of the model."""
