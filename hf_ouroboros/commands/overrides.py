@@ -35,7 +35,9 @@ def read_overrides(text: str, config: PretrainedConfig, option: str = "--config_
 
     values: dict[str, Any] = {}
     known = config.to_dict()
-    for item in filter(None, (part.strip() for part in re.split(r",(?![^\\[]*\\])", text))):  # but not inside of a list
+    for item in filter(
+        None, (part.strip() for part in re.split(r",(?![^\[{]*[\]}])", text))
+    ):  # but not inside of a list or mapping
         name, equals, written = (part.strip() for part in item.partition("="))
         if not equals or not written:
             raise UnsupportedOptionError(f"{option}: {shown(item)} is not of the form name=value")
@@ -59,15 +61,17 @@ def read_overrides(text: str, config: PretrainedConfig, option: str = "--config_
             raise UnsupportedOptionError(f"{option}: {name} must be {type(present).__name__}, got {shown(written)}")
         if not _is_simple(value):
             raise UnsupportedOptionError(
-                f"{option}: {name} must be a number, a word or a list of up to {MOST_VALUES} of them, got {shown(written)}"
+                f"{option}: {name} must be a number, a word or a list or mapping of up to {MOST_VALUES} of them, got {shown(written)}"
             )
         values[name] = value
     return values
 
 
 def _is_simple(value: Any) -> bool:
+    if isinstance(value, dict):
+        return len(value) <= MOST_VALUES and all(isinstance(k, str) and _is_simple(v) for k, v in value.items())
     if isinstance(value, list):
-        return len(value) <= MOST_VALUES and all(not isinstance(v, list) and _is_simple(v) for v in value)
+        return len(value) <= MOST_VALUES and all(not isinstance(v, list | dict) and _is_simple(v) for v in value)
     return value is None or isinstance(value, bool | int | float | str)
 
 
