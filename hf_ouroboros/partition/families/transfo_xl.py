@@ -103,7 +103,7 @@ class TransfoXLStage(Stage):
 
     def __init__(self, model: PreTrainedModel, family: Family, units: Sequence[Unit], span: StageSpan, num_stages: int):
         super().__init__(model.config, family, units, span, num_stages)
-        own = {name for unit in units[span.start : span.stop] for name in unit.modules}
+        own = [name for unit in units[span.start : span.stop] for name in unit.modules]
         whole = shadow(model)  # one shadow, so that modules that share something still do
         for name in own:
             _attach(self, name, whole.get_submodule(name))
