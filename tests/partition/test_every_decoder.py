@@ -11,6 +11,7 @@ import inspect
 import sys
 import warnings
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +52,41 @@ def batches(model: PreTrainedModel) -> dict[str, dict[str, torch.Tensor]]:
     return found
 
 
-def run_whole(model: PreTrainedModel, batch: dict[str, torch.Tensor], weights: Weights) -> tuple[Any, Weights]:
+def takes_labels(model: PreTrainedModel) -> bool:
+    """Whether the model computes a loss of text alone; some do only beside an image."""
+    ids = torch.zeros(2, 16, dtype=torch.long)
+    try:
+        with torch.no_grad():
+            return model(input_ids=ids, labels=ids, **call_options(model)).loss is not None
+    except ValueError:
+        return False
+
+
+def call_with_loss(call: Any, batch: dict[str, torch.Tensor], own: bool, options: dict[str, Any]) -> Any:
+    """What the model returns, with its own loss or else one of its logits."""
+    if own:
+        return call(**batch, labels=batch["input_ids"], **options)
+    output = call(**batch, **options)
+    output["loss"] = output.logits.float().square().mean()
+    return output
+
+
+def run_whole(
+    model: PreTrainedModel, batch: dict[str, torch.Tensor], weights: Weights, own: bool
+) -> tuple[Any, Weights]:
     """Output with loss, and all gradients, with some weights."""
     leaves = {name: value.clone().requires_grad_(value.is_floating_point()) for name, value in weights.items()}
-    output = functional_call(model, leaves, (), {**batch, "labels": batch["input_ids"], **call_options(model)})
+
+    def call(**inputs: Any) -> Any:
+        return functional_call(model, leaves, (), inputs)
+
+    output = call_with_loss(call, batch, own, call_options(model))
     output.loss.backward()
     return output, {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
 
 def run_in_stages(
-    stages: tuple[Stage, ...], batch: dict[str, torch.Tensor], weights: Weights, names: dict[int, str]
+    stages: tuple[Stage, ...], batch: dict[str, torch.Tensor], weights: Weights, names: dict[int, str], own: bool
 ) -> tuple[Any, Weights]:
     """The same, with the graph cut at every boundary as the engine does."""
     tape, state, gradients = [], None, Counter()
@@ -71,9 +97,7 @@ def run_in_stages(
         if state is not None:
             received = {n: t.detach().requires_grad_(stage.trains(n, t)) for n, t in state.items()}
 
-        def finish(call: Any, batch: dict[str, torch.Tensor] = batch) -> Any:
-            return call(**batch, labels=batch["input_ids"])
-
+        finish = partial(call_with_loss, batch=batch, own=own, options={})
         given = (select(stage, batch, CPU), received, None, finish if stage.is_last else None)
         state = functional_call(stage, leaves, given)
         tape.append((stage, leaves, received, state))
@@ -102,15 +126,16 @@ def differing(model_type: str) -> list[str]:
     model = tiny_decoder(model_type).train()
     stages = split_model(model, ["cpu:0", "cpu:1", "cpu:2"], num_stages=STAGES).stages
     names = {id(p): n for n, p in model.named_parameters()}
+    own = takes_labels(model)
     now = {n: p.detach() for n, p in model.named_parameters()}
     older = {n: p + 0.01 * p.abs() if p.is_floating_point() else p for n, p in now.items()}
     found = []
     for name, batch in batches(model).items():
         for weights in (now, older) if name == "plain" else (now,):
             torch.manual_seed(0)
-            expected, expected_gradients = run_whole(model, batch, weights)
+            expected, expected_gradients = run_whole(model, batch, weights, own)
             torch.manual_seed(0)
-            output, gradients = run_in_stages(stages, batch, weights, names)
+            output, gradients = run_in_stages(stages, batch, weights, names, own)
             which = f"{name}, {'older' if weights is older else 'present'} weights"
             if not torch.equal(output.logits, expected.logits):
                 found.append(f"logits ({which})")

@@ -77,7 +77,7 @@ MORE: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 3},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 3},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"] * 2},
-    "nemotron": {"head_dim": 16},
+    "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
     "mamba2": {"head_dim": 16, "num_heads": 8},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_d_head": 16, "mamba_n_heads": 8},
     "zaya": {"num_experts_per_tok": 1},
