@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -11,9 +12,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..errors import CheckpointError, CheckpointMismatchError
+from ..partition.loading import load_owned
 
 _DTYPES = {
     torch.float64: "F64",
@@ -83,6 +87,8 @@ def check_weights(model: nn.Module, saved: Mapping[str, SavedTensor], directory:
         CheckpointMismatchError: names, shapes or dtypes differ.
     """
     expected, tied = _saved_names(model)
+    if saved.keys() != expected.keys():
+        expected = converted(model, expected)
     other = f"the model in {directory}"
     what = "it belongs to another model; resume with the model that the checkpoint was written with"
     if missing := [name for name in expected if name not in saved]:
@@ -128,6 +134,9 @@ def load_weights(model: nn.Module, directory: str | Path, saved: Mapping[str, Sa
     saved = saved_weights(directory) if saved is None else saved
     check_weights(model, saved, directory)
     held = held_tensors(model)
+    if not held.keys() <= saved.keys():
+        _load_converted(model, directory, held)
+        return
     try:
         with torch.no_grad():
             for file in sorted({saved[name].file for name in held if name in saved}):
@@ -136,6 +145,36 @@ def load_weights(model: nn.Module, directory: str | Path, saved: Mapping[str, Sa
                         held[name].copy_(opened.get_tensor(name))
     except _READING as error:
         raise CheckpointError(f"the model in {directory} can't be read: {type(error).__name__}: {error}") from error
+
+
+def _load_converted(model: nn.Module, directory: Path, held: Mapping[str, torch.Tensor]) -> None:
+    """As `load_weights`, for an architecture whose files have other names and shapes: transformers converts them."""
+    double = any(value.dtype is torch.float64 for value in held.values())
+    try:
+        part = load_owned(
+            directory,
+            held.__contains__,
+            type(model),
+            config=copy.deepcopy(model.config),
+            dtype=torch.float64 if double else torch.float32,  # holds the values of every smaller one
+        )
+    except _READING as error:
+        raise CheckpointError(f"the model in {directory} can't be read: {type(error).__name__}: {error}") from error
+    with torch.no_grad():
+        for name, value in part.state_dict().items():
+            if name in held and not value.is_meta:
+                held[name].copy_(value)
+
+
+def converted(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of a model by their names, and in the shapes, of the architecture's files on the Hub."""
+    if not isinstance(model, PreTrainedModel):
+        return dict(tensors)
+    # Parts of a tensor (an expert of all) get memory of their own: safetensors writes nothing that shares it.
+    return {
+        name: value if name in tensors else value.clone(memory_format=torch.contiguous_format)
+        for name, value in revert_weight_conversion(model, dict(tensors)).items()
+    }
 
 
 def held_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -39,7 +39,7 @@ def shadow(
     twin = _shadow(module, replacements or {}, known)
     for copied in list(known.values()):
         if own_hooks:
-            for name in _hooks(copied):
+            for name in hook_dicts(copied):
                 copied.__dict__[name] = copy.copy(copied.__dict__[name])
         for name, value in vars(copied).items():  # plain attributes that point back into the tree
             if isinstance(value, nn.Module) and id(value) in known:
@@ -89,7 +89,7 @@ def hollow(module: nn.Module, known: dict[int, nn.Module] | None = None) -> nn.M
     if id(module) in known:
         return known[id(module)]
     twin = known[id(module)] = copy.copy(module)
-    for name in _hooks(twin):
+    for name in hook_dicts(twin):
         twin.__dict__[name] = type(twin.__dict__[name])()
     for name in ("forward", "_hf_hook", "_old_forward"):
         twin.__dict__.pop(name, None)
@@ -124,7 +124,8 @@ def _with_parameters(module: nn.Module, values: Callable[[nn.Parameter], torch.T
     return twin
 
 
-def _hooks(module: nn.Module) -> list[str]:
+def hook_dicts(module: nn.Module) -> list[str]:
+    """Names of the attributes in which a module keeps its hooks."""
     return [name for name in vars(module) if name.endswith(("_hooks", "_hooks_with_kwargs"))]
 
 

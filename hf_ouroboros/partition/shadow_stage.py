@@ -25,7 +25,7 @@ from transformers.utils import ModelOutput
 from ..errors import EngineError, UnsupportedModelError
 from .anatomy import HIDDEN, Anatomy, Answers, call_options, logits_of
 from .ownership import named_parts
-from .shadow import Path, hollow, leaf, leaves, map_leaves, on_meta, shadow, with_leaf
+from .shadow import Path, hollow, hook_dicts, leaf, leaves, map_leaves, on_meta, shadow, with_leaf
 from .stages import Boundary, Finish, Memory, Stage
 from .units import StageSpan, Unit
 
@@ -85,6 +85,10 @@ class ShadowStage(Stage):
         self._stubs_have_memory = False
         # The shadow is not a child: its children are this module's children, under the same names.
         core = shadow(model, self._replacements(model, units, span))
+        for name in hook_dicts(
+            core
+        ):  # hooks on the model as a whole, such as one that refuses its forward, are not a stage's
+            core.__dict__[name] = type(core.__dict__[name])()
         self.__dict__["_core"] = core
         self._modules, self._parameters, self._buffers = core._modules, core._parameters, core._buffers
         self._drop_foreign_parameters(core)
