@@ -13,20 +13,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
-from transformers.utils import ModelOutput
 
 from ..errors import EngineError, UnsupportedModelError
-from .anatomy import HIDDEN, Anatomy, Answers, call_options, logits_of
+from .anatomy import HIDDEN, Anatomy
+from .meta import call_options
+from .one_call import OneCall
 from .ownership import named_parts
 from .shadow import Path, hollow, hook_dicts, leaf, leaves, map_leaves, on_meta, shadow, with_leaf
 from .stages import Boundary, Finish, Memory, Stage
+from .stand_ins import identity, nothing, output_on_meta, without_values
 from .units import StageSpan, Unit
 
 NOT_OF_A_BATCH = frozenset(
@@ -113,7 +114,8 @@ class ShadowStage(Stage):
         self._stub_device = tokens.device
         if not self.is_last:
             return self._attempt(batch, received)
-        call = _OneCall(self, batch, received)
+        run = partial(self._attempt, received=received)
+        call = OneCall(run, batch, self.batch_keys, self.foreign_outputs, alone=self.is_first)
         return call(**batch).logits if finish is None else finish(call)
 
     def _attempt(self, inputs: dict[str, Any], received: Boundary | None) -> Any:
@@ -169,7 +171,7 @@ class ShadowStage(Stage):
             if i not in self._own:
                 made[id(layer)] = lambda module, i=i: self._passing(module, i)
         if not self.is_first:
-            made |= {id(model.get_submodule(name)): _identity for name in anatomy.early_dropouts}
+            made |= {id(model.get_submodule(name)): identity for name in anatomy.early_dropouts}
         if self._exit == anatomy.num_layers + 1:
             made[id(model.get_submodule(anatomy.head[0]))] = self._ending_head
         keep = [*own, anatomy.stack]
@@ -196,7 +198,7 @@ class ShadowStage(Stage):
             for name, parameter in list(module._parameters.items()):
                 if parameter is not None and id(parameter) not in own:
                     del module._parameters[name]
-                    module.__dict__[name] = _nothing(parameter)
+                    module.__dict__[name] = nothing(parameter)
 
     def _own_modules(self) -> list[str]:
         anatomy = self._anatomy
@@ -265,7 +267,7 @@ class ShadowStage(Stage):
         return twin
 
     def _ending_head(self, module: nn.Module) -> nn.Module:
-        twin = _without_values(module)
+        twin = without_values(module)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             self._captured[HIDDEN] = leaf((args, kwargs), self._anatomy.head_input)
@@ -276,7 +278,7 @@ class ShadowStage(Stage):
 
     def _stub(self, module: nn.Module) -> nn.Module:
         """A foreign module before the stage: only the shape of what it puts out matters, which the meta device tells."""
-        twin, meta = _without_values(module), on_meta(module)
+        twin, meta = without_values(module), on_meta(module)
         shapes: dict[Any, Any] = {}
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -285,87 +287,12 @@ class ShadowStage(Stage):
             if key not in shapes:
                 if len(shapes) > 64:
                     shapes.clear()
-                shapes[key] = _output_on_meta(meta, map_leaves(given, lambda t: t.to("meta")))
+                shapes[key] = output_on_meta(meta, map_leaves(given, lambda t: t.to("meta")))
             return map_leaves(shapes[key], self._stand_in)
 
         twin.forward = forward
         return twin
 
     def _stand_in(self, like: torch.Tensor) -> torch.Tensor:
-        stand_in = _nothing(like, self._stub_device)
+        stand_in = nothing(like, self._stub_device)
         return stand_in.contiguous() if self._stubs_have_memory else stand_in
-
-
-class _OneCall:
-    """The model on the last stage, which can be called once, with the inputs that the other stages have computed with.
-
-    Args:
-        stage: the last one.
-        batch: those inputs.
-        received: output of the stage before.
-    """
-
-    def __init__(self, stage: ShadowStage, batch: dict[str, torch.Tensor], received: Boundary | None):
-        self._stage, self._batch, self._received = stage, batch, received
-        self._called = False
-
-    def __call__(self, **inputs: Any) -> ModelOutput:
-        """What the model returns.
-
-        Raises:
-            EngineError: it is the second call, the inputs are others than the batch's, or the output is asked for what
-                other stages have.
-        """
-        stage = self._stage
-        if not (stage.is_first and stage.is_last):
-            if self._called:
-                raise EngineError(
-                    "the loss calls the model a second time for a micro-batch, but the stages before the last one have run "
-                    "it once; compute the loss of one call, or train with stock Trainer"
-                )
-            changed = [key for key in stage.batch_keys if inputs.get(key) is not self._batch.get(key)]
-            if changed:
-                raise EngineError(
-                    f"the loss calls the model with another {', '.join(sorted(changed))} than the batch's, but the stages "
-                    "before the last one have run on the batch; change the inputs in the data collator"
-                )
-            if wanted := [key for key in stage.foreign_outputs if inputs.get(key)]:
-                raise EngineError(
-                    f"{wanted[0]}=True asks for what layers of other stages put out, which they keep to themselves; leave "
-                    "it out, or run the saved model by itself"
-                )
-        self._called = True
-        output = stage._attempt(inputs, self._received)
-        return output if isinstance(output, ModelOutput) else CausalLMOutput(logits=logits_of(output))
-
-
-def _output_on_meta(module: nn.Module, given: Any) -> Any:
-    for scope in (nullcontext, Answers):
-        try:
-            with torch.no_grad(), scope():
-                return module(*given[0], **given[1])
-        except RuntimeError:  # it asks for values, e.g. whether all of a mask is true
-            if scope is Answers:
-                raise
-    return None
-
-
-def _identity(module: nn.Module) -> nn.Module:
-    twin = hollow(module)
-    twin.forward = lambda value, *args, **kwargs: value
-    return twin
-
-
-def _without_values(module: nn.Module) -> nn.Module:
-    """A hollow module whose parameters can still be asked for shape and dtype (`embedding.weight.dtype`)."""
-    twin = hollow(module)
-    for mine, theirs in zip(twin.modules(), module.modules(), strict=True):
-        for name, parameter in theirs._parameters.items():
-            mine.__dict__[name] = None if parameter is None else _nothing(parameter)
-        mine._buffers = dict(theirs._buffers)
-    return twin
-
-
-def _nothing(like: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
-    """Zeros of a shape, which take no memory."""
-    return torch.zeros((), dtype=like.dtype, device=device or "cpu").expand(like.shape)

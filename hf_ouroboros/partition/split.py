@@ -13,10 +13,10 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import DeviceMapError, UnsupportedModelError
-from .anatomy import call_options, logits_of
 from .device_map import parse_device_map, plan_stages
 from .families import Family, find_family
 from .mapping import check_module_names
+from .meta import call_options, logits_of
 from .ownership import Owned, named_parts, release_foreign
 from .plan import StagePlan, StageRow, torch_device
 from .self_check import Run, Sample, compare, take_sample

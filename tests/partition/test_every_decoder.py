@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from hf_ouroboros.errors import UnsupportedModelError
 from hf_ouroboros.partition import Stage, select, split_model
-from hf_ouroboros.partition.anatomy import call_options
+from hf_ouroboros.partition.meta import call_options
 
 COMMON = (
     "llama qwen2 qwen3 gemma2 gemma3_text gemma3n_text gemma4_text mistral phi3 olmo2 gpt_neox mixtral qwen3_moe gpt_oss "

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...errors import UnsupportedModelError
-from ..anatomy import find_anatomy
+from ..dissection import find_anatomy
 from ..experts import active_cost
 from ..shadow_stage import ShadowStage
 from ..stages import Stage

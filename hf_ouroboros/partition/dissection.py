@@ -1,0 +1,246 @@
+"""Dissection: finds the anatomy of a model by one forward, which autograd is then asked about.
+
+The forward runs on the meta device, which needs no weights and no memory; where a model needs data to run at all, a few
+tokens go through its weights. What was found is kept for models of the same configuration and shapes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import UnsupportedModelError
+from .anatomy import Anatomy, Extra, LayerCall
+from .meta import Answers
+from .recording import NeedsData, Recording
+from .shadow import Path, detached, leaf, leaves, on_meta
+
+FIRST_ARGUMENTS = ((0, 0), (1, "hidden_states"), (1, "x"), (1, "hidden"))
+
+# By what `_key` tells apart. Without weights where that is possible.
+_KNOWN: dict[str, Anatomy | UnsupportedModelError] = {}
+
+
+def find_anatomy(model: PreTrainedModel) -> Anatomy:
+    """The anatomy of a model, with or without weights.
+
+    Raises:
+        UnsupportedModelError: the model is no row of layers that can be cut; the message says why.
+    """
+    key = _key(model)
+    if key not in _KNOWN:
+        try:
+            _KNOWN[key] = _record(model)
+        except UnsupportedModelError as error:
+            _KNOWN[key] = error
+    found = _KNOWN[key]
+    if isinstance(found, UnsupportedModelError):
+        raise UnsupportedModelError(str(found))
+    return found
+
+
+def _record(model: PreTrainedModel) -> Anatomy:
+    try:
+        return _Dissection(model, on_meta(model)).anatomy()
+    except NeedsData as error:
+        if any(p.is_meta for p in model.parameters()):
+            raise
+        try:  # a few tokens through the weights themselves
+            return _Dissection(model, detached(model)).anatomy()
+        except NeedsData:
+            raise error from None
+
+
+def _key(model: PreTrainedModel) -> str:
+    config = model.config
+    attention = getattr(config, "_attn_implementation", None)
+    digest = hashlib.blake2b(f"{type(model)!r} {attention} {config.to_json_string(use_diff=False)}".encode())
+    numbers: dict[int, int] = {}
+    for name, module in model.named_modules():
+        digest.update(f"{name} {type(module)!r} {getattr(module, 'p', None)} {'forward' in vars(module)}".encode())
+        for own, parameter in module._parameters.items():
+            if parameter is not None:
+                number = numbers.setdefault(id(parameter), len(numbers))
+                digest.update(f"{own} {tuple(parameter.shape)} {parameter.dtype} {number}".encode())
+    return digest.hexdigest()
+
+
+class _Dissection(Recording):
+    """A recording that is read off."""
+
+    def anatomy(self) -> Anatomy:
+        """Runs, and reads off."""
+        with self._runnable(), Answers() as answers:
+            self.stack = self._find_stack()
+            self.layers = list(self.twin.get_submodule(self.stack))
+            self.head = self._head_module()
+            logits = self._record()
+            return self._read(logits, answers)
+
+    def _read(self, logits: torch.Tensor, answers: Answers) -> Anatomy:
+        order = [i for i, *_ in self.calls]
+        if order != list(range(len(self.layers))):
+            repeated = len(order) > len(set(order))
+            raise self.refuse(
+                f"layers of {self.stack} run "
+                + ("more than once in a forward" if repeated else f"in the order {order[:8]}, not one after the other")
+            )
+        self._check_sharing()
+        calls, early = self._layer_calls()
+        outside = self._outside()
+        first = self._reached(early, outside)
+        entries = [t for _, seen, _, _ in self.calls for _, t in seen if t.requires_grad]
+        head, norms, head_input = self._after(logits, outside, entries)
+        last = head | norms
+        between = self._reached([self.hidden], {n: p for n, p in outside.items() if n not in first | last})
+        if between:
+            raise self.refuse(f"{sorted(between)[0]} is used between the layers of {self.stack}")
+        unused = set(outside) - first - last
+        others = {"after", "head", "between"}
+        dropouts = [
+            name
+            for name, phases in self.phases.items()
+            if phases == {"before"} and isinstance(self.twin.get_submodule(name), nn.modules.dropout._DropoutNd)
+        ]
+        embedding = self._modules(first, outside, others) + self._modules(unused, outside, set())
+        middle = self._modules(norms, outside, {"before", "between", "head"}) if norms else ()
+        end = self._modules(head, outside, {"before", "between"} | ({"after"} if head_input else set()))
+        return Anatomy(
+            self.stack,
+            tuple(calls),
+            embedding + self._without_parameters({"before"}, embedding),
+            middle + (self._without_parameters({"after"}, middle) if middle else ()),
+            end + self._without_parameters({"head"} if middle else {"after", "head"}, end),
+            head_input,
+            tuple(dropouts),
+            answers.draws,
+        )
+
+    def _check_sharing(self) -> None:
+        owner: dict[int, int] = {}
+        for i, layer in enumerate(self.layers):
+            for name, parameter in layer.named_parameters():
+                if owner.setdefault(id(parameter), i) != i:
+                    raise self.refuse(
+                        f"layers {owner[id(parameter)]} and {i} of {self.stack} share the parameter {name}, which would "
+                        "belong to several stages, each with another delay"
+                    )
+
+    def _outside(self) -> dict[str, nn.Parameter]:
+        inside = {id(p) for layer in self.layers for p in layer.parameters()}
+        return {name: p for name, p in self.twin.named_parameters() if id(p) not in inside and p.is_floating_point()}
+
+    @staticmethod
+    def _reached(tensors: Sequence[torch.Tensor], parameters: Mapping[str, torch.Tensor]) -> set[str]:
+        """Names of the parameters that tensors depend on."""
+        total = [t.float().sum() for t in tensors if t is not None and t.requires_grad]
+        if not total or not parameters:
+            return set()
+        found = torch.autograd.grad(sum(total), list(parameters.values()), retain_graph=True, allow_unused=True)
+        return {name for name, gradient in zip(parameters, found, strict=True) if gradient is not None}
+
+    def _level(self, tensor: torch.Tensor) -> int:
+        """How many layers a tensor depends on."""
+        flat = {(i, n): p for i, layer in enumerate(self.layers) for n, p in layer.named_parameters()}
+        flat = {key: p for key, p in flat.items() if p.is_floating_point()}
+        return max((i + 1 for i, _ in self._reached([tensor], flat)), default=0)
+
+    def _layer_calls(self) -> tuple[list[LayerCall], list[torch.Tensor]]:
+        """Every layer's call, and the tensors that the layers get from before them."""
+        calls: list[LayerCall] = []
+        early: list[torch.Tensor] = []
+        extras: dict[int, Extra] = {}
+        made: dict[int, int] = {}  # id of what a layer returned -> number of layers run by then
+        previous: torch.Tensor | None = None
+        for i, seen, output, given in self.calls:
+            main = next((path for path, tensor in seen if tensor is previous), None)
+            if main is None:
+                main = next((path for path, t in seen if path in FIRST_ARGUMENTS and t.requires_grad), None)
+            if main is None:
+                raise self.refuse(f"no hidden state was found among the arguments of layer {i}")
+            if i == 0:
+                early.append(leaf(given, main))
+            found: dict[Path, Extra] = {}
+            for path, tensor in seen:
+                if path == main or tensor is leaf(given, main) or not (tensor.requires_grad or id(tensor) in made):
+                    continue
+                if id(tensor) not in extras:
+                    level = self._level(tensor) if tensor.requires_grad else made[id(tensor)]
+                    extras[id(tensor)] = Extra(f"extra{len(extras)}", level, tensor.requires_grad)
+                    if level == 0:
+                        early.append(tensor)
+                found[path] = extras[id(tensor)]
+            for _, tensor in leaves(output):
+                made.setdefault(id(tensor), i + 1)
+            form = self._form(output)
+            calls.append(LayerCall(main, found, form.length, form.slot))
+            previous = form.hidden_of(output)
+        return calls, early
+
+    def _after(
+        self, logits: torch.Tensor, outside: Mapping[str, nn.Parameter], entries: list[torch.Tensor]
+    ) -> tuple[set[str], set[str], Path | None]:
+        """Parameters of the head, those between layers and head, and the place where a stage may begin with the head."""
+        sources = [before for before, _ in self.head_inputs]
+        past = {str(i): t for i, t in enumerate(entries)}
+        if self._reached([logits, *sources], past):
+            raise self.refuse("something goes past its layers to the head")
+        head = self._reached([logits], outside)
+        norms = self._reached(sources, outside)
+        alone = len(self.head_inputs) == 1 and not self._reached([logits], {"cut": self.cut}) and not head & norms
+        if not self._reached([logits, *sources], {"cut": self.cut}):
+            raise self.refuse("its logits don't depend on what its last layer returns")
+        return (head, norms, (0, 0)) if alone else (head | norms, set(), None)
+
+    def _modules(self, group: set[str], outside: Mapping[str, nn.Parameter], others: set[str]) -> tuple[str, ...]:
+        """Names of the largest modules (and single parameters) outside of the layers that are a group's and nobody else's.
+
+        Args:
+            group: names of parameters.
+            outside: all parameters outside of the layers.
+            others: phases of a forward in which a module of this group doesn't run; one that runs in several, because its
+                matrix is also the head's, belongs to all of them.
+        """
+        ids = {id(outside[name]) for name in group}
+        found: list[str] = []
+        covered: set[int] = set()
+
+        def foreign(name: str, module: nn.Module) -> bool:
+            for sub, part in module.named_modules(prefix=name):
+                phases = self.phases.get(sub, set())
+                if part._parameters and phases and phases <= others:
+                    return True
+            return False
+
+        def visit(name: str, module: nn.Module) -> None:
+            if name == self.stack:
+                return
+            own = [p for p in module.parameters() if p.is_floating_point()]
+            around = not name or self.stack.startswith(f"{name}.")
+            if own and not around and all(id(p) in ids for p in own) and not foreign(name, module):
+                found.append(name)
+                covered.update(id(p) for p in own)
+                return
+            for child_name, child in module.named_children():
+                visit(f"{name}.{child_name}" if name else child_name, child)
+
+        visit("", self.twin)
+        if self.head is not None and (head := self.names[id(self.head)]) in found:  # the stage begins with it
+            found.remove(head)
+            found.insert(0, head)
+        # Parameters of modules that hold the layers, too, are named by themselves.
+        return tuple(found) + tuple(name for name in sorted(group) if id(outside[name]) not in covered)
+
+    def _without_parameters(self, when: set[str], known: Sequence[str]) -> tuple[str, ...]:
+        """Names of the modules without parameters (dropout, rotary positions) that run in some phases only."""
+        found: list[str] = []
+        for name, phases in sorted(self.phases.items(), key=lambda item: item[0].count(".")):
+            inside = any(name.startswith(f"{other}.") for other in (*known, *found))
+            parameters = any(True for _ in self.twin.get_submodule(name).parameters())
+            if phases <= when and not inside and not parameters:
+                found.append(name)
+        return tuple(found)
