@@ -15,12 +15,11 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalPrediction, TrainOutput
-from transformers.utils import logging
 
 from .arguments import OuroborosArguments
 from .engine.engine import Engine
 from .engine.optimizers import check_optimizer, check_trainable
-from .errors import EngineError, OutputFileError
+from .errors import EngineError
 from .hooks.batches import BatchHooks
 from .hooks.card import CardHooks
 from .hooks.checkpoints import CheckpointHooks
@@ -28,12 +27,12 @@ from .hooks.evaluation import EvaluationHooks
 from .hooks.loss import LossContext, TrainerLoss
 from .hooks.optimizer import OptimizerHooks
 from .hooks.preemption import SaveOnSigterm
+from .hooks.timeline import TimelineHooks
 from .hub.facts import TAG
 from .ledger import LossLedger
 from .partition import Home, Partition, StagePlan, split_model, torch_device
 from .partition.finite import check_finite
 from .processes import ProcessGrid
-from .processes.clocks import record_of_all
 from .processes.engine import ProcessEngine
 from .processes.grid import leave_at_exit
 from .processes.meeting import refusing
@@ -42,14 +41,11 @@ from .processes.relay import Relay
 from .processes.same_batches import SameBatches
 from .processes.watch import Watch
 from .reference import Reference
-from .simulate.timeline import Timeline, timeline_files
+from .simulate.timeline import Timeline
 from .staged import StagedModel, refuse_forward
-from .user_files import check_writable
-
-logger = logging.get_logger(__name__)
 
 
-class OuroborosTrainer(BatchHooks, OptimizerHooks, EvaluationHooks, CheckpointHooks, CardHooks, Trainer):
+class OuroborosTrainer(BatchHooks, OptimizerHooks, EvaluationHooks, CheckpointHooks, TimelineHooks, CardHooks, Trainer):
     """A `Trainer` that splits the model into stages and trains them with delayed gradients, all devices busy.
 
     Same signature as `transformers.Trainer`. A plain `TrainingArguments` is taken with the defaults of
@@ -204,8 +200,7 @@ class OuroborosTrainer(BatchHooks, OptimizerHooks, EvaluationHooks, CheckpointHo
             OutputFileError: the timeline can't be written where it is wanted.
         """
         with self._guarded("training"):
-            if self.args.timeline is not None and self.is_world_process_zero():
-                check_writable("timeline", *timeline_files(self.args.timeline))  # rather than after the last update
+            self._check_timeline()
             try:
                 output = super().train(
                     resume_from_checkpoint=resume_from_checkpoint,
@@ -237,20 +232,6 @@ class OuroborosTrainer(BatchHooks, OptimizerHooks, EvaluationHooks, CheckpointHo
         if self._phase == "training" and isinstance(self.engine, ProcessEngine) and not self.engine.closed:
             return self.engine.doing()
         return self._phase or "between training and evaluation", None
-
-    def _write_timeline(self) -> None:
-        if self.timeline is None:
-            return
-        if self._grid is not None:
-            events = record_of_all(self._grid, self._control_group, self.timeline.events)
-            self.timeline = Timeline(self.timeline.num_devices, self.timeline.device_names)
-            for event in (e for rank in self._grid.row(0) for e in events[rank]):
-                self.timeline.record(event)
-        if self.is_world_process_zero():
-            try:
-                self.timeline.write(self.args.timeline)
-            except OutputFileError as error:  # it could be when training began; the trained model is worth more
-                logger.warning(f"timeline={self.args.timeline!r} is lost: {error}")
 
     def _make_model_usable(self) -> None:
         """Lets `trainer.model` run by itself where its parts stay on several accelerators, as device_map="auto" does."""

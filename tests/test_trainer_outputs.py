@@ -172,7 +172,7 @@ def test_a_timeline_that_is_lost_does_not_lose_the_model(tmp_path: Path, monkeyp
 
     told: list[str] = []
     monkeypatch.setattr("hf_ouroboros.simulate.picture.draw", full)
-    monkeypatch.setattr("hf_ouroboros.trainer.logger.warning", told.append)
+    monkeypatch.setattr("hf_ouroboros.hooks.timeline.logger.warning", told.append)
     trainer = trained(tmp_path, timeline=str(tmp_path / "new" / "trace"))
     assert "No space left on device" in told[0] and not (tmp_path / "new").exists()
     trainer.save_model()

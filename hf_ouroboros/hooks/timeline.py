@@ -1,0 +1,46 @@
+"""The timeline of a run: that it can be written is looked at before training, and it is written afterwards."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from transformers import Trainer
+from transformers.utils import logging
+
+from ..errors import OutputFileError
+from ..processes import ProcessGrid
+from ..processes.clocks import record_of_all
+from ..simulate.timeline import Timeline, timeline_files
+from ..user_files import check_writable
+
+logger = logging.get_logger(__name__)
+
+
+class TimelineHooks(Trainer):
+    """Writes what the workers have executed; where devices are processes, the main process does, for the first replica."""
+
+    _grid: ProcessGrid | None
+    _control_group: dist.ProcessGroup | None
+    timeline: Timeline | None
+
+    def _check_timeline(self) -> None:
+        """Raises before the first update what would be raised after the last one.
+
+        Raises:
+            OutputFileError: the timeline can't be written where it is wanted.
+        """
+        if self.args.timeline is not None and self.is_world_process_zero():
+            check_writable("timeline", *timeline_files(self.args.timeline))
+
+    def _write_timeline(self) -> None:
+        if self.timeline is None:
+            return
+        if self._grid is not None:
+            events = record_of_all(self._grid, self._control_group, self.timeline.events)
+            self.timeline = Timeline(self.timeline.num_devices, self.timeline.device_names)
+            for event in (e for rank in self._grid.row(0) for e in events[rank]):
+                self.timeline.record(event)
+        if self.is_world_process_zero():
+            try:
+                self.timeline.write(self.args.timeline)
+            except OutputFileError as error:  # it could be when training began; the trained model is worth more
+                logger.warning(f"timeline={self.args.timeline!r} is lost: {error}")
