@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import EngineError, UnsupportedModelError
 from .anatomy import HIDDEN, Anatomy
@@ -34,6 +34,14 @@ NOT_OF_A_BATCH = frozenset(
     {"labels", "past_key_values", "use_cache", "return_dict", "logits_to_keep", "num_items_in_batch", "cache_position"}
 )
 """Arguments of a model's forward that stages are not given from a batch, besides those that begin with `output_`."""
+
+
+OF_ALL_LAYERS = {
+    "output_hidden_states": "returns what every layer puts out, but layers of other stages keep it to themselves",
+    "output_attentions": "returns every layer's attention, but layers of other stages keep it to themselves",
+    "output_router_logits": "adds a loss that balances the experts of all layers, which stages don't compute together",
+}
+"""Options of a configuration that ask for something of all layers at once, and why stages can't give it."""
 
 
 class _EndReached(Exception):
@@ -62,10 +70,12 @@ class ShadowStage(Stage):
         num_stages: int,
     ):
         super().__init__(model.config, family, units, span, num_stages)
+        if num_stages > 1:
+            _check_config(model.config)
         parameters = inspect.signature(type(model).forward).parameters
         self.batch_keys = frozenset(n for n in parameters if not n.startswith("output_")) - NOT_OF_A_BATCH - {"self"}
         self.foreign_outputs = frozenset(n for n in parameters if n.startswith("output_"))
-        self.foreign_outputs |= {"output_hidden_states", "output_attentions", "output_router_logits"}
+        self.foreign_outputs |= OF_ALL_LAYERS.keys()
         self.draws = anatomy.draws
         self._options = call_options(model)
         self._anatomy = anatomy
@@ -296,3 +306,9 @@ class ShadowStage(Stage):
     def _stand_in(self, like: torch.Tensor) -> torch.Tensor:
         stand_in = nothing(like, self._stub_device)
         return stand_in.contiguous() if self._stubs_have_memory else stand_in
+
+
+def _check_config(config: PretrainedConfig) -> None:
+    for name, why in OF_ALL_LAYERS.items():
+        if getattr(config, name, False):
+            raise UnsupportedModelError(f"config.{name}=True {why}; set it to False (the default) to train in stages")

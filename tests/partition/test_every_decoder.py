@@ -177,6 +177,18 @@ def test_refused_by_a_sentence_that_says_why(model_type: str, why: str) -> None:
         differing(model_type)
 
 
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type='dynamic'"),
+        ({"layerdrop": 0.1}, "layerdrop=0.1: layers that are skipped at random"),
+    ],
+)
+def test_options_that_change_from_forward_to_forward_are_refused(options: dict[str, Any], why: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=why):
+        split_model(tiny_decoder("llama", **options), ["cpu:0", "cpu:1"])
+
+
 def verdict(model_type: str) -> tuple[str, str]:
     """("equal" | "refused" | "differs" | "not tried", a remark)."""
     try:

@@ -258,6 +258,14 @@ def test_cross_attention() -> None:
     assert_same_logits(model, split(model, 3), batch)
 
 
+@pytest.mark.parametrize("option", ["output_hidden_states", "output_attentions", "output_router_logits"])
+def test_what_is_of_all_layers_is_refused(option: str) -> None:
+    model = tiny_gpt2(attn_implementation="eager", **{option: True})
+    with pytest.raises(UnsupportedModelError, match=f"config.{option}=True .*set it to False"):
+        split(model, 3)
+    assert split(model, 1).plan.num_stages == 1
+
+
 def test_gradient_checkpointing_is_refused() -> None:
     model = tiny_gpt2()
     model.gradient_checkpointing_enable()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -26,17 +27,17 @@ class DecoderFamily(Family):
     def check(self, model: PreTrainedModel) -> None:
         """Refuses what its anatomy refuses, and what would be another function in every forward."""
         config = model.config
-        if getattr(config, "output_router_logits", False):
-            raise UnsupportedModelError(
-                "config.output_router_logits=True adds a loss that balances the experts of all layers, which stages don't "
-                "compute together; set it to False (the default) to train without it"
-            )
         for module in (config, *model.modules()):
             rate = getattr(module, "layerdrop", 0.0)
             if isinstance(rate, float) and rate > 0:
                 raise UnsupportedModelError(
                     f"layerdrop={rate}: layers that are skipped at random can't be split into stages; set layerdrop to 0"
                 )
+        if "dynamic" in _rope_types(getattr(config, "rope_parameters", None)):
+            raise UnsupportedModelError(
+                "rope_type='dynamic': rotary frequencies that depend on the longest batch so far would be others at the "
+                "moment of a backward; train with rope_type 'linear', 'yarn' or 'llama3'"
+            )
         find_anatomy(model)
 
     def embedding(self, model: PreTrainedModel) -> tuple[str, ...]:
@@ -59,3 +60,11 @@ class DecoderFamily(Family):
     def make_stage(self, model: PreTrainedModel, units: Sequence[Unit], span: StageSpan, num_stages: int) -> Stage:
         """A stage that is a shadow of the model."""
         return ShadowStage(model, self, find_anatomy(model), units, span, num_stages)
+
+
+def _rope_types(parameters: Any) -> set[str]:
+    """The kinds of rotary positions in a configuration, which may have one for every kind of layer."""
+    if not isinstance(parameters, dict):
+        return set()
+    found = {str(parameters["rope_type"])} if "rope_type" in parameters else set()
+    return found.union(*(_rope_types(value) for value in parameters.values()))
