@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import DeviceMapError, UnsupportedModelError
 from .device_map import parse_device_map, plan_stages
-from .families import Family, find_family
+from .families import find_family
 from .mapping import check_module_names
 from .meta import call_options, logits_of
 from .ownership import Owned, named_parts, release_foreign
@@ -155,8 +155,11 @@ def split_model(
     check = check and complete
     options = call_options(model)
     expected = None
+    # Random numbers of two kinds of devices are not the same.
+    training = family.draws_in_turn and all(p.device.type == "cpu" for p in model.parameters())
+    training &= home.device.type == "cpu" if home is not None else all(name.startswith("cpu") for name in devices)
     if check:
-        expected = _sample(model, family, "it does not run", lambda batch: logits_of(model(**batch, **options)))
+        expected = _sample(model, training, "it does not run", lambda batch: logits_of(model(**batch, **options)))
     remove_hook_from_submodules(model)
     if dispatched:
         del model.hf_device_map
@@ -167,7 +170,7 @@ def split_model(
     stages = build()
     if home is not None:
         if expected is not None:  # while the weights of all stages are there
-            compare(expected, _sample_stages(model, stages), model)
+            compare(expected, _sample_stages(model, training, stages), model)
         if replaced := release_foreign(model, ownership(units, spans, home.device_index)):
             raise DeviceMapError(
                 f"{', '.join(replaced[:3])} can't be released in place: a view, a weak reference or an unfinished backward "
@@ -197,15 +200,15 @@ def split_model(
         )
     plan = StagePlan(tuple(rows), tuple(devices[d] for d in used), bool(tied_names), num_workers)
     if expected is not None and home is None:
-        compare(expected, _sample_stages(model, stages), model)
+        compare(expected, _sample_stages(model, training, stages), model)
     for stage in stages:
         stage.train(model.training)
     return Partition(model, stages, plan, tied_names, home)
 
 
-def _sample(model: PreTrainedModel, family: Family, failing: str, run: Run) -> Sample:
+def _sample(model: PreTrainedModel, training: bool, failing: str, run: Run) -> Sample:
     try:
-        return take_sample(model, frozenset(inspect.signature(model.forward).parameters), family.draws_in_turn, run)
+        return take_sample(model, frozenset(inspect.signature(model.forward).parameters), training, run)
     except UnsupportedModelError:
         raise
     except Exception as error:  # whatever a model's forward does that needs more than token ids
@@ -215,13 +218,13 @@ def _sample(model: PreTrainedModel, family: Family, failing: str, run: Run) -> S
         ) from error
 
 
-def _sample_stages(model: PreTrainedModel, stages: Sequence[Stage]) -> Sample:
+def _sample_stages(model: PreTrainedModel, training: bool, stages: Sequence[Stage]) -> Sample:
     def run(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         for stage in stages:
             stage.train(model.training)
         return compose(stages, batch)
 
-    return _sample(model, stages[0].family, "its stages do not run", run)
+    return _sample(model, training, "its stages do not run", run)
 
 
 def plan_ownership(
