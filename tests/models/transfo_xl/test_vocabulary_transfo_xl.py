@@ -70,7 +70,7 @@ def test_variants() -> None:
         ({"idx2sym": ["a"]}, "no list idx2sym and dict sym2idx"),
         ([1, 2], "no Transformer-XL vocabulary"),
         ({"idx2sym": ["a", 3], "sym2idx": {"a": 0, 3: 1}}, r"idx2sym\[1\] is 3, not a word"),
-        ({"idx2sym": ["a", "b"], "sym2idx": {"a": 0, "b": 0}}, r"sym2idx\['b'\] is 0"),
+        ({"idx2sym": ["a", "b"], "sym2idx": {"a": 0, "b": 0}}, r"idx2sym\[1\] is 'b', but sym2idx has 0 for it"),
         ({"idx2sym": ["a"], "sym2idx": {"a": 0, "b": 1}}, "sym2idx has 2 words, idx2sym 1"),
         ({"idx2sym": [], "sym2idx": {}}, "holds no words"),
         (attributes(delimiter=","), "only vocabularies for text that is split at whitespace"),
