@@ -96,9 +96,8 @@ class ShadowStage(Stage):
         self._stubs_have_memory = False
         # The shadow is not a child: its children are this module's children, under the same names.
         core = shadow(model, self._replacements(model, units, span))
-        for name in hook_dicts(
-            core
-        ):  # hooks on the model as a whole, such as one that refuses its forward, are not a stage's
+        # Hooks on the model as a whole, such as one that refuses its forward, are not a stage's.
+        for name in hook_dicts(core):
             core.__dict__[name] = type(core.__dict__[name])()
         self.__dict__["_core"] = core
         self._modules, self._parameters, self._buffers = core._modules, core._parameters, core._buffers

@@ -13,6 +13,7 @@ from .shadow import hollow
 
 
 def output_on_meta(module: nn.Module, given: Any) -> Any:
+    """What a module on the meta device puts out for (args, kwargs)."""
     for scope in (nullcontext, Answers):
         try:
             with torch.no_grad(), scope():
@@ -24,6 +25,7 @@ def output_on_meta(module: nn.Module, given: Any) -> Any:
 
 
 def identity(module: nn.Module) -> nn.Module:
+    """A hollow module that gives on its first argument."""
     twin = hollow(module)
     twin.forward = lambda value, *args, **kwargs: value
     return twin
