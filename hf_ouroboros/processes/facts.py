@@ -190,6 +190,8 @@ def _parts(name: str, thing: Any) -> dict[str, Any]:
     for key, value in vars(thing).items() if hasattr(thing, "__dict__") else ():
         if key in ("process_index", "rank", "local_rank"):
             continue  # replicas take different parts
+        if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+            value = sorted(value)  # Trainer makes lists of names from sets, whose order is another in every process
         if isinstance(value, (list, tuple)) and len(value) > SAMPLES:
             value = hashlib.sha256(repr(plain(value)).encode()).hexdigest()[:12]
         if isinstance(value, (bool, int, float, str, type(None), list, tuple, torch.Generator)):

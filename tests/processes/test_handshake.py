@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from disagreeing_runs import ALL, ALONG, GIVEN, OPTIONS, disagreeing, words
 from rig import in_processes
-from trainer_helpers import common_options
+from trainer_helpers import common_options, run_python
 
 from hf_ouroboros import OuroborosArguments
 from hf_ouroboros.processes import facts
@@ -145,3 +145,26 @@ def test_every_difference_is_named_by_all(tmp_path: Path) -> None:
 def test_the_main_process_is_the_odd_one_of_three(tmp_path: Path) -> None:
     cases = [("option", n) for n in ("schedule", "num_stages", "device_map", "learning_rate")]
     named_by_all(tmp_path, 3, 0, [*cases, ("given", "layers"), ("given", "betas"), ("given", "rows")])
+
+
+FACTS = """
+import json, sys
+from trainer_helpers import ouroboros
+from hf_ouroboros.processes import facts
+trainer = ouroboros(sys.argv[1], remove_unused_columns=True)
+loader = trainer.get_eval_dataloader()
+found = [facts.data(loader, loader.dataset, loader.collate_fn), facts.model(trainer.model), facts.weights(trainer.model)]
+print(json.dumps([found, facts.plan(trainer.stage_plan.rows)], default=str))
+"""
+
+
+def test_facts_do_not_depend_on_the_order_of_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every process that a launcher starts has an order of its own; those of these tests are forked and share one."""
+    found = []
+    for seed in ("1", "2"):
+        monkeypatch.setenv("PYTHONHASHSEED", seed)
+        done = run_python(FACTS, tmp_path)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    assert "collator's signature_columns" in str(found[0])
+    assert found[0] == found[1]
