@@ -165,8 +165,10 @@ def test_over_processes(tmp_path: Path) -> None:
         if kind != "swap" or not same_content(*(tmp_path / "out" / f"checkpoint-{step}" / name for step in (2, 4)))
     ]
     found = in_processes(2, refused, str(tmp_path), cases, limit=1000.0)
-    for (name, _), *texts in zip(cases, *found, strict=True):
-        assert texts[0] == texts[1] and name in texts[0]
+    for (name, kind), *texts in zip(cases, *found, strict=True):
+        # Beside an older manifest all other files are the ones that differ.
+        older_manifest = (name, kind) == ("ouroboros_state.json", "swap")
+        assert texts[0] == texts[1] and (name in texts[0] or older_manifest)
         assert f"resume_from_checkpoint='{tmp_path}/out/checkpoint-2'" in texts[0]
 
 
