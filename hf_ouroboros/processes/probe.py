@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -84,7 +85,7 @@ def _sizes(
         if pair[0] == pair[1]:
             sizes.append(pair[0])
             continue
-        fitting = [p for p in PRODUCTS if pair == tuple(_product(p, shape) for shape in SHAPES)]
+        fitting = [p for p in PRODUCTS if pair == tuple(math.prod(shape[name] for name in p) for shape in SHAPES)]
         if not fitting:
             raise UnsupportedModelError(
                 f"{type(partition.model).__name__} can't be trained in several processes: {name}, which crosses from stage "
@@ -93,10 +94,3 @@ def _sizes(
             )
         sizes.append(fitting[0])
     return tuple(sizes)
-
-
-def _product(names: tuple[str, ...], sizes: Mapping[str, int]) -> int:
-    result = 1
-    for name in names:
-        result *= sizes[name]
-    return result

@@ -156,11 +156,6 @@ class Wires:
         """
         return (len(self._placement) + 2) * self._tensors
 
-    @property
-    def num_sending(self) -> int:
-        """How many messages are on their way, or have been received without being waited for."""
-        return sum(map(len, self._sending.values()))
-
     @staticmethod
     def source(direction: str, stage: int) -> int:
         """The stage that sends to this one."""
