@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AutoStagedModelForCausalLM": "loading",
+    "AutoStagedModelForCausalLM": "auto_staged",
     "OuroborosArguments": "arguments",
     "OuroborosTrainer": "trainer",
     "Reference": "reference",
@@ -54,6 +54,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .arguments import OuroborosArguments
+    from .auto_staged import AutoStagedModelForCausalLM
     from .errors import (
         CheckpointError,
         CheckpointMismatchError,
@@ -69,7 +70,6 @@ if TYPE_CHECKING:
         UnsupportedOptionError,
         WorkerError,
     )
-    from .loading import AutoStagedModelForCausalLM
     from .partition import StagePlan, split_model
     from .reference import Reference
     from .trainer import OuroborosTrainer

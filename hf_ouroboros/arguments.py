@@ -15,7 +15,7 @@ from .errors import UnsupportedOptionError
 from .optim import choose
 from .optim.choice import NAMES
 from .options import read_options
-from .partition.hardware import is_here
+from .planning.hardware import is_here
 from .processes.launch import check_launch, check_started, launched_processes
 from .processes.meeting import present, refusing
 

@@ -183,6 +183,9 @@ class OneOf(Rule):
     def __init__(self, *words: str):
         self.words = words
 
+    def __repr__(self) -> str:
+        return f"OneOf{self.words}"
+
     @property
     def what(self) -> str:
         return f"one of {', '.join(self.words)}"

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 
 from .arguments import OuroborosArguments
-from .engine.engine import Engine
+from .engine.core import Engine
 from .engine.optimizers import check_optimizer, check_trainable
 from .errors import EngineError
 from .hooks.batches import BatchHooks
@@ -28,15 +28,15 @@ from .hooks.loss import LossContext, TrainerLoss
 from .hooks.optimizer import OptimizerHooks
 from .hooks.preemption import SaveOnSigterm
 from .hooks.timeline import TimelineHooks
-from .hub.facts import TAG
+from .hub.card_facts import TAG
 from .ledger import LossLedger
 from .partition import Home, Partition, StagePlan, split_model, torch_device
 from .partition.finite import check_finite
 from .processes import ProcessGrid
-from .processes.engine import ProcessEngine
 from .processes.grid import leave_at_exit
 from .processes.meeting import refusing
 from .processes.probe import boundary_specs
+from .processes.process_engine import ProcessEngine
 from .processes.relay import Relay
 from .processes.same_batches import SameBatches
 from .processes.watch import Watch

@@ -28,10 +28,10 @@ from benchmarking.text import write_blocks
 from transformers import HfArgumentParser
 
 from hf_ouroboros.commands.prediction import predict
-from hf_ouroboros.partition.facts import model_facts
-from hf_ouroboros.partition.measure import measured
-from hf_ouroboros.partition.memory_model import MemoryOptions
-from hf_ouroboros.partition.planner import plan_split
+from hf_ouroboros.planning.measure import measured
+from hf_ouroboros.planning.memory_model import MemoryOptions
+from hf_ouroboros.planning.planner import plan_split
+from hf_ouroboros.planning.unit_facts import model_facts
 from hf_ouroboros.simulate.links import Links
 
 

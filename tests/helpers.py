@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load, save
 from transformers import Adafactor, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from hf_ouroboros.engine.engine import Engine
+from hf_ouroboros.engine.core import Engine
 from hf_ouroboros.engine.losses import LossFunction
 from hf_ouroboros.engine.settings import EngineSettings
 from hf_ouroboros.engine.state import RunState

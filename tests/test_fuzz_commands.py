@@ -53,7 +53,7 @@ def place(original: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _cache_of_its_own(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_ouroboros.partition.measure.CACHE", place / "cache")
+    monkeypatch.setattr("hf_ouroboros.planning.measure.CACHE", place / "cache")
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..errors import CheckpointError, CheckpointMismatchError
-from ..partition.loading import load_owned
+from ..partition.owned_weights import load_owned
 
 _DTYPES = {
     torch.float64: "F64",

@@ -19,9 +19,9 @@ from .tables import byte_unit, milliseconds, size, table
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from ..partition.facts import ModelFacts
-    from ..partition.hardware import DeviceKind
-    from ..partition.planner import PlannedDevice, SplitPlan
+    from ..planning.hardware import DeviceKind
+    from ..planning.planner import PlannedDevice, SplitPlan
+    from ..planning.unit_facts import ModelFacts
     from ..simulate.simulator import Simulation
 
 COMPARED = ("pipelined", "lockstep", "1f1b", "naive", "gpipe", "interleaved", "zero-bubble")
@@ -67,9 +67,9 @@ def run(arguments: argparse.Namespace) -> int:
     files = [output.with_name(f"{output.name}{suffix}") for suffix in (".json", ".png")]
     check_writable("--output", *files)
     with _no_garbage_collection():
-        from ..partition.facts import model_facts
-        from ..partition.memory_model import MemoryOptions
-        from ..partition.planner import plan_split
+        from ..planning.memory_model import MemoryOptions
+        from ..planning.planner import plan_split
+        from ..planning.unit_facts import model_facts
         from .prediction import ideal, predict
 
         kinds = _kinds(arguments)
@@ -118,7 +118,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 def _kinds(arguments: argparse.Namespace) -> list[DeviceKind | str]:
     """The devices that the options name: kinds by data sheet, or names of devices that are here."""
-    from ..partition.hardware import is_here, parse_devices
+    from ..planning.hardware import is_here, parse_devices
 
     try:
         kinds = parse_devices(arguments.devices)
@@ -141,8 +141,8 @@ def _kinds(arguments: argparse.Namespace) -> list[DeviceKind | str]:
 def _devices(
     arguments: argparse.Namespace, kinds: list[DeviceKind | str], config: PretrainedConfig, facts: ModelFacts
 ) -> list[PlannedDevice]:
-    from ..partition.measure import CACHE, measured
-    from ..partition.planner import estimated
+    from ..planning.measure import CACHE, measured
+    from ..planning.planner import estimated
 
     here = [kind for kind in kinds if isinstance(kind, str)]
     if not here:

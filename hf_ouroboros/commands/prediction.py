@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from ..partition.planner import PlannedStage, SplitPlan, plan_split
+from ..planning.planner import PlannedStage, SplitPlan, plan_split
 from ..simulate.links import Links
 from ..simulate.peers import PEERS, peer_placement
 from ..simulate.simulator import Simulation, StageCost, ideal_speedup, simulate

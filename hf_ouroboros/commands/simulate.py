@@ -39,10 +39,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Sweeps; returns the exit status."""
     from dataclasses import replace
 
-    from ..partition.facts import model_facts
-    from ..partition.hardware import parse_devices
-    from ..partition.memory_model import MemoryOptions
-    from ..partition.planner import estimated, plan_split
+    from ..planning.hardware import parse_devices
+    from ..planning.memory_model import MemoryOptions
+    from ..planning.planner import estimated, plan_split
+    from ..planning.unit_facts import model_facts
     from ..simulate.curves import Panel, draw_speedups
     from .prediction import ideal, predict
 

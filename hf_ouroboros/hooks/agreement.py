@@ -13,7 +13,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from ..engine.settings import EngineSettings
 from ..engine.state import RunState
 from ..partition import Partition
-from ..processes import ProcessGrid, facts
+from ..processes import ProcessGrid, run_digest
 from ..processes.meeting import present
 from ..processes.watch import Watch
 
@@ -42,21 +42,27 @@ class AgreementHooks(Trainer):
     def _agree_on_options(self, args: TrainingArguments, **given: Any) -> None:
         """When processes meet: software, options, and which functions and callbacks a script has given."""
         if args.world_size > 1:
-            own = {name: facts.plain(value) for name, value in given.items() if name != "callbacks"}
-            own |= facts.stopping([c for c in given.get("callbacks") or () if isinstance(c, EarlyStoppingCallback)])
+            own = {name: run_digest.plain(value) for name, value in given.items() if name != "callbacks"}
+            own |= run_digest.stopping(
+                [c for c in given.get("callbacks") or () if isinstance(c, EarlyStoppingCallback)]
+            )
             self._agree(
-                "the trainer's creation", args, software=facts.software(), options=facts.options(args), arguments=own
+                "the trainer's creation",
+                args,
+                software=run_digest.software(),
+                options=run_digest.options(args),
+                arguments=own,
             )
 
     def _agree_on_model(self, model: nn.Module, args: TrainingArguments) -> None:
         """Before the model is split."""
         if args.world_size > 1:
-            self._agree("splitting the model", args, model=facts.model(model), weights=facts.weights(model))
+            self._agree("splitting the model", args, model=run_digest.model(model), weights=run_digest.weights(model))
 
     def _agree_on_plan(self, args: TrainingArguments) -> None:
         """After it, before anything travels between stages."""
         if args.world_size > 1:
-            self._agree("connecting the stages", args, plan=facts.plan(self._partition.plan.rows))
+            self._agree("connecting the stages", args, plan=run_digest.plan(self._partition.plan.rows))
 
     def _agree_on_training(self, settings: EngineSettings, compensation: str) -> None:
         """At `train()`: everything that may have been changed since, and what is known only now."""
@@ -68,13 +74,14 @@ class AgreementHooks(Trainer):
         names = [field.name for field in fields(settings) if field.name not in ("threads", "compensations")]
         self._agree(
             "train()",
-            options=facts.options(self.args),
-            settings={name: facts.plain(getattr(settings, name)) for name in names} | {"compensation": compensation},
-            model=facts.model(self.model),
-            weights=facts.weights(self.model),
-            plan=facts.plan(self._partition.plan.rows),
-            optimizer=facts.optimizer(optimizer, self.model),
-            scheduler=facts.scheduler_facts(scheduler),
+            options=run_digest.options(self.args),
+            settings={name: run_digest.plain(getattr(settings, name)) for name in names}
+            | {"compensation": compensation},
+            model=run_digest.model(self.model),
+            weights=run_digest.weights(self.model),
+            plan=run_digest.plan(self._partition.plan.rows),
+            optimizer=run_digest.optimizer(optimizer, self.model),
+            scheduler=run_digest.scheduler_facts(scheduler),
             data=self._train_data or {},
             steps={
                 "global step": self.state.global_step,
@@ -89,14 +96,14 @@ class AgreementHooks(Trainer):
         if self._grid is not None:
             self._agree(
                 "an evaluation",
-                call={"arguments of the evaluation": [facts.plain(args), facts.plain(kwargs)]},
-                options=facts.options(self.args),
-                data=facts.data(loader, loader.dataset, loader.collate_fn),
+                call={"arguments of the evaluation": [run_digest.plain(args), run_digest.plain(kwargs)]},
+                options=run_digest.options(self.args),
+                data=run_digest.data(loader, loader.dataset, loader.collate_fn),
             )
 
     def get_train_dataloader(self) -> DataLoader:
         """As in Trainer; what it reads, and in which order, is compared when training begins."""
         loader = super().get_train_dataloader()
         if self._grid is not None:
-            self._train_data = facts.data(loader, self.train_dataset, self.data_collator)
+            self._train_data = run_digest.data(loader, self.train_dataset, self.data_collator)
         return loader

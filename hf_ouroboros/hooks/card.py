@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import Trainer
 
-from ..hub.facts import collect_facts
+from ..hub.card_facts import collect_facts
 
 
 class CardHooks(Trainer):

@@ -22,7 +22,7 @@ from ..checkpoint.placing import appearing_whole, clear_leftovers, rotate
 from ..checkpoint.reading import RNG_STATE, SCHEDULER, TRAINER_STATE
 from ..engine.state import RunState
 from ..errors import OutputFolderError
-from ..partition.loading import without_progress_bars
+from ..partition.owned_weights import without_progress_bars
 from ..processes.files import bring_home, save_optimizer, save_weights, together
 from .agreement import AgreementHooks
 from .resuming import ResumeHooks

@@ -18,8 +18,8 @@ from .families import find_family
 from .mapping import check_module_names
 from .meta import call_options, logits_of
 from .ownership import Owned, named_parts, release_foreign
-from .plan import StagePlan, StageRow, torch_device
 from .self_check import Run, Sample, compare, take_sample
+from .stage_plan import StagePlan, StageRow, torch_device
 from .stages import Stage, compose
 from .units import StageSpan, Unit
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hf_ouroboros.memory import peak_memory
+from hf_ouroboros.memory_use import peak_memory
 
 from .clock import Clock
 from .job import Job

@@ -52,7 +52,7 @@ def test_plan_and_train_with_it(config: str, tmp_path: Path, capsys: pytest.Capt
 
 
 def test_measured_devices(config: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
-    monkeypatch.setattr("hf_ouroboros.partition.measure.CACHE", tmp_path / "cache")
+    monkeypatch.setattr("hf_ouroboros.planning.measure.CACHE", tmp_path / "cache")
     arguments = ["plan", config, "--devices", "cpu:0", "cpu:1", *SHAPE, "--output", str(tmp_path / "plan")]
     assert main(arguments) == 0
     assert "0: cpu:0" in capsys.readouterr().out

@@ -5,10 +5,10 @@ from __future__ import annotations
 from helpers import tiny_gpt2
 
 from hf_ouroboros.commands.prediction import stage_costs
-from hf_ouroboros.partition.facts import model_facts
-from hf_ouroboros.partition.hardware import PRESETS
-from hf_ouroboros.partition.memory_model import MemoryOptions
-from hf_ouroboros.partition.planner import estimated, plan_split
+from hf_ouroboros.planning.hardware import PRESETS
+from hf_ouroboros.planning.memory_model import MemoryOptions
+from hf_ouroboros.planning.planner import estimated, plan_split
+from hf_ouroboros.planning.unit_facts import model_facts
 
 
 def test_recompute_keeps_inputs_only() -> None:

@@ -16,7 +16,7 @@ from helpers import Case, Run, assert_same_run, causal_loss, clone, cpu_devices,
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hf_ouroboros.engine.engine import Engine
+from hf_ouroboros.engine.core import Engine
 from hf_ouroboros.engine.settings import EngineSettings
 from hf_ouroboros.engine.worker import StepDone
 from hf_ouroboros.errors import EngineError, WorkerError

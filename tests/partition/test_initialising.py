@@ -205,7 +205,9 @@ ODD = (
 )
 
 
-@pytest.mark.parametrize("owned", [set(), *({name} for name in ODD), set(ODD[::2]), set(ODD)], ids=str)
+@pytest.mark.parametrize(
+    "owned", [set(), *({name} for name in ODD), set(ODD[::2]), set(ODD)], ids=lambda owned: " ".join(sorted(owned))
+)
 def test_odd_ways_to_initialise(owned: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(initialising, "PIECE", 32)
     assert_initialises_alike(gpt2_config(), owned, Odd)

@@ -16,7 +16,7 @@ from trainer_helpers import Rows, ouroboros, tiny_model
 from transformers import EarlyStoppingCallback, get_linear_schedule_with_warmup
 
 from hf_ouroboros import OuroborosError
-from hf_ouroboros.processes import facts
+from hf_ouroboros.processes import run_digest
 
 # name of the option -> a value that is not the default of these runs
 OPTIONS: dict[str, Any] = {
@@ -186,12 +186,12 @@ GIVEN: dict[str, tuple[str, Callable[[], dict[str, Any]], Callable[[], dict[str,
 }
 # what is different of the software -> (words of the error, owner, attribute, value)
 SOFTWARE: dict[str, tuple[str, Any, str, Any]] = {
-    "python": ("version of python is", facts.platform, "python_version_tuple", lambda: ("3", "9", "1")),
+    "python": ("version of python is", run_digest.platform, "python_version_tuple", lambda: ("3", "9", "1")),
     "torch": ("version of torch is", torch, "__version__", "2.0.1"),
     "transformers": ("version of transformers is", transformers, "__version__", "5.0.0"),
-    "accelerate": ("version of accelerate is", facts.accelerate, "__version__", "1.0.0"),
-    "hf_ouroboros": ("version of hf_ouroboros is", facts, "__version__", "0.0.1"),
-    "source": ("source of hf_ouroboros is", facts, "_source", lambda: "another"),
+    "accelerate": ("version of accelerate is", run_digest.accelerate, "__version__", "1.0.0"),
+    "hf_ouroboros": ("version of hf_ouroboros is", run_digest, "__version__", "0.0.1"),
+    "source": ("source of hf_ouroboros is", run_digest, "_source", lambda: "another"),
 }
 Outcome = tuple[str, str, float]
 """Class of the error, its text, and seconds until it came; ("", "", seconds) where there was none."""

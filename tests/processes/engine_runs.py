@@ -11,8 +11,8 @@ from helpers import Case, Run, clone
 from rig import in_processes
 
 from hf_ouroboros.processes import ProcessGrid
-from hf_ouroboros.processes.engine import ProcessEngine
 from hf_ouroboros.processes.probe import boundary_specs
+from hf_ouroboros.processes.process_engine import ProcessEngine
 
 
 class ProcessRun(Run):

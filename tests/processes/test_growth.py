@@ -18,7 +18,7 @@ from trainer_runs import train_part
 from transformers import GPT2LMHeadModel
 
 from hf_ouroboros.engine.losses import LossFunction
-from hf_ouroboros.memory import peak_memory
+from hf_ouroboros.memory_use import peak_memory
 
 MIB = 2**20
 WIDTH, ROWS, TIME = 64, 8, 64

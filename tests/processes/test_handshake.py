@@ -13,7 +13,7 @@ from rig import in_processes
 from trainer_helpers import common_options, run_python
 
 from hf_ouroboros import OuroborosArguments
-from hf_ouroboros.processes import facts
+from hf_ouroboros.processes import run_digest
 from hf_ouroboros.processes.handshake import (
     MAY_DIFFER,
     SHOWN,
@@ -81,7 +81,8 @@ def test_long_values_and_many_differences_are_shortened() -> None:
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_is_compared(tmp_path: Path, name: str) -> None:
     found = [
-        facts.options(arguments(tmp_path, **ALONG.get(name, {}) | changed)) for changed in ({}, {name: OPTIONS[name]})
+        run_digest.options(arguments(tmp_path, **ALONG.get(name, {}) | changed))
+        for changed in ({}, {name: OPTIONS[name]})
     ]
     assert name in {d.name for d in differences(dict(enumerate({"options": table} for table in found)))}
     json.dumps(found, allow_nan=False)
@@ -99,8 +100,8 @@ def test_all_options_are_known() -> None:
 def test_what_may_differ_does_not_matter(tmp_path: Path) -> None:
     given = {"output_dir": "elsewhere", "disable_tqdm": False, "run_name": "other", "hub_token": "secret"}
     given |= {"log_level": "error", "dataloader_prefetch_factor": None, "skip_memory_metrics": False}
-    tables = [facts.options(OuroborosArguments(**common_options("x", timeline="a"))), {}]
-    tables[1] = facts.options(OuroborosArguments(**common_options("x", timeline="b") | given))
+    tables = [run_digest.options(OuroborosArguments(**common_options("x", timeline="a"))), {}]
+    tables[1] = run_digest.options(OuroborosArguments(**common_options("x", timeline="b") | given))
     assert differences(dict(enumerate({"options": table} for table in tables))) == []
     assert "secret" not in json.dumps(tables)
 
@@ -110,7 +111,7 @@ def test_options_of_a_scripts_own_do_not_matter(tmp_path: Path) -> None:
     class Own(OuroborosArguments):
         cache: str = ""
 
-    found = facts.options(Own(**common_options(tmp_path), cache="/scratch"))
+    found = run_digest.options(Own(**common_options(tmp_path), cache="/scratch"))
     assert "cache" not in found and "learning_rate" in found
 
 
@@ -120,8 +121,10 @@ def test_what_a_script_gives_is_plain(name: str) -> None:
     model = GIVEN[name][2]().get("model")
     if model is not None:
         again = GIVEN[name][2]()["model"]
-        assert facts.model(model) == facts.model(again) and facts.weights(model) == facts.weights(again)
-        json.dumps(facts.model(model), allow_nan=False)
+        assert run_digest.model(model) == run_digest.model(again) and run_digest.weights(model) == run_digest.weights(
+            again
+        )
+        json.dumps(run_digest.model(model), allow_nan=False)
 
 
 # ---- over processes ----
@@ -150,11 +153,11 @@ def test_the_main_process_is_the_odd_one_of_three(tmp_path: Path) -> None:
 FACTS = """
 import json, sys
 from trainer_helpers import ouroboros
-from hf_ouroboros.processes import facts
+from hf_ouroboros.processes import run_digest
 trainer = ouroboros(sys.argv[1], remove_unused_columns=True)
 loader = trainer.get_eval_dataloader()
-found = [facts.data(loader, loader.dataset, loader.collate_fn), facts.model(trainer.model), facts.weights(trainer.model)]
-print(json.dumps([found, facts.plan(trainer.stage_plan.rows)], default=str))
+found = [run_digest.data(loader, loader.dataset, loader.collate_fn), run_digest.model(trainer.model), run_digest.weights(trainer.model)]
+print(json.dumps([found, run_digest.plan(trainer.stage_plan.rows)], default=str))
 """
 
 

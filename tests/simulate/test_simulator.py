@@ -10,7 +10,7 @@ from helpers import Case, Run, causal_loss
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hf_ouroboros.engine.engine import Engine
+from hf_ouroboros.engine.core import Engine
 from hf_ouroboros.engine.settings import EngineSettings
 from hf_ouroboros.partition import Partition
 from hf_ouroboros.simulate.links import Links

@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .cache import TransfoXLCache
 from .configuration_transfo_xl import TransfoXLConfig
-from .memory import TransfoXLMemory
 from .modeling_transfo_xl import TransfoXLLMHeadModel, TransfoXLModel, TransfoXLPreTrainedModel
+from .recurrent_memory import TransfoXLMemory
 
 __all__ = [
     "TransfoXLCache",

@@ -31,8 +31,8 @@ from .cache import CACHE_NAME, TransfoXLCache
 from .configuration_transfo_xl import TransfoXLConfig
 from .context import attention_context, valid_keys
 from .layer import TransfoXLLayer
-from .memory import TransfoXLMemory, checked_memory, first_memory, next_memory
 from .outputs import TransfoXLLMHeadModelOutput, TransfoXLModelOutput
+from .recurrent_memory import TransfoXLMemory, checked_memory, first_memory, next_memory
 
 
 class TransfoXLModel(TransfoXLPreTrainedModel):

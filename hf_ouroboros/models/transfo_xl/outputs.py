@@ -8,7 +8,7 @@ import torch
 from transformers.utils import ModelOutput
 
 from .cache import CACHE_NAME, TransfoXLCache
-from .memory import TransfoXLMemory
+from .recurrent_memory import TransfoXLMemory
 
 
 def _output(kind: type) -> type:

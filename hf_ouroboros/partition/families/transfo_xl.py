@@ -20,7 +20,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from ...errors import UnsupportedModelError
 from ...models.transfo_xl import TransfoXLConfig, TransfoXLLMHeadModel, TransfoXLMemory
 from ...models.transfo_xl.context import attention_context, valid_keys
-from ...models.transfo_xl.memory import first_memory, next_memory
+from ...models.transfo_xl.recurrent_memory import first_memory, next_memory
 from ..anatomy import HIDDEN
 from ..shadow import shadow
 from ..stages import Boundary, Finish, Memory, Stage, hidden_of

@@ -10,7 +10,7 @@ from transfo_xl_cases import KINDS, tiny_config, tiny_model, tokens
 
 from hf_ouroboros.models.transfo_xl import TransfoXLLMHeadModel, TransfoXLMemory
 from hf_ouroboros.models.transfo_xl.context import attention_context, relative_positions, valid_keys
-from hf_ouroboros.models.transfo_xl.memory import extended, initial_memory
+from hf_ouroboros.models.transfo_xl.recurrent_memory import extended, initial_memory
 
 # The same sums in other orders, float32, log-probabilities of some units; zero rows would change them by 0.1.
 CLOSE = dict(atol=1e-5, rtol=1e-5)

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, T
 
 from hf_ouroboros.models.transfo_xl import TransfoXLLMHeadModel, TransfoXLMemory, TransfoXLModel
 from hf_ouroboros.models.transfo_xl.context import attention_context, valid_keys
-from hf_ouroboros.models.transfo_xl.memory import extended, initial_memory
+from hf_ouroboros.models.transfo_xl.recurrent_memory import extended, initial_memory
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 shifted_counts = pytest.mark.skipif(

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_ouroboros import memory
-from hf_ouroboros.memory import peak_memory
+from hf_ouroboros import memory_use
+from hf_ouroboros.memory_use import peak_memory
 
 MIB = 2**20
 
@@ -33,7 +33,7 @@ def test_resident_and_peak_size() -> None:
 
 def test_without_proc_getrusage_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     resource = pytest.importorskip("resource")
-    monkeypatch.setattr(memory, "STATUS", tmp_path / "absent")
+    monkeypatch.setattr(memory_use, "STATUS", tmp_path / "absent")
     usage = type("Usage", (), {"ru_maxrss": 3000})
     monkeypatch.setattr(resource, "getrusage", lambda who: usage)
     monkeypatch.setattr(sys, "platform", "linux")
@@ -44,7 +44,7 @@ def test_without_proc_getrusage_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 def test_without_resource_nothing_is_claimed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(memory, "STATUS", tmp_path / "absent")
+    monkeypatch.setattr(memory_use, "STATUS", tmp_path / "absent")
     monkeypatch.setitem(sys.modules, "resource", None)
     assert peak_memory().peak_resident is None
 
@@ -65,9 +65,9 @@ PART = """
 import json, sys
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config
-from hf_ouroboros.memory import peak_memory
+from hf_ouroboros.memory_use import peak_memory
 from hf_ouroboros.partition.initialising import initialise_owned
-from hf_ouroboros.partition.loading import load_owned
+from hf_ouroboros.partition.owned_weights import load_owned
 
 torch.set_num_threads(1)
 how, tiny, folder, *owned = sys.argv[1:]

@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-from ..engine.engine import Engine, Site
+from ..engine.core import Engine, Site
 from ..engine.losses import LossFunction
 from ..engine.settings import EngineSettings, FinishedLoss
 from ..engine.worker import StepDone
 from ..partition import Partition
 from ..simulate.timeline import Timeline
 from .grid import ProcessGrid
+from .process_transport import ProcessTransport
 from .replica_mean import GroupMean
 from .reports import Reports, fingerprint
-from .transport import ProcessTransport
 from .wires import BoundarySpec
 
 

@@ -19,7 +19,7 @@ from transformers import (
 
 from hf_ouroboros.errors import UnsupportedModelError
 from hf_ouroboros.models.transfo_xl import TransfoXLConfig
-from hf_ouroboros.partition.facts import model_facts
+from hf_ouroboros.planning.unit_facts import model_facts
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 64}
 

@@ -9,11 +9,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
-from .experts import active_cost
-from .families import Family, find_family
-from .split import tied_parameter_names
-from .stages import Stage
-from .units import StageSpan, Unit
+from ..partition.experts import active_cost
+from ..partition.families import Family, find_family
+from ..partition.split import tied_parameter_names
+from ..partition.stages import Stage
+from ..partition.units import StageSpan, Unit
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hf_ouroboros.errors import DeviceMapError, UnsupportedOptionError
-from hf_ouroboros.partition.facts import UnitFacts
-from hf_ouroboros.partition.hardware import GIB, PRESETS, STEP_PASSES, DeviceKind, is_here, parse_devices
+from hf_ouroboros.planning.hardware import GIB, PRESETS, STEP_PASSES, DeviceKind, is_here, parse_devices
+from hf_ouroboros.planning.unit_facts import UnitFacts
 
 
 def test_forms() -> None:

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from .arguments import OuroborosArguments
 from .partition.initialising import initialise_owned
-from .partition.loading import load_owned
+from .partition.owned_weights import load_owned
 from .partition.ownership import Owned
 from .partition.split import plan_ownership
 

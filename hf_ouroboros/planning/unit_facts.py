@@ -8,7 +8,7 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig
 
 from ..errors import UnsupportedModelError
-from .experts import find_experts
+from ..partition.experts import find_experts
 from .outline import outline
 from .tracing import Part, trace
 

@@ -11,7 +11,7 @@ import torch
 
 from ..errors import DeviceMapError
 from ..options import Number, Whole, read_option, shown
-from .facts import UnitFacts
+from .unit_facts import UnitFacts
 
 GIB = 2**30
 # Of the peak, in the matrix products of transformer layers that are large enough.

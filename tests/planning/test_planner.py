@@ -15,10 +15,10 @@ from test_memory_model import toy
 
 from hf_ouroboros.errors import DeviceMapError
 from hf_ouroboros.partition import split_model
-from hf_ouroboros.partition.facts import ModelFacts, model_facts
-from hf_ouroboros.partition.hardware import PRESETS
-from hf_ouroboros.partition.memory_model import MemoryOptions, stage_memory
-from hf_ouroboros.partition.planner import PlannedDevice, UnitTimes, estimated, plan_split
+from hf_ouroboros.planning.hardware import PRESETS
+from hf_ouroboros.planning.memory_model import MemoryOptions, stage_memory
+from hf_ouroboros.planning.planner import PlannedDevice, UnitTimes, estimated, plan_split
+from hf_ouroboros.planning.unit_facts import ModelFacts, model_facts
 
 
 def device(name: str, forward: float, memory: float = math.inf, units: int = 9) -> PlannedDevice:

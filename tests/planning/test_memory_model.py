@@ -7,14 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_ouroboros.partition.facts import ModelFacts, UnitFacts
-from hf_ouroboros.partition.memory_model import (
+from hf_ouroboros.planning.memory_model import (
     MemoryOptions,
     memory_load,
     old_versions,
     stage_memory,
     ticks_in_flight,
 )
+from hf_ouroboros.planning.unit_facts import ModelFacts, UnitFacts
 from hf_ouroboros.simulate.simulator import StageCost, simulate
 
 

@@ -13,9 +13,9 @@ from transformers import Gemma3nTextConfig, Gemma3TextConfig, LlamaConfig, Pretr
 
 from hf_ouroboros.errors import UnsupportedModelError
 from hf_ouroboros.models.transfo_xl import TransfoXLConfig
-from hf_ouroboros.partition import kept_times, measure
-from hf_ouroboros.partition.facts import model_facts
-from hf_ouroboros.partition.measure import measured
+from hf_ouroboros.planning import kept_times, measure
+from hf_ouroboros.planning.measure import measured
+from hf_ouroboros.planning.unit_facts import model_facts
 
 
 @pytest.fixture(autouse=True)

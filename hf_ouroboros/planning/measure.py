@@ -26,14 +26,14 @@ from torch.nn.utils import get_total_norm
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..errors import UnsupportedModelError
-from .facts import ModelFacts
-from .families import Family, find_family
+from ..partition.families import Family, find_family
+from ..partition.stage_plan import torch_device
+from ..partition.stages import Boundary, Stage
+from ..partition.units import StageSpan
 from .kept_times import remember, remembered
 from .kinds import kind_of, layer_kinds
-from .plan import torch_device
 from .planner import PlannedDevice, UnitTimes
-from .stages import Boundary, Stage
-from .units import StageSpan
+from .unit_facts import ModelFacts
 
 REPETITIONS = 7  # of which the first two warm up; the median of the others counts
 SEED = 0

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaConfig, Lla
 from transformers.utils import logging
 
 from hf_ouroboros.errors import UnsupportedOptionError
-from hf_ouroboros.partition.loading import load_owned
+from hf_ouroboros.partition.owned_weights import load_owned
 from hf_ouroboros.partition.ownership import names_of_parameters
 
 Owned = Callable[[str], bool]

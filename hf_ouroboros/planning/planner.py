@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import DeviceMapError
-from .balance import Load, NoSplitError, best_counts
-from .device_map import default_num_stages, default_placement
-from .facts import ModelFacts, UnitFacts
+from ..partition.balance import Load, NoSplitError, best_counts
+from ..partition.device_map import default_num_stages, default_placement
 from .hardware import GIB, DeviceKind
 from .memory_model import DELAYED, MemoryOptions, StageMemory, memory_load, stage_memory
+from .unit_facts import ModelFacts, UnitFacts
 
 
 @dataclass(frozen=True)

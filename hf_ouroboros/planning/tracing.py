@@ -16,8 +16,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from ..partition.meta import Answers, batched_experts, call_options
 from .kinds import layer_kinds
-from .meta import Answers, batched_experts, call_options
 
 
 @dataclass

@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .balance import Load
-from .facts import ModelFacts, UnitFacts
+from ..partition.balance import Load
+from .unit_facts import ModelFacts, UnitFacts
 
 # Bytes of optimizer state per byte of parameters.
 OPTIMIZERS = {"adamw": 2.0, "momentum": 1.0, "sgd": 0.0}
