@@ -27,6 +27,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("olmo2", {}),
     "gpt_neox": ("gpt_neox", {"hidden_dropout": 0.1}),
     "mixtral": ("mixtral", {}),
+    "mixtral, balanced": ("mixtral", {"output_router_logits": True, "router_aux_loss_coef": 0.1}),
     "qwen3_moe": ("qwen3_moe", {}),
     "gpt_oss": ("gpt_oss", {}),
 }
@@ -55,7 +56,7 @@ def test_pipelined_is_the_reference_and_resumes(kind: str, tmp_path: Path) -> No
     assert differing(expected, again) == []
 
 
-@pytest.mark.parametrize("kind", ["llama, tied", "gemma3n", "mixtral"])
+@pytest.mark.parametrize("kind", ["llama, tied", "gemma3n", "mixtral, balanced"])
 def test_lockstep_and_recompute_are_the_reference(kind: str, tmp_path: Path) -> None:
     options = {"max_steps": 3, **split_options(3, 2)}
     expected = outcome(trained(tmp_path / "reference", {"model": made(kind)}, schedule="reference", **options))
@@ -65,7 +66,7 @@ def test_lockstep_and_recompute_are_the_reference(kind: str, tmp_path: Path) -> 
         )
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "olmo2", "gpt_oss", "mixtral"])
+@pytest.mark.parametrize("kind", ["qwen3", "olmo2", "gpt_oss", "mixtral", "mixtral, balanced"])
 def test_without_delay_it_is_stock_trainer(kind: str, tmp_path: Path) -> None:
     """Untied, without clipping and dropout: nothing is added up in another order."""
     expected = stock(tmp_path / "stock", {"model": made(kind)}, max_steps=2, max_grad_norm=0.0)
@@ -89,7 +90,7 @@ def train_part(rank: int, folder: str, kinds: list[str]) -> list[dict[str, Any]]
 
 def test_two_processes_are_the_reference(tmp_path: Path) -> None:
     """Saved, resumed and read again; Gemma 3n carries embeddings per layer, keys and values from process to process."""
-    kinds = ["llama, tied", "gemma3", "gemma3n", "mixtral"]
+    kinds = ["llama, tied", "gemma3", "gemma3n", "mixtral, balanced"]
     parts = in_processes(2, train_part, str(tmp_path), kinds)
     for i, kind in enumerate(kinds):
         runs = [whole([part[2 * i + j] for part in parts]) for j in (0, 1)]

@@ -22,6 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import EngineError, UnsupportedModelError
 from .anatomy import HIDDEN, Anatomy
+from .balancing import PROBABILITIES, RouterLogits
 from .meta import call_options
 from .one_call import OneCall
 from .ownership import named_parts
@@ -39,7 +40,6 @@ NOT_OF_A_BATCH = frozenset(
 OF_ALL_LAYERS = {
     "output_hidden_states": "returns what every layer puts out, but layers of other stages keep it to themselves",
     "output_attentions": "returns every layer's attention, but layers of other stages keep it to themselves",
-    "output_router_logits": "adds a loss that balances the experts of all layers, which stages don't compute together",
 }
 """Options of a configuration that ask for something of all layers at once, and why stages can't give it."""
 
@@ -103,6 +103,10 @@ class ShadowStage(Stage):
         self._modules, self._parameters, self._buffers = core._modules, core._parameters, core._buffers
         self._drop_foreign_parameters(core)
         self._open(core)
+        self._routers: RouterLogits | None = None
+        if num_stages > 1 and getattr(model.config, "output_router_logits", False):
+            before = anatomy.layers[: self._own.start]
+            self._routers = RouterLogits(model, core, tuple(anatomy.layers[i] for i in self._own), before)
 
     def forward(
         self,
@@ -141,9 +145,11 @@ class ShadowStage(Stage):
         self._received, self._captured = received, {}
         self._entered = self._entry is None
         try:
-            output = self._core(**{**self._options, **inputs})
+            output = self._call(inputs, received)
         except _EndReached:
             self._check(self._entered, "beginning")
+            if self._routers is not None:
+                self._captured |= self._routers.sums(received, inputs.get("attention_mask"))
             for name in self._relayed:  # a view: the graph gets a node at which gradients from further on arrive first
                 self._captured[name] = received[name].view_as(received[name])
             return self._captured
@@ -153,9 +159,19 @@ class ShadowStage(Stage):
         self._check(self.is_last, "end")
         return output
 
+    def _call(self, inputs: dict[str, Any], received: Boundary | None) -> Any:
+        if self._routers is None:
+            return self._core(**{**self._options, **inputs})
+        self._routers.begin()
+        tokens = inputs["input_ids"].numel() if "input_ids" in inputs else inputs["inputs_embeds"].shape[:2].numel()
+        with self._routers.finishing(received, tokens):
+            output = self._core(**{**self._options, **inputs})
+        output.router_logits = None  # those of other stages are not here
+        return output
+
     def trains(self, name: str, tensor: torch.Tensor) -> bool:
         """See `Stage.trains`."""
-        return tensor.is_floating_point() and self._anatomy.trained(name)
+        return tensor.is_floating_point() and (name == PROBABILITIES or self._anatomy.trained(name))
 
     def train(self, mode: bool = True) -> ShadowStage:
         """Switches the stage, the shadow's root included."""

@@ -117,13 +117,13 @@ def run_in_stages(
     return output, dict(gradients)
 
 
-def differing(model_type: str) -> list[str]:
+def differing(model_type: str, **options: Any) -> list[str]:
     """What differs between a model of a type and its stages.
 
     Raises:
         UnsupportedModelError: it is refused.
     """
-    model = tiny_decoder(model_type).train()
+    model = tiny_decoder(model_type, **options).train()
     stages = split_model(model, ["cpu:0", "cpu:1", "cpu:2"], num_stages=STAGES).stages
     names = {id(p): n for n, p in model.named_parameters()}
     own = takes_labels(model)
@@ -159,6 +159,25 @@ def one_thread() -> None:
 @pytest.mark.parametrize("model_type", [name for name in COMMON if name in TYPES])
 def test_equal_to_the_last_bit(model_type: str) -> None:
     assert differing(model_type) == []
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "jamba"])
+def test_the_loss_that_balances_experts(model_type: str) -> None:
+    """Jamba has layers without experts, the first among them."""
+    assert differing(model_type, output_router_logits=True) == []
+
+
+@pytest.mark.parametrize(
+    ("model_type", "why"),
+    [
+        ("doge", "its load_balancing_loss_func takes gate_logits, num_experts, num_keys, top_k, attention_mask"),
+        ("deepseek_v3", "its forward calls no load_balancing_loss_func"),
+        ("jetmoe", "its forward does not run without weights"),
+    ],
+)
+def test_other_losses_that_balance_experts_are_refused(model_type: str, why: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"balances the experts of all layers.*{why}.*set it to False"):
+        differing(model_type, output_router_logits=True)
 
 
 @pytest.mark.parametrize(
@@ -204,6 +223,17 @@ def verdict(model_type: str) -> tuple[str, str]:
     return ("differs", ", ".join(found[:3])) if found else ("equal", "")
 
 
+def balancing(model_type: str) -> str:
+    """What becomes of the loss that balances experts: "" where a type has none."""
+    if not hasattr(tiny_decoder(model_type).config, "output_router_logits"):
+        return ""
+    try:
+        found = differing(model_type, output_router_logits=True)
+    except UnsupportedModelError:
+        return "refused"
+    return ("differs: " + ", ".join(found[:3])) if found else "equal"
+
+
 def main() -> None:
     """Tries all types; with `--write`, the table goes into the documentation."""
     warnings.simplefilter("ignore")
@@ -211,24 +241,27 @@ def main() -> None:
     torch.set_num_threads(1)
     results = {}
     for model_type in sorted(TYPES):
-        results[model_type] = verdict(model_type)
+        kind, remark = verdict(model_type)
+        results[model_type] = kind, balancing(model_type) if kind == "equal" else "", remark
         print(model_type, *results[model_type], flush=True)
-    counts = Counter(kind for kind, _ in results.values())
+    counts = Counter(kind for kind, *_ in results.values())
     summary = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
-    print(summary)
+    balanced = Counter(found for _, found, _ in results.values())
+    print(summary, dict(balanced))
     if "--write" in sys.argv:
-        remarks = {name: " ".join(text.split())[:160].replace("|", "\\|") for name, (_, text) in results.items()}
-        rows = [f"| {name} | {kind} | {remarks[name]} |" for name, (kind, _) in results.items()]
+        remarks = {name: " ".join(text.split())[:160].replace("|", "\\|") for name, (*_, text) in results.items()}
+        rows = [f"| {name} | {kind} | {loss} | {remarks[name]} |" for name, (kind, loss, _) in results.items()]
         header = [
             "# Causal language models in stages",
             "",
             f"Transformers {transformers.__version__}, torch {torch.__version__.partition('+')[0]}, CPU, float32: {summary}.",
             "Equal means that a small model in three stages has the unsplit model's logits, loss and gradients to the last",
-            "bit, with and without padding, packed rows and older weights. Written by",
+            "bit, with and without padding, packed rows and older weights. The loss that balances experts",
+            f"(`output_router_logits=True`) is equal for {balanced['equal']} types, and refused for {balanced['refused']}. Written by",
             "`python tests/partition/test_every_decoder.py --write`.",
             "",
-            "| type | in stages | why |",
-            "|---|---|---|",
+            "| type | in stages | balanced experts | why |",
+            "|---|---|---|---|",
         ]
         DOCUMENT.write_text("\n".join([*header, *rows]) + "\n", encoding="utf-8")
 

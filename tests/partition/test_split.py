@@ -261,7 +261,7 @@ def test_cross_attention() -> None:
 @pytest.mark.parametrize("option", ["output_hidden_states", "output_attentions", "output_router_logits"])
 def test_what_is_of_all_layers_is_refused(option: str) -> None:
     model = tiny_gpt2(attn_implementation="eager", **{option: True})
-    with pytest.raises(UnsupportedModelError, match=f"config.{option}=True .*set it to False"):
+    with pytest.raises(UnsupportedModelError, match=rf"config\.{option}=True .*set it to False"):
         split(model, 3)
     assert split(model, 1).plan.num_stages == 1
 
