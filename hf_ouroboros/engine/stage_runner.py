@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,6 +37,7 @@ class InFlight:
     full_batch: Mapping[str, Any] | None = None
     context: Any = None
     output: Boundary | torch.Tensor | None = field(default=None, repr=False)
+    meeting: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)  # tied matrices, as the stage used them
 
 
 class StageRunner:
@@ -81,6 +83,9 @@ class StageRunner:
         if link is not None:
             leaf_names |= {id(parameter): name for name, parameter in partition.tied.items()}
         self._bindings = [(name, leaf_names[id(p)]) for name, p in self.stage.named_parameters(remove_duplicate=False)]
+        # A tied matrix that the embeddings use several times: what the head adds to its gradient comes first.
+        uses = Counter(source for _, source in self._bindings)
+        self._meeting = [name for name in link.names if uses[name] > 1] if self._lends else []
         self._draws = self.stage.draws or has_dropout(self.stage)
 
     @property
@@ -163,7 +168,8 @@ class StageRunner:
                 scopes.enter_context(seeded_dropout(self.seed, self.index, item.tick, self.device))
             if self.settings.autocast_dtype is not None:
                 scopes.enter_context(torch.autocast(self.device.type, dtype=self.settings.autocast_dtype))
-            weights = {name: item.leaves[source] for name, source in self._bindings}
+            item.meeting = {name: item.leaves[name].view_as(item.leaves[name]) for name in self._meeting}
+            weights = {name: item.meeting.get(source, item.leaves[source]) for name, source in self._bindings}
             memory = None if item.memory is None else dict(item.memory)
             finish: Finish | None = None
             if self.stage.is_last:
@@ -193,6 +199,10 @@ class StageRunner:
         if item.output is None:
             item.output, _ = self._compute(item)
         outputs, output_gradients = _roots(item.output, gradient, self.device)
+        tied = self._link.gradients.pop(tick, {}) if self._lends else {}
+        for name in tied.keys() & item.meeting.keys():
+            outputs.append(item.meeting[name])
+            output_gradients.append(tied.pop(name))
         if outputs:
             averaging = closing and self.has_replicas
             with self._averaging_meanwhile(item.leaves) if averaging else contextlib.nullcontext():
@@ -203,12 +213,11 @@ class StageRunner:
                 gradients[name], leaf.grad = leaf.grad, None
         if self.borrows:
             self._link.gradients[tick] = {n: gradients.pop(n) for n in self._link.names if n in gradients}
-        elif self._lends:
-            for name, output_side in self._link.gradients.pop(tick, {}).items():
-                if name in gradients:
-                    gradients[name].add_(output_side)
-                else:  # the embedding was not used, as with inputs_embeds
-                    gradients[name] = output_side
+        for name, output_side in tied.items():
+            if name in gradients:
+                gradients[name].add_(output_side)
+            else:  # the embedding was not used, as with inputs_embeds
+                gradients[name] = output_side
         if item.received is None:
             return gradients, None
         # What had no effect on the loss has a gradient of zeros: the stage before waits for one.

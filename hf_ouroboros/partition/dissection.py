@@ -75,8 +75,10 @@ class _Dissection(Recording):
     def anatomy(self) -> Anatomy:
         """Runs, and reads off."""
         with self._runnable(), Answers() as answers:
-            self.stack = self._find_stack()
-            self.layers = list(self.twin.get_submodule(self.stack))
+            self.stacks = self._find_stacks()
+            lists = [list(self.twin.get_submodule(stack)) for stack in self.stacks]
+            self.layers = [layer for layers in lists for layer in layers]
+            self.starts = {0, len(lists[0])} if len(lists) > 1 else {0}  # numbers of the layers that begin a stack
             self.head = self._head_module()
             logits = self._record()
             return self._read(logits, answers)
@@ -86,7 +88,7 @@ class _Dissection(Recording):
         if order != list(range(len(self.layers))):
             repeated = len(order) > len(set(order))
             raise self.refuse(
-                f"layers of {self.stack} run "
+                f"layers of {' and '.join(self.stacks)} run "
                 + ("more than once in a forward" if repeated else f"in the order {order[:8]}, not one after the other")
             )
         self._check_sharing()
@@ -97,9 +99,10 @@ class _Dissection(Recording):
         head, norms, head_input = self._after(logits, outside, entries)
         last = head | norms
         between = self._reached([self.hidden], {n: p for n, p in outside.items() if n not in first | last})
-        if between:
-            raise self.refuse(f"{sorted(between)[0]} is used between the layers of {self.stack}")
-        unused = set(outside) - first - last
+        bridge = self._modules(between, outside, {"before", "between", "after", "head"})
+        if between and not all(self.phases.get(name) == {"bridge"} for name in bridge):
+            raise self.refuse(f"{sorted(between)[0]} is used between the layers of {' and '.join(self.stacks)}")
+        unused = set(outside) - first - last - between
         others = {"after", "head", "between"}
         dropouts = [
             name
@@ -107,12 +110,16 @@ class _Dissection(Recording):
             if phases == {"before"} and isinstance(self.twin.get_submodule(name), nn.modules.dropout._DropoutNd)
         ]
         embedding = self._modules(first, outside, others) + self._modules(unused, outside, set())
-        middle = self._modules(norms, outside, {"before", "between", "head"}) if norms else ()
-        end = self._modules(head, outside, {"before", "between"} | ({"after"} if head_input else set()))
+        middle = self._modules(norms, outside, {"before", "between", "bridge", "head"}) if norms else ()
+        end = self._modules(head, outside, {"before", "between", "bridge"} | ({"after"} if head_input else set()))
+        tied = {id(p) for p in self.head.parameters()} if self.head is not None else set()
+        end = tuple(name for name in end if not self._is_idle(name, tied))
         return Anatomy(
-            self.stack,
+            tuple(self.stacks),
+            tuple(self.names[id(layer)] for layer in self.layers),
             tuple(calls),
             embedding + self._without_parameters({"before"}, embedding),
+            bridge,
             middle + (self._without_parameters({"after"}, middle) if middle else ()),
             end + self._without_parameters({"head"} if middle else {"after", "head"}, end),
             head_input,
@@ -120,13 +127,20 @@ class _Dissection(Recording):
             answers.draws,
         )
 
+    def _is_idle(self, name: str, tied: set[int]) -> bool:
+        """Whether a module never runs, and holds nothing but what the output embedding has, too."""
+        module = self.twin.get_submodule(name) if name in self.names.values() else None
+        if module is None or module is self.head or any(name == n or n.startswith(f"{name}.") for n in self.phases):
+            return False
+        return all(id(p) in tied for p in module.parameters())
+
     def _check_sharing(self) -> None:
         owner: dict[int, int] = {}
         for i, layer in enumerate(self.layers):
             for name, parameter in layer.named_parameters():
                 if owner.setdefault(id(parameter), i) != i:
                     raise self.refuse(
-                        f"layers {owner[id(parameter)]} and {i} of {self.stack} share the parameter {name}, which would "
+                        f"layers {owner[id(parameter)]} and {i} of {self.stacks[0]} share the parameter {name}, which would "
                         "belong to several stages, each with another delay"
                     )
 
@@ -134,13 +148,17 @@ class _Dissection(Recording):
         inside = {id(p) for layer in self.layers for p in layer.parameters()}
         return {name: p for name, p in self.twin.named_parameters() if id(p) not in inside and p.is_floating_point()}
 
-    @staticmethod
-    def _reached(tensors: Sequence[torch.Tensor], parameters: Mapping[str, torch.Tensor]) -> set[str]:
+    def _reached(self, tensors: Sequence[torch.Tensor], parameters: Mapping[str, torch.Tensor]) -> set[str]:
         """Names of the parameters that tensors depend on."""
         total = [t.float().sum() for t in tensors if t is not None and t.requires_grad]
         if not total or not parameters:
             return set()
-        found = torch.autograd.grad(sum(total), list(parameters.values()), retain_graph=True, allow_unused=True)
+        try:
+            found = torch.autograd.grad(sum(total), list(parameters.values()), retain_graph=True, allow_unused=True)
+        except NotImplementedError as error:
+            raise NeedsData(
+                f"{self.kind} can't be split into stages: its backward does not run without weights ({str(error)[:200]})"
+            ) from error
         return {name for name, gradient in zip(parameters, found, strict=True) if gradient is not None}
 
     def _level(self, tensor: torch.Tensor) -> int:
@@ -157,7 +175,7 @@ class _Dissection(Recording):
         made: dict[int, int] = {}  # id of what a layer returned -> number of layers run by then
         previous: torch.Tensor | None = None
         for i, seen, output, given in self.calls:
-            main = next((path for path, tensor in seen if tensor is previous), None)
+            main = None if i in self.starts else next((path for path, tensor in seen if tensor is previous), None)
             if main is None:
                 main = next((path for path, t in seen if path in FIRST_ARGUMENTS and t.requires_grad), None)
             if main is None:
@@ -165,8 +183,11 @@ class _Dissection(Recording):
             if i == 0:
                 early.append(leaf(given, main))
             found: dict[Path, Extra] = {}
+            begins = i > 0 and i in self.starts  # its hidden state comes from before, as extras do
             for path, tensor in seen:
-                if path == main or tensor is leaf(given, main) or not (tensor.requires_grad or id(tensor) in made):
+                if not begins and (path == main or tensor is leaf(given, main)):
+                    continue
+                if not (tensor.requires_grad or id(tensor) in made):
                     continue
                 if id(tensor) not in extras:
                     level = self._level(tensor) if tensor.requires_grad else made[id(tensor)]
@@ -217,10 +238,10 @@ class _Dissection(Recording):
             return False
 
         def visit(name: str, module: nn.Module) -> None:
-            if name == self.stack:
+            if name in self.stacks:
                 return
             own = [p for p in module.parameters() if p.is_floating_point()]
-            around = not name or self.stack.startswith(f"{name}.")
+            around = self._is_around(name)
             if own and not around and all(id(p) in ids for p in own) and not foreign(name, module):
                 found.append(name)
                 covered.update(id(p) for p in own)

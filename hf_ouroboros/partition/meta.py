@@ -15,6 +15,20 @@ def call_options(model: nn.Module) -> dict[str, Any]:
     return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a model reads with an encoder what its decoder goes on from."""
+    declared = getattr(model.config, "is_encoder_decoder", False)
+    return declared and "decoder_input_ids" in inspect.signature(model.forward).parameters
+
+
+def probe_inputs(model: nn.Module, rows: int, time: int, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+    """The smallest batch that the model runs on: tokens, and a decoder's, which are fewer."""
+    ids = torch.zeros(rows, time, dtype=torch.long, device=device)
+    return (
+        {"input_ids": ids, "decoder_input_ids": ids[:, : time - 4]} if is_encoder_decoder(model) else {"input_ids": ids}
+    )
+
+
 def logits_of(output: Any) -> torch.Tensor:
     """The logits in what a model returned."""
     return output.logits if hasattr(output, "logits") else output[0]

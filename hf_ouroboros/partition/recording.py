@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
 from .anatomy import LayerCall
-from .meta import batched_experts, call_options, logits_of
+from .meta import batched_experts, call_options, is_encoder_decoder, logits_of, probe_inputs
 from .shadow import Path, leaves
 
 PROBE_SHAPE = (2, 16)
@@ -52,9 +52,8 @@ class Recording:
 
     def _run(self) -> torch.Tensor:
         device = next(self.twin.get_input_embeddings().parameters()).device
-        ids = torch.zeros(PROBE_SHAPE, dtype=torch.long, device=device)
         try:
-            return logits_of(self.twin(input_ids=ids, **call_options(self.twin)))
+            return logits_of(self.twin(**probe_inputs(self.twin, *PROBE_SHAPE, device), **call_options(self.twin)))
         except UnsupportedModelError:
             raise
         except Exception as error:  # whatever a model does that needs data or more than token ids
@@ -63,8 +62,8 @@ class Recording:
                 f"weights ({type(error).__name__}: {str(error)[:200]})"
             ) from error
 
-    def _find_stack(self) -> str:
-        """Name of the list of layers: the heaviest one of those all of whose modules run."""
+    def _find_stacks(self) -> list[str]:
+        """Names of the lists of layers: the heaviest of those all of whose modules run, of an encoder and a decoder each."""
         lists = {n: m for n, m in self.twin.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
         ran: dict[str, int] = dict.fromkeys(lists, 0)
         handles = []
@@ -85,7 +84,20 @@ class Recording:
         outer = [name for name in running if not any(name.startswith(f"{other}.") for other in running)]
         if not outer:
             raise self.refuse("it has no list of modules all of which run, so no row of layers")
-        return max(outer, key=lambda name: sum(p.numel() for p in lists[name].parameters()))
+        parts = [""]
+        if is_encoder_decoder(self.twin):
+            parts = [f"{self.names[id(part)]}." for part in (self.twin.get_encoder(), self.twin.get_decoder())]
+        found = []
+        for part in parts:
+            inside = [name for name in outer if name.startswith(part)]
+            if not inside:
+                raise self.refuse(f"{part.rstrip('.')} has no list of modules all of which run, so no row of layers")
+            found.append(max(inside, key=lambda name: sum(p.numel() for p in lists[name].parameters())))
+        return found
+
+    def _is_around(self, name: str) -> bool:
+        """Whether a module holds layers, or is a list of them."""
+        return not name or any(f"{stack}.".startswith(f"{name}.") for stack in self.stacks)
 
     def _head_module(self) -> nn.Module | None:
         head = self.twin.get_output_embeddings()
@@ -95,7 +107,7 @@ class Recording:
         inside = {id(m) for layer in self.layers for m in layer.modules()}
         handles = []
         for name, module in self.twin.named_modules():
-            if id(module) not in inside and name != self.stack and not (self.stack + ".").startswith(name + "."):
+            if id(module) not in inside and not self._is_around(name):
 
                 def note(module: nn.Module, *_: Any, name: str = name) -> None:
                     if module is self.head and self.phase == "after":
@@ -125,6 +137,7 @@ class Recording:
             output = forward(*args, **kwargs)
             self.calls.append((i, seen, output, (args, kwargs)))
             if i < len(self.layers) - 1:
+                self.phase = "bridge" if i + 1 in self.starts else self.phase
                 return output
             self.phase = "after"
             call = self._form(output)

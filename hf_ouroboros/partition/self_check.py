@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
 from .finite import check_finite
+from .meta import is_encoder_decoder
 
 Run = Callable[[dict[str, torch.Tensor]], torch.Tensor]
 SEED = 0
@@ -49,7 +50,7 @@ def take_sample(model: PreTrainedModel, keys: frozenset[str], training: bool, ru
         # The stages draw the same random numbers in the same order, one after the other.
         with torch.random.fork_rng(devices=_accelerators(parameters.values())):
             torch.manual_seed(SEED)
-            gradients = _gradients(run(batch), batch["input_ids"], mask, parameters)
+            gradients = _gradients(run(batch), batch, mask, parameters)
         return Sample(logits, gradients)
     finally:
         for module, mode in modes:
@@ -70,14 +71,18 @@ def _batch(model: PreTrainedModel, keys: frozenset[str]) -> tuple[dict[str, torc
         batch["attention_mask"] = mask.to(device)
     else:
         mask = torch.ones_like(ids)
-    return batch, mask.bool()
+    if is_encoder_decoder(model):
+        batch["decoder_input_ids"] = batch["input_ids"].flip(0, 1)[:, : length - 3]
+        mask = torch.ones_like(batch["decoder_input_ids"])
+    return batch, mask.bool().cpu()
 
 
 def _gradients(
-    logits: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, parameters: dict[str, torch.Tensor]
+    logits: torch.Tensor, batch: dict[str, torch.Tensor], mask: torch.Tensor, parameters: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     if not logits.requires_grad:
         return {}
+    ids = batch.get("decoder_input_ids", batch["input_ids"])
     targets = ids.to(logits.device).masked_fill(~mask.to(logits.device), -100)
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets[:, 1:].flatten())
     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
 
 from ..errors import EngineError, UnsupportedModelError
 from .anatomy import HIDDEN, Anatomy
 from .balancing import PROBABILITIES, RouterLogits
-from .meta import call_options
+from .meta import call_options, is_encoder_decoder
 from .one_call import OneCall
 from .ownership import named_parts
 from .shadow import Path, hollow, hook_dicts, leaf, leaves, map_leaves, on_meta, shadow, with_leaf
@@ -37,11 +38,18 @@ NOT_OF_A_BATCH = frozenset(
 """Arguments of a model's forward that stages are not given from a batch, besides those that begin with `output_`."""
 
 
+DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
+"""What the decoder of an encoder-decoder model reads; if a batch has none of it, the model makes it of the labels."""
+
 OF_ALL_LAYERS = {
     "output_hidden_states": "returns what every layer puts out, but layers of other stages keep it to themselves",
     "output_attentions": "returns every layer's attention, but layers of other stages keep it to themselves",
 }
 """Options of a configuration that ask for something of all layers at once, and why stages can't give it."""
+
+
+NOT_HERE = frozenset({"router_logits", "encoder_last_hidden_state"})
+"""What a model returns of layers that are in other stages."""
 
 
 class _EndReached(Exception):
@@ -74,6 +82,8 @@ class ShadowStage(Stage):
             _check_config(model.config)
         parameters = inspect.signature(type(model).forward).parameters
         self.batch_keys = frozenset(n for n in parameters if not n.startswith("output_")) - NOT_OF_A_BATCH - {"self"}
+        if is_encoder_decoder(model):
+            self.batch_keys |= {"labels"}  # of which the decoder's inputs are made, where a batch has none
         self.foreign_outputs = frozenset(n for n in parameters if n.startswith("output_"))
         self.foreign_outputs |= OF_ALL_LAYERS.keys()
         self.draws = anatomy.draws
@@ -86,6 +96,8 @@ class ShadowStage(Stage):
         carried_in = {} if self._entry is None else anatomy.carried(self._entry)
         carried_out = {} if self._exit is None else anatomy.carried(self._exit)
         self._relayed = [name for name in carried_out if name in carried_in]
+        given = None if self._exit is None else anatomy.hidden_from(self._exit)
+        self._relayed_hidden = given if given in carried_in else None
         wanted = {name: places[0] for name, places in carried_out.items() if name not in carried_in}
         self._wanted = {i: [(n, p) for n, (j, p) in wanted.items() if j == i] for i, _ in wanted.values()}
         self._last_capture = max([self._exit or 0, *self._wanted])
@@ -125,10 +137,14 @@ class ShadowStage(Stage):
         if tokens is None:
             raise EngineError(f"a batch needs input_ids (or inputs_embeds), but has {', '.join(batch) or 'nothing'}")
         self._stub_device = tokens.device
+        keys = self.batch_keys
+        if "labels" in batch and any(batch.get(key) is not None for key in DECODER_INPUTS):
+            keys -= {"labels"}
+            batch = {key: value for key, value in batch.items() if key in keys}
         if not self.is_last:
             return self._attempt(batch, received)
         run = partial(self._attempt, received=received)
-        call = OneCall(run, batch, self.batch_keys, self.foreign_outputs, alone=self.is_first)
+        call = OneCall(run, batch, keys, self.foreign_outputs, alone=self.is_first)
         return call(**batch).logits if finish is None else finish(call)
 
     def _attempt(self, inputs: dict[str, Any], received: Boundary | None) -> Any:
@@ -150,8 +166,11 @@ class ShadowStage(Stage):
             self._check(self._entered, "beginning")
             if self._routers is not None:
                 self._captured |= self._routers.sums(received, inputs.get("attention_mask"))
-            for name in self._relayed:  # a view: the graph gets a node at which gradients from further on arrive first
-                self._captured[name] = received[name].view_as(received[name])
+            relayed = {name: name for name in self._relayed}
+            if self._relayed_hidden is not None:
+                relayed[HIDDEN] = self._relayed_hidden
+            for name, source in relayed.items():  # a view: a node at which gradients from further on arrive first
+                self._captured[name] = received[source].view_as(received[source])
             return self._captured
         finally:
             self._received, self._captured = None, {}
@@ -161,12 +180,15 @@ class ShadowStage(Stage):
 
     def _call(self, inputs: dict[str, Any], received: Boundary | None) -> Any:
         if self._routers is None:
-            return self._core(**{**self._options, **inputs})
-        self._routers.begin()
-        tokens = inputs["input_ids"].numel() if "input_ids" in inputs else inputs["inputs_embeds"].shape[:2].numel()
-        with self._routers.finishing(received, tokens):
             output = self._core(**{**self._options, **inputs})
-        output.router_logits = None  # those of other stages are not here
+        else:
+            self._routers.begin()
+            tokens = inputs["input_ids"].numel() if "input_ids" in inputs else inputs["inputs_embeds"].shape[:2].numel()
+            with self._routers.finishing(received, tokens):
+                output = self._core(**{**self._options, **inputs})
+        if received is not None and isinstance(output, ModelOutput):
+            for name in NOT_HERE & output.keys():
+                output[name] = None
         return output
 
     def trains(self, name: str, tensor: torch.Tensor) -> bool:
@@ -192,17 +214,17 @@ class ShadowStage(Stage):
         anatomy = self._anatomy
         own = {name for unit in units[span.start : span.stop] for name in unit.modules}
         made: dict[int, Callable[[nn.Module], nn.Module]] = {}
-        for i, layer in enumerate(model.get_submodule(anatomy.stack)):
+        for i, layer in enumerate(anatomy.layers):
             if i not in self._own:
-                made[id(layer)] = lambda module, i=i: self._passing(module, i)
+                made[id(model.get_submodule(layer))] = lambda module, i=i: self._passing(module, i)
         if not self.is_first:
             made |= {id(model.get_submodule(name)): identity for name in anatomy.early_dropouts}
         if self._exit == anatomy.num_layers + 1:
             made[id(model.get_submodule(anatomy.head[0]))] = self._ending_head
-        keep = [*own, anatomy.stack]
+        keep = [*own, *anatomy.stacks]
 
         def visit(name: str, module: nn.Module) -> None:
-            if id(module) in made or name in own or name == anatomy.stack:
+            if id(module) in made or name in own or name in anatomy.stacks:
                 return
             around = not name or any(k.startswith(f"{name}.") for k in keep)
             # Lists are looped over and dictionaries looked up, so they stay what they are.
@@ -228,11 +250,11 @@ class ShadowStage(Stage):
     def _own_modules(self) -> list[str]:
         anatomy = self._anatomy
         outside = [*(anatomy.embedding if self.is_first else ()), *self.head_names]
-        return [*outside, *(anatomy.layers[i] for i in self._own)]
+        return [*outside, *(name for i in self._own for name in (anatomy.layers[i], *anatomy.beside(i)))]
 
     def _open(self, core: nn.Module) -> None:
         """Lets what is received in, and what the last layer puts out leave."""
-        anatomy, layers = self._anatomy, core.get_submodule(self._anatomy.stack)
+        anatomy, layers = self._anatomy, [core.get_submodule(name) for name in self._anatomy.layers]
         if self._entry is not None:
             places = anatomy.carried(self._entry)
             for i in self._own:

@@ -96,9 +96,12 @@ class Partition:
 def tied_parameter_names(model: PreTrainedModel, units: Sequence[Unit]) -> tuple[str, ...]:
     """Names, on the embedding side, of the matrices that embedding and head share."""
     head = {id(p) for u in units if u.kind == "head" for name in u.modules for _, p in named_parts(model, name)}
-    return tuple(
-        full for name in units[0].modules for full, parameter in named_parts(model, name) if id(parameter) in head
-    )
+    found: dict[int, str] = {}  # several modules of the embeddings may hold the same one
+    for name in units[0].modules:
+        for full, parameter in named_parts(model, name):
+            if id(parameter) in head:
+                found.setdefault(id(parameter), full)
+    return tuple(found.values())
 
 
 def split_model(

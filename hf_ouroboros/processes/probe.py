@@ -11,13 +11,14 @@ import torch.distributed as dist
 
 from ..errors import UnsupportedModelError
 from ..partition import Boundary, Partition, select, to_device
+from ..partition.meta import probe_inputs
 from .grid import ProcessGrid
 from .wires import BoundarySpec, TensorSpec
 
-SHAPES = ({"batch": 2, "time": 5}, {"batch": 3, "time": 7})
+SHAPES = ({"batch": 2, "time": 9, "decoder": 5}, {"batch": 3, "time": 11, "decoder": 7})
 """Two, so that a dimension tells whether it depends on the batch."""
 
-PRODUCTS = (("batch",), ("time",), ("batch", "time"))
+PRODUCTS = (("batch",), ("time",), ("batch", "time"), ("decoder",), ("batch", "decoder"))
 
 
 @torch.no_grad()
@@ -58,7 +59,7 @@ def _outputs(
     autocast_dtype: torch.dtype | None,
     sizes: Mapping[str, int],
 ) -> list[Boundary]:
-    batch = {"input_ids": torch.zeros(sizes["batch"], sizes["time"], dtype=torch.long)}
+    batch = probe_inputs(partition.model, sizes["batch"], sizes["time"])
     state: Any = None
     found: list[Boundary] = []
     for stage, device_index in zip(partition.stages[:-1], partition.plan.placement, strict=False):

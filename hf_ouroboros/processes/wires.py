@@ -32,7 +32,7 @@ class TensorSpec:
     """Shape and dtype of one tensor of a boundary, for every micro-batch.
 
     Args:
-        sizes: of every dimension, a number or names of sizes of the batch whose product it is: "batch", "time".
+        sizes: of every dimension, a number or names of sizes of the batch whose product it is: "batch", "time", "decoder".
         dtype: of its elements.
         trained: whether its gradient is sent back.
     """
@@ -68,7 +68,11 @@ class BoundarySpec:
 def sizes_of(batch: Mapping[str, Any]) -> dict[str, int]:
     """The sizes on which shapes of a micro-batch's tensors depend."""
     first = batch["input_ids"] if batch.get("input_ids") is not None else batch["inputs_embeds"]
-    return {"batch": first.shape[0], "time": first.shape[1]}
+    sizes = {"batch": first.shape[0], "time": first.shape[1]}
+    for key in ("decoder_input_ids", "decoder_inputs_embeds", "labels"):
+        if batch.get(key) is not None and batch[key].dim() > 1:
+            return {**sizes, "decoder": batch[key].shape[1]}
+    return sizes
 
 
 class Posted:

@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_decoders import TYPES, tiny_decoder
+from tiny_decoders import ENCODER_DECODERS, TYPES, tiny_decoder, tiny_encoder_decoder
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from hf_ouroboros.errors import UnsupportedModelError
 from hf_ouroboros.partition import Stage, select, split_model
-from hf_ouroboros.partition.meta import call_options
+from hf_ouroboros.partition.meta import call_options, is_encoder_decoder
 
 COMMON = (
     "llama qwen2 qwen3 gemma2 gemma3_text gemma3n_text gemma4_text mistral phi3 olmo2 gpt_neox mixtral qwen3_moe gpt_oss "
@@ -32,6 +32,7 @@ COMMON = (
 ).split()
 DOCUMENT = Path(__file__).parents[2] / "hf_ouroboros" / "partition" / "DECODERS.md"
 STAGES = 3
+TRANSLATES = " (encoder and decoder)"
 CPU = torch.device("cpu")
 Weights = dict[str, torch.Tensor]
 
@@ -39,7 +40,10 @@ Weights = dict[str, torch.Tensor]
 def batches(model: PreTrainedModel) -> dict[str, dict[str, torch.Tensor]]:
     """Everything that the model takes: no padding, padding at either side, packed rows."""
     takes = inspect.signature(model.forward).parameters
-    ids = torch.randint(3, 90, (2, 16), generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 90, (2, 16), generator=generator)
+    if is_encoder_decoder(model):
+        return encoder_decoder_batches(ids, torch.randint(3, 90, (2, 11), generator=generator))
     found = {"plain": {"input_ids": ids}}
     if "attention_mask" in takes:
         for name, padding in (("right", slice(11, 16)), ("left", slice(0, 5))):
@@ -52,12 +56,25 @@ def batches(model: PreTrainedModel) -> dict[str, dict[str, torch.Tensor]]:
     return found
 
 
+def encoder_decoder_batches(ids: torch.Tensor, labels: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
+    """Decoder inputs made of the labels, and given beside them; with and without padding."""
+    mask, padded = torch.ones_like(ids), labels.clone()
+    mask[1, 11:], padded[1, 6:] = 0, -100
+    given = {"decoder_input_ids": labels.roll(1, 1), "labels": padded}
+    return {
+        "plain": {"input_ids": ids, "labels": labels},
+        "padded": {"input_ids": ids, "attention_mask": mask, "labels": padded},
+        "with decoder inputs": {"input_ids": ids, "attention_mask": mask, **given},
+    }
+
+
 def takes_labels(model: PreTrainedModel) -> bool:
     """Whether the model computes a loss of text alone; some do only beside an image."""
     ids = torch.zeros(2, 16, dtype=torch.long)
+    labels = torch.zeros(2, 11, dtype=torch.long) if is_encoder_decoder(model) else ids
     try:
         with torch.no_grad():
-            return model(input_ids=ids, labels=ids, **call_options(model)).loss is not None
+            return model(input_ids=ids, labels=labels, **call_options(model)).loss is not None
     except ValueError:
         return False
 
@@ -65,7 +82,7 @@ def takes_labels(model: PreTrainedModel) -> bool:
 def call_with_loss(call: Any, batch: dict[str, torch.Tensor], own: bool, options: dict[str, Any]) -> Any:
     """What the model returns, with its own loss or else one of its logits."""
     if own:
-        return call(**batch, labels=batch["input_ids"], **options)
+        return call(**{"labels": batch["input_ids"], **batch}, **options)
     output = call(**batch, **options)
     output["loss"] = output.logits.float().square().mean()
     return output
@@ -89,32 +106,38 @@ def run_in_stages(
     stages: tuple[Stage, ...], batch: dict[str, torch.Tensor], weights: Weights, names: dict[int, str], own: bool
 ) -> tuple[Any, Weights]:
     """The same, with the graph cut at every boundary as the engine does."""
-    tape, state, gradients = [], None, Counter()
+    tape, state, gradients = [], None, {}
     for stage in stages:
         leaves = {n: weights[names[id(p)]].clone() for n, p in stage.named_parameters()}
         leaves = {n: leaf.requires_grad_(leaf.is_floating_point()) for n, leaf in leaves.items()}
+        used = {n: leaf.view_as(leaf) for n, leaf in leaves.items()}
         received = None
         if state is not None:
             received = {n: t.detach().requires_grad_(stage.trains(n, t)) for n, t in state.items()}
 
         finish = partial(call_with_loss, batch=batch, own=own, options={})
         given = (select(stage, batch, CPU), received, None, finish if stage.is_last else None)
-        state = functional_call(stage, leaves, given)
-        tape.append((stage, leaves, received, state))
+        state = functional_call(stage, used, given)
+        tape.append((stage, leaves, used, received, state))
     output, incoming = state, None
-    for stage, leaves, received, state in reversed(tape):
+    for stage, leaves, used, received, state in reversed(tape):
+        own = {n: names[id(p)] for n, p in stage.named_parameters()}
         if incoming is None:
             state.loss.backward()
-        else:
+        else:  # the head's part of a tied matrix's gradient comes first, as in the unsplit model
             sent = [n for n in state if n in incoming and state[n].requires_grad]
-            torch.autograd.backward([state[n] for n in sent], [incoming[n] for n in sent])
-        by_id = dict(stage.named_parameters())
-        for n, leaf in leaves.items():
-            if leaf.grad is not None:
-                name = names[id(by_id[n])]
-                gradients[name] = leaf.grad if name not in gradients else gradients[name] + leaf.grad
+            tied = [n for n, name in own.items() if name in gradients]
+            roots = [state[n] for n in sent] + [used[n] for n in tied]
+            torch.autograd.backward(roots, [incoming[n] for n in sent] + [gradients.pop(own[n]) for n in tied])
+        gradients |= {own[n]: leaf.grad for n, leaf in leaves.items() if leaf.grad is not None}
         incoming = {n: t.grad for n, t in (received or {}).items() if t.grad is not None}
-    return output, dict(gradients)
+    return output, gradients
+
+
+def made(model_type: str, **options: Any) -> PreTrainedModel:
+    """A small model of a type; some types are both, a decoder alone and one with an encoder."""
+    make = tiny_encoder_decoder if model_type.endswith(TRANSLATES) else tiny_decoder
+    return make(model_type.removesuffix(TRANSLATES), **options)
 
 
 def differing(model_type: str, **options: Any) -> list[str]:
@@ -123,7 +146,7 @@ def differing(model_type: str, **options: Any) -> list[str]:
     Raises:
         UnsupportedModelError: it is refused.
     """
-    model = tiny_decoder(model_type, **options).train()
+    model = made(model_type, **options).train()
     stages = split_model(model, ["cpu:0", "cpu:1", "cpu:2"], num_stages=STAGES).stages
     names = {id(p): n for n, p in model.named_parameters()}
     own = takes_labels(model)
@@ -131,6 +154,8 @@ def differing(model_type: str, **options: Any) -> list[str]:
     older = {n: p + 0.01 * p.abs() if p.is_floating_point() else p for n, p in now.items()}
     found = []
     for name, batch in batches(model).items():
+        if "labels" in batch and "decoder_input_ids" not in batch and not takes_labels(model):
+            continue  # FSMT does not make its decoder's inputs of labels
         for weights in (now, older) if name == "plain" else (now,):
             torch.manual_seed(0)
             expected, expected_gradients = run_whole(model, batch, weights, own)
@@ -211,7 +236,7 @@ def test_options_that_change_from_forward_to_forward_are_refused(options: dict[s
 def verdict(model_type: str) -> tuple[str, str]:
     """("equal" | "refused" | "differs" | "not tried", a remark)."""
     try:
-        tiny_decoder(model_type)
+        made(model_type)
     except Exception as error:
         return "not tried", f"no small model was made of it ({type(error).__name__})"
     try:
@@ -225,7 +250,7 @@ def verdict(model_type: str) -> tuple[str, str]:
 
 def balancing(model_type: str) -> str:
     """What becomes of the loss that balances experts: "" where a type has none."""
-    if not hasattr(tiny_decoder(model_type).config, "output_router_logits"):
+    if not hasattr(made(model_type).config, "output_router_logits"):
         return ""
     try:
         found = differing(model_type, output_router_logits=True)
@@ -240,7 +265,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     results = {}
-    for model_type in sorted(TYPES):
+    for model_type in sys.argv[2:] or [*sorted(TYPES), *(f"{name}{TRANSLATES}" for name in ENCODER_DECODERS)]:
         kind, remark = verdict(model_type)
         results[model_type] = kind, balancing(model_type) if kind == "equal" else "", remark
         print(model_type, *results[model_type], flush=True)

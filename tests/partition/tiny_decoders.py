@@ -10,12 +10,21 @@ import fnmatch
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 
 LAYERS = 6
 TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+# Those that read text; the others of the mapping read sound.
+ENCODER_DECODERS = tuple(
+    "bart bigbird_pegasus blenderbot blenderbot-small fsmt led longt5 m2m_100 marian mbart mt5 mvp nllb-moe pegasus "
+    "pegasus_x plbart prophetnet switch_transformers t5 t5gemma t5gemma2 umt5".split()
+)
+ENCODER_DECODERS = tuple(name for name in ENCODER_DECODERS if name in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
 
 SIZES: dict[int, str] = {
     64: "hidden_size d_model n_embd dim word_embed_proj_dim attention_hidden_size intermediate_size *ffn_dim "
@@ -172,10 +181,20 @@ def tiny_config(model_type: str, **options: Any) -> PreTrainedConfig:
 
 def tiny_decoder(model_type: str, **options: Any) -> PreTrainedModel:
     """A model of such a configuration, always with the same weights, none of which are zeros."""
+    return _made(AutoModelForCausalLM, model_type, options)
+
+
+def tiny_encoder_decoder(model_type: str, **options: Any) -> PreTrainedModel:
+    """A model with an encoder of two layers and a decoder of six."""
+    start = {"decoder_start_token_id": 2, "pad_token_id": 1, "eos_token_id": 2}
+    return _made(AutoModelForSeq2SeqLM, model_type, {**start, **options})
+
+
+def _made(kind: Any, model_type: str, options: dict[str, Any]) -> PreTrainedModel:
     torch.manual_seed(0)
     attention = options.pop("attn_implementation", None)
     config = tiny_config(model_type, **options)
-    model = AutoModelForCausalLM.from_config(config, **({"attn_implementation": attention} if attention else {}))
+    model = kind.from_config(config, **({"attn_implementation": attention} if attention else {}))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.is_floating_point() and not parameter.any():

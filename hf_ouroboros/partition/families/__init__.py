@@ -7,11 +7,12 @@ from torch import nn
 from ...errors import UnsupportedModelError
 from .base import Family
 from .decoder import DecoderFamily
+from .encoder_decoder import EncoderDecoderFamily
 from .transfo_xl import TransfoXLFamily
 
 __all__ = ["FAMILIES", "Family", "find_family"]
 
-FAMILIES: tuple[Family, ...] = (TransfoXLFamily(), DecoderFamily())
+FAMILIES: tuple[Family, ...] = (TransfoXLFamily(), EncoderDecoderFamily(), DecoderFamily())
 """The first that accepts a model is its family."""
 
 

@@ -41,6 +41,10 @@ class Family(ABC):
     def layers(self, model: PreTrainedModel) -> list[str]:
         """Names of the layers in execution order."""
 
+    def beside(self, model: PreTrainedModel, layer: int) -> tuple[str, ...]:
+        """Names of the modules that stay with a layer."""
+        return ()
+
     @abstractmethod
     def head(self, model: PreTrainedModel) -> list[tuple[str, ...]]:
         """Names of the modules after the layers, in execution order; those of a tuple stay together."""
@@ -85,5 +89,5 @@ class Family(ABC):
             return Unit(modules, kind, float(cost), sum(p.numel() * p.element_size() for p in fresh))
 
         embedding = unit(self.embedding(model), "embedding")
-        layers = [unit([name], "layer") for name in self.layers(model)]
+        layers = [unit([name, *self.beside(model, i)], "layer") for i, name in enumerate(self.layers(model))]
         return [embedding, *layers, *(unit(names, "head") for names in self.head(model))]

@@ -45,8 +45,12 @@ class DecoderFamily(Family):
         return find_anatomy(model).embedding
 
     def layers(self, model: PreTrainedModel) -> list[str]:
-        """Names of the layers."""
+        """Names of the layers, of an encoder before those of its decoder."""
         return list(find_anatomy(model).layers)
+
+    def beside(self, model: PreTrainedModel, layer: int) -> tuple[str, ...]:
+        """What an encoder ends with stays with its last layer."""
+        return find_anatomy(model).beside(layer)
 
     def head(self, model: PreTrainedModel) -> list[tuple[str, ...]]:
         """Final norm and output projection."""
