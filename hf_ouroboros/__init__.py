@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AutoStagedModelForCausalLM": "auto_staged",
+    "AutoStagedModelForSeq2SeqLM": "auto_staged",
     "OuroborosArguments": "arguments",
     "OuroborosTrainer": "trainer",
     "Reference": "reference",
@@ -31,6 +32,7 @@ _HOMES = {
 
 __all__ = [
     "AutoStagedModelForCausalLM",
+    "AutoStagedModelForSeq2SeqLM",
     "CheckpointError",
     "CheckpointMismatchError",
     "ConnectionLostError",
@@ -54,7 +56,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .arguments import OuroborosArguments
-    from .auto_staged import AutoStagedModelForCausalLM
+    from .auto_staged import AutoStagedModelForCausalLM, AutoStagedModelForSeq2SeqLM
     from .errors import (
         CheckpointError,
         CheckpointMismatchError,

@@ -1,12 +1,18 @@
-"""AutoStagedModelForCausalLM: `from_pretrained` and `from_config` for processes that each hold some of the stages."""
+"""AutoStaged models: `from_pretrained` and `from_config` for processes that each hold some of the stages."""
 
 from __future__ import annotations
 
 from os import PathLike
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from .arguments import OuroborosArguments
 from .partition.initialising import initialise_owned
@@ -21,6 +27,8 @@ class AutoStagedModelForCausalLM:
     Under a launch of several processes each gets the parameters of its own stages and never holds more; in a single
     process these are `AutoModelForCausalLM.from_pretrained` and `from_config`. Values are the same in both cases.
     """
+
+    _auto: ClassVar[Any] = AutoModelForCausalLM
 
     def __init__(self) -> None:
         raise TypeError(
@@ -37,18 +45,18 @@ class AutoStagedModelForCausalLM:
         Args:
             model_name_or_path: local folder or Hub name.
             args: what the model will be trained with: devices, device_map, num_stages, replicas.
-            kwargs: as for `AutoModelForCausalLM.from_pretrained`.
+            kwargs: as for the `from_pretrained` of transformers' own Auto class.
 
         Raises:
             UnsupportedModelError, DeviceMapError: the model can't be split as `args` say.
             UnsupportedOptionError: an argument that places or rewrites parameters.
         """
         if args.world_size == 1:
-            return AutoModelForCausalLM.from_pretrained(model_name_or_path, **kwargs)
+            return cls._auto.from_pretrained(model_name_or_path, **kwargs)
         config = kwargs.pop("config", None)
         if config is None:
             config, kwargs = AutoConfig.from_pretrained(model_name_or_path, return_unused_kwargs=True, **kwargs)
-        return load_owned(model_name_or_path, _ownership(config, args), config=config, **kwargs)
+        return load_owned(model_name_or_path, cls._ownership(config, args), cls._auto, config=config, **kwargs)
 
     @classmethod
     def from_config(cls, config: PretrainedConfig, *, args: OuroborosArguments, **kwargs: Any) -> PreTrainedModel:
@@ -57,19 +65,25 @@ class AutoStagedModelForCausalLM:
         Args:
             config: configuration of the model.
             args: what the model will be trained with.
-            kwargs: as for `AutoModelForCausalLM.from_config`.
+            kwargs: as for the `from_config` of transformers' own Auto class.
 
         Raises:
             UnsupportedModelError, DeviceMapError: the model can't be split as `args` say, or built in parts.
         """
         if args.world_size == 1:
-            return AutoModelForCausalLM.from_config(config, **kwargs)
-        return initialise_owned(config, _ownership(config, args), **kwargs)
+            return cls._auto.from_config(config, **kwargs)
+        return initialise_owned(config, cls._ownership(config, args), cls._auto.from_config, **kwargs)
+
+    @classmethod
+    def _ownership(cls, config: PretrainedConfig, args: OuroborosArguments) -> Owned:
+        """Which parameters this process will own, found on a model without memory."""
+        with torch.device("meta"):
+            skeleton = cls._auto.from_config(config)
+        index = args.process_index % len(args.device_names)
+        return plan_ownership(skeleton, args.device_names, args.device_map, args.num_stages, args.max_memory, index)
 
 
-def _ownership(config: PretrainedConfig, args: OuroborosArguments) -> Owned:
-    """Which parameters this process will own, found on a model without memory."""
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
-    device_index = args.process_index % len(args.device_names)
-    return plan_ownership(skeleton, args.device_names, args.device_map, args.num_stages, args.max_memory, device_index)
+class AutoStagedModelForSeq2SeqLM(AutoStagedModelForCausalLM):
+    """The same for encoder-decoder models, in the place of `AutoModelForSeq2SeqLM`."""
+
+    _auto: ClassVar[Any] = AutoModelForSeq2SeqLM

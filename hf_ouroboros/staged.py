@@ -11,7 +11,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutput
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import ModelOutput
 
 from .engine.streams import COLUMNS, SEGMENTS, Reading
@@ -151,9 +150,11 @@ class StagedModel(nn.Module):
 
 
 def causal_name(model: PreTrainedModel) -> str:
-    """Name of a model's class, or of one that Trainer knows: label smoothing shifts the labels for those only."""
-    name = type(model).__name__
-    return name if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else "GPT2LMHeadModel"
+    """Name of a model's class, for which Trainer decides whether label smoothing shifts the labels.
+
+    Trainer does not know Transformer-XL any more, so that model goes by another one's name.
+    """
+    return "GPT2LMHeadModel" if model.config.model_type == "transfo-xl" else type(model).__name__
 
 
 def call_model(call: ModelCall, inputs: Mapping[str, Any], without_labels: bool) -> ModelOutput:
