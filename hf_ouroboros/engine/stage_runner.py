@@ -14,9 +14,12 @@ from torch.nn.utils import get_total_norm
 
 from ..partition import Boundary, Finish, Memory, Partition, select, to_device
 from .averaging import BucketedMean, ReplicaMean
+from .gradient_hooks import accumulated, hooked, stage_backward
+from .graph import GraphCheck
 from .losses import LossFunction, finishing
+from .noise import StageNoise
 from .optimizers import StageOptimizer
-from .randomness import has_dropout, seeded_dropout
+from .randomness import has_dropout
 from .settings import EngineSettings, Hyperparameters
 from .streams import Memories, Segment
 from .weights import TiedLink, WeightVersions
@@ -36,6 +39,10 @@ class InFlight:
     full_batch: Mapping[str, Any] | None = None
     context: Any = None
     output: Boundary | torch.Tensor | None = field(default=None, repr=False)
+
+    def given(self) -> list[torch.Tensor]:
+        """The tensors in which the stage's graph may end."""
+        return [*self.leaves.values(), *(self.received or {}).values(), *(self.memory or {}).values()]
 
 
 class StageRunner:
@@ -75,13 +82,16 @@ class StageRunner:
         self._predicted_for: int | None = None
         self._loss_fn = loss_fn
         self._link = link if self.stage.is_first or self.stage.is_last else None
-        self._versions = WeightVersions(partition.owned(stage))
+        alone = self._num_stages == 1
+        self._versions = WeightVersions(partition.owned(stage), direct=alone)
+        self._check = None if alone else GraphCheck(partition.model, stage)
         self._mean = None if replica_mean is None else BucketedMean(replica_mean, self._versions.parameters)
         leaf_names = {id(p): name for name, p in self._versions.parameters.items()}
         if link is not None:
             leaf_names |= {id(parameter): name for name, parameter in partition.tied.items()}
         self._bindings = [(name, leaf_names[id(p)]) for name, p in self.stage.named_parameters(remove_duplicate=False)]
-        self._draws = self.stage.draws or has_dropout(self.stage)
+        self._noise = StageNoise(stage, self.stage.draws or has_dropout(self.stage))
+        self._backwards = 0
 
     @property
     def borrows(self) -> bool:
@@ -159,18 +169,20 @@ class StageRunner:
         if not self.stage.training:
             self.stage.train()
         with contextlib.ExitStack() as scopes:
-            if self._draws:
-                scopes.enter_context(seeded_dropout(self.seed, self.index, item.tick, self.device))
+            scopes.enter_context(self._noise.scope(self.seed, item.tick, self.device))
             if self.settings.autocast_dtype is not None:
                 scopes.enter_context(torch.autocast(self.device.type, dtype=self.settings.autocast_dtype))
             weights = {name: item.leaves[source] for name, source in self._bindings}
             memory = None if item.memory is None else dict(item.memory)
             finish: Finish | None = None
             if self.stage.is_last:
-                finish = finishing(self._loss_fn, item.full_batch, item.batch, item.context, self.device)
+                check = None if self._check is None else partial(self._check.loss, allowed=item.given())
+                finish = finishing(self._loss_fn, item.full_batch, item.batch, item.context, self.device, check)
             arguments = item.batch, item.received, memory, finish
             output = functional_call(self.stage, weights, arguments, tie_weights=False)
-            return output, memory
+        if self._check is not None:
+            self._check.forward([output] if self.stage.is_last else output.values(), item.given())
+        return output, memory
 
     # ---- backward ----
 
@@ -195,8 +207,12 @@ class StageRunner:
         outputs, output_gradients = _roots(item.output, gradient, self.device)
         if outputs:
             averaging = closing and self.has_replicas
-            with self._averaging_meanwhile(item.leaves) if averaging else contextlib.nullcontext():
-                torch.autograd.backward(outputs, output_gradients)
+            with self._averaging_meanwhile(tick, item.leaves) if averaging else contextlib.nullcontext():
+                self._backwards += 1
+                watched = self._backwards <= self.settings.micro_batches
+                weights = {name: item.leaves[source] for name, source in self._bindings}
+                alone = self._versions.parameters.values() if self._num_stages == 1 else ()
+                stage_backward(self.stage, weights, outputs, output_gradients, alone, watched)
         gradients: Gradients = {}
         for name, leaf in item.leaves.items():
             if leaf.grad is not None:
@@ -219,12 +235,12 @@ class StageRunner:
         }
 
     @contextlib.contextmanager
-    def _averaging_meanwhile(self, leaves: Gradients) -> Iterator[None]:
+    def _averaging_meanwhile(self, tick: int, leaves: Gradients) -> Iterator[None]:
         """Takes every gradient into the window, and hands it to the mean over replicas, as soon as it is complete."""
 
         def take(name: str, leaf: torch.Tensor) -> None:
             gradient, leaf.grad = leaf.grad, None
-            self.accumulate({name: gradient})
+            self.accumulate({name: gradient}, tick)
             self._mean.ready(name, self.window)
 
         tied = () if self._link is None else self._link.names  # complete only with the other side's gradient
@@ -239,13 +255,20 @@ class StageRunner:
             for hook in hooks:
                 hook.remove()
 
-    def accumulate(self, gradients: Gradients) -> None:
-        """Adds gradients, in tick order, to those of the update that is open."""
+    def accumulate(self, gradients: Gradients, tick: int = 0) -> None:
+        """Adds gradients of a tick, in tick order, to those of the update that is open."""
         for name, gradient in gradients.items():
+            parameter = self._versions.parameters[name]
+            gradient = hooked(parameter, gradient, self.seed, self.index, tick, name)
             if name in self.window:
                 self.window[name].add_(gradient)
             else:
                 self.window[name] = gradient
+            if (
+                parameter._post_accumulate_grad_hooks
+                and (left := accumulated(parameter, self.window.pop(name))) is not None
+            ):
+                self.window[name] = left
 
     # ---- step ----
 
@@ -284,7 +307,7 @@ class StageRunner:
 
     def add_output_side(self, tick: int) -> None:
         """Takes the tied matrices' output-side gradients of a tick at once, as the paper does."""
-        self.accumulate(self._link.gradients.pop(tick, {}))
+        self.accumulate(self._link.gradients.pop(tick, {}), tick)
 
     def step(self, hyperparameters: Hyperparameters, update: int) -> None:
         """Closes an update: applies its gradients, or does nothing at all if there are none."""
