@@ -259,6 +259,7 @@ class OuroborosTrainer(BatchHooks, OptimizerHooks, EvaluationHooks, CheckpointHo
             self.args.engine_settings(plan.num_workers), compensations=self.delay_compensation.compensations
         )
         check_trainable(staged.optimizer, self.model)
+        self._partition.carry_hooks()
         self._agree_on_training(settings, str(self.delay_compensation))
         self._warn_of_delay(staged.optimizer)
         common = self._partition, staged.optimizer, TrainerLoss(self), settings, self.timeline

@@ -75,6 +75,10 @@ class Stage(nn.Module, ABC):
         """Whether a gradient flows back through what crosses a boundary by this name."""
         return tensor.is_floating_point()
 
+    def completes(self, unit: int) -> bool:
+        """Whether modules that hold units up to this one run to their end in this stage, with what they really put out."""
+        return False
+
     @abstractmethod
     def forward(
         self,
