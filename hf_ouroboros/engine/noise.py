@@ -24,6 +24,7 @@ from ..errors import UnsupportedModelError
 from .randomness import mask_seed, seeded_dropout
 
 _GENERATORS = (random.Random, numpy.random.RandomState, numpy.random.Generator)
+_ADVICE = "which are not tied to a micro-batch; draw with torch"
 _SEEDING = ("manual_seed", "seed", "set_rng_state", "fork_rng")
 _SUSPICIONS = 3
 
@@ -191,12 +192,11 @@ def _calls_noted(found: list[str]) -> Iterator[None]:
     def note(frame: FrameType, event: str, called: Any) -> None:
         if event == "c_call":
             if isinstance(getattr(called, "__self__", None), _GENERATORS):
-                found.append(
-                    f"draws from Python's or NumPy's random numbers ({called.__name__}), which are not tied to a micro-batch; "
-                    "draw with torch"
-                )
+                found.append(f"draws from Python's random numbers ({called.__name__}), {_ADVICE}")
         elif event == "call":
             code = frame.f_code
+            if _mentions_numpy(frame):
+                mentions.append(code.co_name)
             if code.co_filename == torch.random.__file__ and code.co_name in _SEEDING:
                 found.append(
                     f"calls torch.random.{code.co_name}, which all stages share; leave the seed to the trainer"
@@ -206,9 +206,26 @@ def _calls_noted(found: list[str]) -> Iterator[None]:
                     "uses torch.utils.checkpoint, which recomputes with the weights of now; use recompute=True"
                 )
 
-    before = sys.getprofile()
+    mentions: list[str] = []  # NumPy's functions don't tell that they are called
+    before, state = sys.getprofile(), _numpy_state()
     sys.setprofile(note)
     try:
         yield
     finally:
         sys.setprofile(before)
+    if mentions and _numpy_state() != state:
+        found.append(f"draws from NumPy's random numbers (in {mentions[0]}), {_ADVICE}")
+
+
+def _numpy_state() -> bytes:
+    _, keys, position, *_ = numpy.random.get_state()
+    return keys.tobytes() + bytes(str(position), "ascii")
+
+
+def _mentions_numpy(frame: FrameType) -> bool:
+    """Whether a function that is called names NumPy's global random numbers."""
+    names, scope = frame.f_code.co_names, frame.f_globals
+    if "random" in names and any(scope.get(name) is numpy for name in names):
+        return True
+    values = [scope.get(name) for name in names]
+    return any(v is numpy.random or isinstance(getattr(v, "__self__", None), numpy.random.RandomState) for v in values)
