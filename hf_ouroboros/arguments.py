@@ -33,6 +33,10 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     "gradient_checkpointing": (bool, "it recomputes with the weights of now; use recompute=True"),
     "activation_checkpointing": (bool, "it recomputes with the weights of now; use recompute=True"),
     "parallelism_config": (lambda value: value is not None, "stages are the parallelism here; leave it unset"),
+    "debug": (
+        lambda value: "underflow_overflow" in [getattr(v, "value", v) for v in value or ()],
+        "it follows one forward through all modules, but stages run several at once; leave it out",
+    ),
     "torch_empty_cache_steps": (lambda value: value is not None, "emptying the cache would stall all stages"),
 }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -16,6 +15,7 @@ from ..partition import Boundary, Finish, Memory, Partition, select, to_device
 from .averaging import BucketedMean, ReplicaMean
 from .gradient_hooks import accumulated, hooked, stage_backward
 from .graph import GraphCheck
+from .in_flight import BufferCheck, InFlight, detached, roots_of
 from .losses import LossFunction, finishing
 from .noise import StageNoise
 from .optimizers import StageOptimizer
@@ -25,24 +25,6 @@ from .streams import Memories, Segment
 from .weights import TiedLink, WeightVersions
 
 Gradients = dict[str, torch.Tensor]
-
-
-@dataclass
-class InFlight:
-    """A micro-batch between its forward and its backward on one stage."""
-
-    tick: int
-    batch: dict[str, torch.Tensor]
-    leaves: dict[str, torch.Tensor]
-    received: Boundary | None
-    memory: Memory | None = field(default=None, repr=False)  # before the forward
-    full_batch: Mapping[str, Any] | None = None
-    context: Any = None
-    output: Boundary | torch.Tensor | None = field(default=None, repr=False)
-
-    def given(self) -> list[torch.Tensor]:
-        """The tensors in which the stage's graph may end."""
-        return [*self.leaves.values(), *(self.received or {}).values(), *(self.memory or {}).values()]
 
 
 class StageRunner:
@@ -91,6 +73,7 @@ class StageRunner:
             leaf_names |= {id(parameter): name for name, parameter in partition.tied.items()}
         self._bindings = [(name, leaf_names[id(p)]) for name, p in self.stage.named_parameters(remove_duplicate=False)]
         self._noise = StageNoise(stage, self.stage.draws or has_dropout(self.stage))
+        self._buffers = BufferCheck(self.stage, replayed=settings.recompute and not self.stage.is_last)
         self._backwards = 0
 
     @property
@@ -156,12 +139,13 @@ class StageRunner:
             item.full_batch, item.context = batch, context
         self.in_flight[tick] = item
         output, memory = self._compute(item)
+        self._buffers.forward()
         self.memories.keep(segment, memory)
         # What will be replayed has a graph, too, which is dropped here: without one, torch may choose kernels (of attention
         # with an additive mask, for instance) that round in another way than the replay.
         if self.stage.is_last or not self.settings.recompute:
             item.output = output
-        return _detached(output)
+        return detached(output)
 
     def _compute(self, item: InFlight) -> tuple[Boundary | torch.Tensor, Memory | None]:
         """Output and memory of a forward, which leaves what it was given as it is: it may be replayed."""
@@ -204,7 +188,7 @@ class StageRunner:
         item = self.in_flight.pop(tick)
         if item.output is None:
             item.output, _ = self._compute(item)
-        outputs, output_gradients = _roots(item.output, gradient, self.device)
+        outputs, output_gradients = roots_of(item.output, gradient, self.device)
         if outputs:
             averaging = closing and self.has_replicas
             with self._averaging_meanwhile(tick, item.leaves) if averaging else contextlib.nullcontext():
@@ -332,20 +316,3 @@ class StageRunner:
 
     def _ordered_window(self) -> list[torch.Tensor]:
         return [self.window[name] for name in self._versions.parameters if name in self.window]
-
-
-def _detached(output: Boundary | torch.Tensor) -> Boundary | torch.Tensor:
-    if isinstance(output, torch.Tensor):
-        return output.detach()
-    return {name: tensor.detach() for name, tensor in output.items()}
-
-
-def _roots(
-    output: Boundary | torch.Tensor, gradient: Boundary | None, device: torch.device
-) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-    """Where a backward begins, and the gradients there: the loss, or whatever gradients have come for."""
-    if isinstance(output, torch.Tensor):
-        return ([output], [None]) if output.requires_grad else ([], [])
-    given = to_device(gradient or {}, device)
-    names = [name for name in output if name in given and output[name].requires_grad]
-    return [output[name] for name in names], [given[name] for name in names]

@@ -17,6 +17,7 @@ from ..errors import UnsupportedModelError
 from .anatomy import Anatomy, Extra, LayerCall
 from .meta import Answers
 from .recording import NeedsData, Recording
+from .self_check import kept_buffers
 from .shadow import Path, detached, leaf, leaves, on_meta
 
 FIRST_ARGUMENTS = ((0, 0), (1, "hidden_states"), (1, "x"), (1, "hidden"))
@@ -50,7 +51,8 @@ def _record(model: PreTrainedModel) -> Anatomy:
         if any(p.is_meta for p in model.parameters()):
             raise
         try:  # a few tokens through the weights themselves
-            return _Dissection(model, detached(model)).anatomy()
+            with kept_buffers(model):
+                return _Dissection(model, detached(model)).anatomy()
         except NeedsData:
             raise error from None
 
