@@ -16,6 +16,7 @@ from .optim import choose
 from .optim.choice import NAMES
 from .options import read_options
 from .planning.hardware import is_here
+from .precision import autocast_dtype
 from .processes.launch import check_launch, check_started, launched_processes
 from .processes.meeting import present, refusing
 
@@ -221,7 +222,7 @@ class OuroborosArguments(TrainingArguments):
             clip_scope=self.clip_scope,
             delay_warmup_steps=self.delay_warmup_steps,
             seed=self.seed,
-            autocast_dtype=torch.bfloat16 if self.bf16 else None,
+            autocast_dtype=autocast_dtype(self),
             recompute=self.recompute,
             # The reference computes on one device, but with the threads that each of the devices would have:
             # kernels may sum in another order with another number of threads. A process of several has its own share.
@@ -236,6 +237,7 @@ class OuroborosArguments(TrainingArguments):
             value = getattr(self, name, None)
             if is_on(value):
                 raise UnsupportedOptionError(f"{name}={value!r} is not supported by OuroborosTrainer: {advice}")
+        autocast_dtype(self)
         optim = getattr(self.optim, "value", self.optim)  # str() of the enum member is its name in capitals
         if any(word in optim for word in ("lomo", "layerwise")):
             raise UnsupportedOptionError(

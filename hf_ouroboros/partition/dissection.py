@@ -62,7 +62,7 @@ def _key(model: PreTrainedModel) -> str:
     attention = getattr(config, "_attn_implementation", None)
     digest = hashlib.blake2b(f"{type(model)!r} {attention} {config.to_json_string(use_diff=False)}".encode())
     numbers: dict[int, int] = {}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         digest.update(f"{name} {type(module)!r} {getattr(module, 'p', None)} {'forward' in vars(module)}".encode())
         for own, parameter in module._parameters.items():
             if parameter is not None:
@@ -129,6 +129,14 @@ class _Dissection(Recording):
                 if owner.setdefault(id(parameter), i) != i:
                     raise self.refuse(
                         f"layers {owner[id(parameter)]} and {i} of {self.stack} share the parameter {name}, which would "
+                        "belong to several stages, each with another delay"
+                    )
+
+        for name, module in self.twin.named_modules(remove_duplicate=False):
+            for own, parameter in module._parameters.items():
+                if id(parameter) in owner and not name.startswith(f"{self.stack}."):
+                    raise self.refuse(
+                        f"layer {owner[id(parameter)]} of {self.stack} shares a parameter with {name}.{own}, which would "
                         "belong to several stages, each with another delay"
                     )
 

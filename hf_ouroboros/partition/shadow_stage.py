@@ -70,8 +70,7 @@ class ShadowStage(Stage):
         num_stages: int,
     ):
         super().__init__(model.config, family, units, span, num_stages)
-        if num_stages > 1:
-            _check_config(model.config)
+        self.check_config()
         parameters = inspect.signature(type(model).forward).parameters
         self.batch_keys = frozenset(n for n in parameters if not n.startswith("output_")) - NOT_OF_A_BATCH - {"self"}
         self.foreign_outputs = frozenset(n for n in parameters if n.startswith("output_"))
@@ -155,6 +154,11 @@ class ShadowStage(Stage):
     def trains(self, name: str, tensor: torch.Tensor) -> bool:
         """See `Stage.trains`."""
         return tensor.is_floating_point() and self._anatomy.trained(name)
+
+    def check_config(self) -> None:
+        """See `Stage.check_config`."""
+        if not (self.is_first and self.is_last):
+            _check_config(self.config)
 
     def completes(self, unit: int) -> bool:
         """See `Stage.completes`."""

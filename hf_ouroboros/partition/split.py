@@ -65,7 +65,13 @@ class Partition:
         return self.home is None or self.plan.placement[stage] == self.home.device_index
 
     def carry_hooks(self) -> None:
-        """Lets the stages call the hooks that a script has put on modules by now; see `module_hooks.carry_hooks`."""
+        """Lets the stages call the hooks that a script has put on modules by now; see `module_hooks.carry_hooks`.
+
+        Raises:
+            UnsupportedModelError, UnsupportedOptionError: hooks, or options of the configuration, that stages don't have.
+        """
+        for stage in self.stages:
+            stage.check_config()
         carry_hooks(self.model, self.stages, self.units, self.spans)
 
     @property
