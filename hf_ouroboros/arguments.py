@@ -16,6 +16,7 @@ from .optim import choose
 from .optim.choice import NAMES
 from .options import read_options
 from .planning.hardware import is_here
+from .precision import autocast_dtype
 from .processes.launch import check_launch, check_started, launched_processes
 from .processes.meeting import present, refusing
 
@@ -33,6 +34,10 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     "gradient_checkpointing": (bool, "it recomputes with the weights of now; use recompute=True"),
     "activation_checkpointing": (bool, "it recomputes with the weights of now; use recompute=True"),
     "parallelism_config": (lambda value: value is not None, "stages are the parallelism here; leave it unset"),
+    "debug": (
+        lambda value: "underflow_overflow" in [getattr(v, "value", v) for v in value or ()],
+        "it follows one forward through all modules, but stages run several at once; leave it out",
+    ),
     "torch_empty_cache_steps": (lambda value: value is not None, "emptying the cache would stall all stages"),
 }
 
@@ -217,7 +222,7 @@ class OuroborosArguments(TrainingArguments):
             clip_scope=self.clip_scope,
             delay_warmup_steps=self.delay_warmup_steps,
             seed=self.seed,
-            autocast_dtype=torch.bfloat16 if self.bf16 else None,
+            autocast_dtype=autocast_dtype(self),
             recompute=self.recompute,
             # The reference computes on one device, but with the threads that each of the devices would have:
             # kernels may sum in another order with another number of threads. A process of several has its own share.
@@ -232,6 +237,7 @@ class OuroborosArguments(TrainingArguments):
             value = getattr(self, name, None)
             if is_on(value):
                 raise UnsupportedOptionError(f"{name}={value!r} is not supported by OuroborosTrainer: {advice}")
+        autocast_dtype(self)
         optim = getattr(self.optim, "value", self.optim)  # str() of the enum member is its name in capitals
         if any(word in optim for word in ("lomo", "layerwise")):
             raise UnsupportedOptionError(

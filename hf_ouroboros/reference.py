@@ -28,14 +28,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch.func import functional_call
 
+from .engine.gradient_hooks import accumulated, calls_backward_hooks, hooked, silenced
+from .engine.graph import GraphCheck, nodes_of
 from .engine.losses import LossFunction, finishing
+from .engine.noise import NoDraws, StageNoise
 from .engine.optimizers import snapshot_hyperparameters
-from .engine.randomness import seeded_dropout
+from .engine.randomness import has_dropout
 from .engine.settings import EngineSettings, FinishedLoss
 from .engine.state import RunState
 from .engine.streams import Memories, Segment, Streams, memories_on
@@ -70,6 +74,7 @@ class Reference:
         self.timeline = timeline
         self.grad_norm: float | None = None
         self._loss_fn = loss_fn
+        self._alone = partition.plan.num_stages == 1
         self._seed = settings.seed
         self._device = torch_device(partition.plan.devices[0])
         self._owned = [partition.owned(k) for k in range(partition.plan.num_stages)]
@@ -77,6 +82,8 @@ class Reference:
         self._delay_start: int | None = None
         self._queues: list[dict[int, Gradients]] = [{} for _ in self._owned]  # stage -> tick -> gradients
         self._output_side: dict[int, Gradients] = {}  # tied_gradient="paper": tick -> gradients of the head's side
+        self._noise = [StageNoise(k, s.draws or has_dropout(s)) for k, s in enumerate(partition.stages)]
+        self._checks = [GraphCheck(partition.model, k) for k in range(len(self._owned))]
         self._streams, self._memories = Streams(), [Memories() for _ in self._owned]
         self._finished: list[FinishedLoss] = []
         self._predicted: dict[int, torch.Tensor] = {}  # id of a parameter -> what the open update's ticks use instead
@@ -91,13 +98,15 @@ class Reference:
         if delayed and self._delay_start is None:
             self._delay_start = tick
         with _threads(self.settings.threads, self._device), self._predicted_weights():
-            loss, output_side = self._forward(tick, batch, context, segment, split_tied=delayed)
-            loss.backward()
+            leaves = self._leaves()
+            loss, output_side = self._forward(tick, batch, context, segment, leaves, split_tied=delayed)
+            self._backward(loss, tick)
         self._output_side[tick] = {name: head.grad for name, head in output_side.items() if head.grad is not None}
         for queue, owned in zip(self._queues, self._owned, strict=True):
-            queue[tick] = {name: p.grad for name, p in owned.items() if p.grad is not None}
-            for parameter in owned.values():
-                parameter.grad = None
+            found = {name: leaves[id(p)] for name, p in owned.items() if leaves[id(p)].grad is not None}
+            queue[tick] = {name: leaf.grad for name, leaf in found.items()}
+            for leaf in found.values():
+                leaf.grad = None
         self._finished.append(FinishedLoss(tick, loss.detach()))
         return tick
 
@@ -121,29 +130,61 @@ class Reference:
             for parameter, weights in real.items():
                 parameter.data = weights
 
+    def _leaves(self) -> dict[int, torch.Tensor]:
+        """What the gradients of a tick are taken of, by the id of the parameter; a single stage uses the parameters."""
+        parameters = [p for owned in self._owned for p in owned.values()]
+        if self._alone:
+            return {id(p): p for p in parameters}
+        return {id(p): p.detach().requires_grad_(p.requires_grad) for p in parameters}
+
+    def _backward(self, loss: torch.Tensor, tick: int) -> None:
+        with ExitStack() as scopes:
+            if self._alone:
+                scopes.enter_context(silenced(self._owned[0].values()))
+            if tick < self.settings.micro_batches or any(map(calls_backward_hooks, self.partition.stages)):
+                scopes.enter_context(NoDraws())
+            loss.backward()
+
     def _forward(
-        self, tick: int, batch: Mapping[str, Any], context: Any, segment: Segment | None, split_tied: bool
+        self,
+        tick: int,
+        batch: Mapping[str, Any],
+        context: Any,
+        segment: Segment | None,
+        leaves: Mapping[int, torch.Tensor],
+        split_tied: bool,
     ) -> tuple[torch.Tensor, Gradients]:
         """The loss, and with tied_gradient="paper" the separate leaves that the head used."""
         stages, state, heads = self.partition.stages, None, {}
         for k, stage in enumerate(stages):
             stage.train()
-            replaced = {}
+            source = leaves
             if stage.is_last and k > 0 and split_tied and self.settings.tied_gradient == "paper":
                 tied = self.partition.tied
                 heads = {name: p.detach().requires_grad_(p.requires_grad) for name, p in tied.items()}
-                source = {id(p): heads[name] for name, p in tied.items()}
-                named = stage.named_parameters(remove_duplicate=False)
-                replaced = {name: source[id(p)] for name, p in named if id(p) in source}
+                source = {**leaves, **{id(p): heads[name] for name, p in tied.items()}}
+            replaced = {name: source[id(p)] for name, p in stage.named_parameters(remove_duplicate=False)}
+            check = None
+            if not self._alone:  # the last stage may end in its own weights and in what it has received
+                received, own = nodes_of(state), list(replaced.values())
+                check = partial(self._check_loss, received, own)
             with ExitStack() as scopes:
-                scopes.enter_context(seeded_dropout(self._seed, k, tick, self._device))
+                scopes.enter_context(self._noise[k].scope(self._seed, tick, self._device))
                 if self.settings.autocast_dtype is not None:
                     scopes.enter_context(torch.autocast(self._device.type, dtype=self.settings.autocast_dtype))
                 inputs, memory = select(stage, batch, self._device), self._memories[k].recall(segment)
-                finish = finishing(self._loss_fn, batch, inputs, context, self._device) if stage.is_last else None
+                finish = (
+                    finishing(self._loss_fn, batch, inputs, context, self._device, check) if stage.is_last else None
+                )
                 state = functional_call(stage, replaced, (inputs, state, memory, finish), tie_weights=False)
                 self._memories[k].keep(segment, memory)
+            if not self._alone:
+                outputs = [state] if stage.is_last else state.values()
+                self._checks[k].forward(outputs, [*leaves.values(), *heads.values()])
         return state, heads
+
+    def _check_loss(self, received: set[Any], own: list[torch.Tensor], loss: torch.Tensor, outputs: set[Any]) -> None:
+        self._checks[-1].loss(loss, received | outputs, own)
 
     def step(self) -> int:
         """Applies to every stage the sum of its window, clipped, or leaves it alone if the window is empty."""
@@ -170,7 +211,9 @@ class Reference:
                 for name, gradient in self._output_side.pop(tick).items():
                     _add(self._owned[0][name], gradient)
             for name, gradient in self._queues[k].pop(tick - delay, {}).items():
-                _add(self._owned[k][name], gradient)
+                parameter = self._owned[k][name]
+                _add(parameter, hooked(parameter, gradient, self._seed, k, tick - delay, name))
+                parameter.grad = accumulated(parameter, parameter.grad)
 
     def _clip(self) -> None:
         """Bounds each stage's norm by max_grad_norm/sqrt(K), or the norm of the whole by max_grad_norm."""

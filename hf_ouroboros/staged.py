@@ -2,61 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import ModelOutput
 
-from .engine.streams import COLUMNS, SEGMENTS, Reading
+from .engine.streams import Reading
 from .errors import CheckpointError, EngineError
+from .head_model import HeadModel, call_model, causal_lm_output, causal_name
 from .partition import Finish, ModelCall, Partition, compose, to_device
-from .partition.families import find_family
 from .processes.relay import Relay
 
-
-class HeadModel(nn.Module):
-    """Stands in for the model in `Trainer.compute_loss`: calling it goes on where the last stage stands.
-
-    Args:
-        model: the model it stands in for.
-        call: what is left of a call of it.
-        needs_logits: whether logits are wanted even of a model that gives the loss without them.
-    """
-
-    def __init__(self, model: PreTrainedModel, call: ModelCall, needs_logits: bool):
-        super().__init__()
-        self.config = model.config
-        self._name = causal_name(model)
-        self._call = call
-        self._without_labels = needs_logits and find_family(model).computes_loss
-
-    def _get_name(self) -> str:
-        return self._name
-
-    def forward(self, **inputs: Any) -> ModelOutput:
-        """What the model returns."""
-        return call_model(self._call, inputs, self._without_labels)
-
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """Refuses: the parameters are in other stages, at other moments.
-
-        Raises:
-            EngineError: always.
-        """
-        raise EngineError(
-            "compute_loss asks for the model's parameters, but a penalty on them would belong to every stage at a moment of "
-            "its own; use weight_decay, or a penalty in an optimizer"
-        )
-
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """As `parameters`."""
-        return self.parameters()
+__all__ = ["HeadModel", "StagedModel", "StagedOptimizer", "causal_lm_output", "refuse_forward"]
 
 
 class StagedModel(nn.Module):
@@ -84,6 +45,24 @@ class StagedModel(nn.Module):
     def _get_name(self) -> str:
         return causal_name(self._partition[0].model)
 
+    def __getattr__(self, name: str) -> Any:
+        """What the complete model has besides: `generate`, `device`, `get_input_embeddings`, ...
+
+        Raises:
+            EngineError: `generate`, where the model is on several devices.
+        """
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            model = self.__dict__["_partition"][0].model
+            found = getattr(model, name)
+        if name == "generate" and len({p.device for p in model.parameters()}) > 1:
+            raise EngineError(
+                "generate() runs the complete model, whose stages are on several devices; save it and load it for that, or "
+                "generate after train()"
+            )
+        return found
+
     def train(self, mode: bool = True) -> StagedModel:
         """Switches the stages and the complete model."""
         self._partition[0].model.train(mode)
@@ -93,7 +72,16 @@ class StagedModel(nn.Module):
         """Nothing: gradients live in the workers, which may be writing them."""
 
     def forward(self, **inputs: Any) -> ModelOutput:
-        """Runs all stages in turn; the pipeline has to be synchronized."""
+        """Runs all stages in turn; the pipeline has to be synchronized.
+
+        Raises:
+            EngineError: it is called to be trained, which the engine does.
+        """
+        if self.training and torch.is_grad_enabled():
+            raise EngineError(
+                "a training step of its own calls the model and would take gradients of all stages at once, past the engine; "
+                "override compute_loss, or use a compute_loss_func, and leave training_step to OuroborosTrainer"
+            )
         inputs = to_device(inputs, self._partition[0].device_of_loss)
         without_labels = not self.loss_only and self._partition[0].stages[0].family.computes_loss
 
@@ -149,44 +137,6 @@ class StagedModel(nn.Module):
             yield
 
 
-def causal_name(model: PreTrainedModel) -> str:
-    """Name of a model's class, for which Trainer decides whether label smoothing shifts the labels.
-
-    Trainer does not know Transformer-XL any more, so that model goes by another one's name.
-    """
-    return "GPT2LMHeadModel" if model.config.model_type == "transfo-xl" else type(model).__name__
-
-
-def call_model(call: ModelCall, inputs: Mapping[str, Any], without_labels: bool) -> ModelOutput:
-    """Calls a model on its last stage.
-
-    Args:
-        call: the model.
-        inputs: of a batch, labels included; its place in a stream is left out.
-        without_labels: whether the model gives either loss or logits, and logits are wanted.
-    """
-    given = {key: value for key, value in inputs.items() if key not in (COLUMNS, SEGMENTS)}
-    if not without_labels:
-        return call(**given)
-    logits = call(**{key: value for key, value in given.items() if key not in ("labels", "shift_labels")}).logits
-    return causal_lm_output(logits, given)
-
-
-def causal_lm_output(logits: torch.Tensor, inputs: Mapping[str, Any]) -> CausalLMOutput:
-    """Logits, and the token-weighted next-token loss if the inputs have labels (or labels already shifted)."""
-    labels = inputs.get("labels")
-    if labels is None and inputs.get("shift_labels") is None:
-        return CausalLMOutput(logits=logits)
-    loss = ForCausalLMLoss(
-        logits,
-        labels.to(logits.device) if labels is not None else None,
-        vocab_size=logits.shape[-1],
-        num_items_in_batch=inputs.get("num_items_in_batch"),
-        shift_labels=inputs.get("shift_labels"),
-    )
-    return CausalLMOutput(loss=loss, logits=logits)
-
-
 def refuse_forward(model: PreTrainedModel) -> None:
     """Makes calls of a model whose other parts are in other processes (generate, for example) a named error."""
 
@@ -197,7 +147,8 @@ def refuse_forward(model: PreTrainedModel) -> None:
             "the result with from_pretrained"
         )
 
-    if not any(hook.__qualname__ == refuse.__qualname__ for hook in model._forward_pre_hooks.values()):
+    refuse._refuses_forward = True  # not a script's hook
+    if not any(hasattr(hook, "_refuses_forward") for hook in model._forward_pre_hooks.values()):
         model.register_forward_pre_hook(refuse)
 
 

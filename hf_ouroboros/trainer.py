@@ -32,6 +32,7 @@ from .hub.card_facts import TAG
 from .ledger import LossLedger
 from .partition import Home, Partition, StagePlan, split_model, torch_device
 from .partition.finite import check_finite
+from .precision import check_surroundings
 from .processes import ProcessGrid
 from .processes.grid import leave_at_exit
 from .processes.meeting import refusing
@@ -259,6 +260,8 @@ class OuroborosTrainer(BatchHooks, OptimizerHooks, EvaluationHooks, CheckpointHo
             self.args.engine_settings(plan.num_workers), compensations=self.delay_compensation.compensations
         )
         check_trainable(staged.optimizer, self.model)
+        self._partition.carry_hooks()
+        check_surroundings()
         self._agree_on_training(settings, str(self.delay_compensation))
         self._warn_of_delay(staged.optimizer)
         common = self._partition, staged.optimizer, TrainerLoss(self), settings, self.timeline

@@ -10,6 +10,7 @@ import torch
 
 from ..errors import UnsupportedOptionError
 from ..partition import Finish, ModelCall, to_device
+from .graph import Node, nodes_of
 
 LossOfLogits = Callable[[torch.Tensor, Mapping[str, Any], Any], torch.Tensor]
 """(logits [batch, time, vocabulary], micro-batch, whatever was submitted with it) -> scalar loss."""
@@ -38,6 +39,7 @@ def finishing(
     selected: Mapping[str, torch.Tensor],
     context: Any,
     device: torch.device,
+    check: Callable[[torch.Tensor, set[Node]], None] | None = None,
 ) -> Finish:
     """What the last stage does with the model.
 
@@ -47,6 +49,7 @@ def finishing(
         selected: the part of it that the stages compute with, on the device.
         context: submitted with it.
         device: of the last stage.
+        check: told the loss, and where the graphs of what the model has put out begin.
 
     Raises:
         UnsupportedOptionError: when it runs, if the loss does not depend on what is trained, so that no gradient would ever
@@ -54,16 +57,25 @@ def finishing(
     """
 
     def finish(model: ModelCall) -> torch.Tensor:
+        outputs: set[Node] = set()
+
+        def noted(*args: Any, **inputs: Any) -> Any:
+            output = model(*args, **inputs)
+            outputs.update(nodes_of(output))
+            return output
+
         if isinstance(loss_fn, LossOfModel):
             rest = {key: value for key, value in batch.items() if key not in selected}
-            loss = loss_fn(model, {**to_device(rest, device), **selected}, context)
+            loss = loss_fn(noted, {**to_device(rest, device), **selected}, context)
         else:
-            loss = loss_fn(model(**selected).logits, batch, context)
+            loss = loss_fn(noted(**selected).logits, batch, context)
         if torch.is_grad_enabled() and not loss.requires_grad:
             raise UnsupportedOptionError(
                 "the loss does not depend on any parameter that is trained, so nothing would ever change: a "
                 "compute_loss_func or compute_loss must give a loss with its graph (no detach(), item() or torch.no_grad())"
             )
+        if check is not None and torch.is_grad_enabled():
+            check(loss, outputs)
         return loss
 
     return finish

@@ -15,7 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 
-def mask_seed(seed: int, stage: int, tick: int) -> int:
+def mask_seed(seed: int, stage: int, tick: int | str) -> int:
     """A 63-bit seed for one stage's forward of one micro-batch."""
     digest = hashlib.blake2b(f"{seed}/{stage}/{tick}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
@@ -27,16 +27,17 @@ def has_dropout(module: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def seeded_dropout(seed: int, stage: int, tick: int, device: torch.device) -> Iterator[None]:
-    """Within this context, dropout on `device` draws from a generator of its own.
+def seeded_dropout(seed: int, stage: int, tick: int | str, device: torch.device) -> Iterator[torch.Generator]:
+    """Within this context, dropout on `device` draws from a generator of its own, and there is one for other draws on CPU.
 
     CPU dropout has one process-wide generator, on which the threads of several stages would race; here masks come
     from a generator made for this (stage, tick). Elsewhere the device's generator is seeded and put back.
     """
     value = mask_seed(seed, stage, tick)
+    generator = torch.Generator().manual_seed(value)
     if device.type == "cpu":
-        with _OwnGenerator(torch.Generator().manual_seed(value)):
-            yield
+        with _OwnGenerator(generator):
+            yield generator
         return
     module = torch.get_device_module(device)
     with _device_lock(device):
@@ -44,7 +45,7 @@ def seeded_dropout(seed: int, stage: int, tick: int, device: torch.device) -> It
         try:
             with torch.device(device):
                 module.manual_seed(value)
-            yield
+            yield generator
         finally:
             module.set_rng_state(state, device)
 

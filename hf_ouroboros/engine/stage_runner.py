@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,29 +14,18 @@ from torch.nn.utils import get_total_norm
 
 from ..partition import Boundary, Finish, Memory, Partition, select, to_device
 from .averaging import BucketedMean, ReplicaMean
+from .gradient_hooks import accumulated, hooked, stage_backward
+from .graph import GraphCheck
+from .in_flight import BufferCheck, InFlight, detached, roots_of
 from .losses import LossFunction, finishing
+from .noise import StageNoise
 from .optimizers import StageOptimizer
-from .randomness import has_dropout, seeded_dropout
+from .randomness import has_dropout
 from .settings import EngineSettings, Hyperparameters
 from .streams import Memories, Segment
 from .weights import TiedLink, WeightVersions
 
 Gradients = dict[str, torch.Tensor]
-
-
-@dataclass
-class InFlight:
-    """A micro-batch between its forward and its backward on one stage."""
-
-    tick: int
-    batch: dict[str, torch.Tensor]
-    leaves: dict[str, torch.Tensor]
-    received: Boundary | None
-    memory: Memory | None = field(default=None, repr=False)  # before the forward
-    full_batch: Mapping[str, Any] | None = None
-    context: Any = None
-    output: Boundary | torch.Tensor | None = field(default=None, repr=False)
-    meeting: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)  # tied matrices, as the stage used them
 
 
 class StageRunner:
@@ -77,7 +65,9 @@ class StageRunner:
         self._predicted_for: int | None = None
         self._loss_fn = loss_fn
         self._link = link if self.stage.is_first or self.stage.is_last else None
-        self._versions = WeightVersions(partition.owned(stage))
+        alone = self._num_stages == 1
+        self._versions = WeightVersions(partition.owned(stage), direct=alone)
+        self._check = None if alone else GraphCheck(partition.model, stage)
         self._mean = None if replica_mean is None else BucketedMean(replica_mean, self._versions.parameters)
         leaf_names = {id(p): name for name, p in self._versions.parameters.items()}
         if link is not None:
@@ -86,7 +76,9 @@ class StageRunner:
         # A tied matrix that the embeddings use several times: what the head adds to its gradient comes first.
         uses = Counter(source for _, source in self._bindings)
         self._meeting = [name for name in link.names if uses[name] > 1] if self._lends else []
-        self._draws = self.stage.draws or has_dropout(self.stage)
+        self._noise = StageNoise(stage, self.stage.draws or has_dropout(self.stage))
+        self._buffers = BufferCheck(self.stage, replayed=settings.recompute and not self.stage.is_last)
+        self._backwards = 0
 
     @property
     def borrows(self) -> bool:
@@ -151,12 +143,13 @@ class StageRunner:
             item.full_batch, item.context = batch, context
         self.in_flight[tick] = item
         output, memory = self._compute(item)
+        self._buffers.forward()
         self.memories.keep(segment, memory)
         # What will be replayed has a graph, too, which is dropped here: without one, torch may choose kernels (of attention
         # with an additive mask, for instance) that round in another way than the replay.
         if self.stage.is_last or not self.settings.recompute:
             item.output = output
-        return _detached(output)
+        return detached(output)
 
     def _compute(self, item: InFlight) -> tuple[Boundary | torch.Tensor, Memory | None]:
         """Output and memory of a forward, which leaves what it was given as it is: it may be replayed."""
@@ -164,8 +157,7 @@ class StageRunner:
         if not self.stage.training:
             self.stage.train()
         with contextlib.ExitStack() as scopes:
-            if self._draws:
-                scopes.enter_context(seeded_dropout(self.seed, self.index, item.tick, self.device))
+            scopes.enter_context(self._noise.scope(self.seed, item.tick, self.device))
             if self.settings.autocast_dtype is not None:
                 scopes.enter_context(torch.autocast(self.device.type, dtype=self.settings.autocast_dtype))
             item.meeting = {name: item.leaves[name].view_as(item.leaves[name]) for name in self._meeting}
@@ -173,10 +165,13 @@ class StageRunner:
             memory = None if item.memory is None else dict(item.memory)
             finish: Finish | None = None
             if self.stage.is_last:
-                finish = finishing(self._loss_fn, item.full_batch, item.batch, item.context, self.device)
+                check = None if self._check is None else partial(self._check.loss, allowed=item.given())
+                finish = finishing(self._loss_fn, item.full_batch, item.batch, item.context, self.device, check)
             arguments = item.batch, item.received, memory, finish
             output = functional_call(self.stage, weights, arguments, tie_weights=False)
-            return output, memory
+        if self._check is not None:
+            self._check.forward([output] if self.stage.is_last else output.values(), item.given())
+        return output, memory
 
     # ---- backward ----
 
@@ -198,15 +193,19 @@ class StageRunner:
         item = self.in_flight.pop(tick)
         if item.output is None:
             item.output, _ = self._compute(item)
-        outputs, output_gradients = _roots(item.output, gradient, self.device)
+        outputs, output_gradients = roots_of(item.output, gradient, self.device)
         tied = self._link.gradients.pop(tick, {}) if self._lends else {}
         for name in tied.keys() & item.meeting.keys():
             outputs.append(item.meeting[name])
             output_gradients.append(tied.pop(name))
         if outputs:
             averaging = closing and self.has_replicas
-            with self._averaging_meanwhile(item.leaves) if averaging else contextlib.nullcontext():
-                torch.autograd.backward(outputs, output_gradients)
+            with self._averaging_meanwhile(tick, item.leaves) if averaging else contextlib.nullcontext():
+                self._backwards += 1
+                watched = self._backwards <= self.settings.micro_batches
+                weights = {name: item.leaves[source] for name, source in self._bindings}
+                alone = self._versions.parameters.values() if self._num_stages == 1 else ()
+                stage_backward(self.stage, weights, outputs, output_gradients, alone, watched)
         gradients: Gradients = {}
         for name, leaf in item.leaves.items():
             if leaf.grad is not None:
@@ -228,12 +227,12 @@ class StageRunner:
         }
 
     @contextlib.contextmanager
-    def _averaging_meanwhile(self, leaves: Gradients) -> Iterator[None]:
+    def _averaging_meanwhile(self, tick: int, leaves: Gradients) -> Iterator[None]:
         """Takes every gradient into the window, and hands it to the mean over replicas, as soon as it is complete."""
 
         def take(name: str, leaf: torch.Tensor) -> None:
             gradient, leaf.grad = leaf.grad, None
-            self.accumulate({name: gradient})
+            self.accumulate({name: gradient}, tick)
             self._mean.ready(name, self.window)
 
         tied = () if self._link is None else self._link.names  # complete only with the other side's gradient
@@ -248,13 +247,20 @@ class StageRunner:
             for hook in hooks:
                 hook.remove()
 
-    def accumulate(self, gradients: Gradients) -> None:
-        """Adds gradients, in tick order, to those of the update that is open."""
+    def accumulate(self, gradients: Gradients, tick: int = 0) -> None:
+        """Adds gradients of a tick, in tick order, to those of the update that is open."""
         for name, gradient in gradients.items():
+            parameter = self._versions.parameters[name]
+            gradient = hooked(parameter, gradient, self.seed, self.index, tick, name)
             if name in self.window:
                 self.window[name].add_(gradient)
             else:
                 self.window[name] = gradient
+            if (
+                parameter._post_accumulate_grad_hooks
+                and (left := accumulated(parameter, self.window.pop(name))) is not None
+            ):
+                self.window[name] = left
 
     # ---- step ----
 
@@ -293,7 +299,7 @@ class StageRunner:
 
     def add_output_side(self, tick: int) -> None:
         """Takes the tied matrices' output-side gradients of a tick at once, as the paper does."""
-        self.accumulate(self._link.gradients.pop(tick, {}))
+        self.accumulate(self._link.gradients.pop(tick, {}), tick)
 
     def step(self, hyperparameters: Hyperparameters, update: int) -> None:
         """Closes an update: applies its gradients, or does nothing at all if there are none."""
@@ -318,20 +324,3 @@ class StageRunner:
 
     def _ordered_window(self) -> list[torch.Tensor]:
         return [self.window[name] for name in self._versions.parameters if name in self.window]
-
-
-def _detached(output: Boundary | torch.Tensor) -> Boundary | torch.Tensor:
-    if isinstance(output, torch.Tensor):
-        return output.detach()
-    return {name: tensor.detach() for name, tensor in output.items()}
-
-
-def _roots(
-    output: Boundary | torch.Tensor, gradient: Boundary | None, device: torch.device
-) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-    """Where a backward begins, and the gradients there: the loss, or whatever gradients have come for."""
-    if isinstance(output, torch.Tensor):
-        return ([output], [None]) if output.requires_grad else ([], [])
-    given = to_device(gradient or {}, device)
-    names = [name for name in output if name in given and output[name].requires_grad]
-    return [output[name] for name in names], [given[name] for name in names]

@@ -21,10 +21,12 @@ class WeightVersions:
 
     Args:
         parameters: the stage's own parameters by name.
+        direct: whether parameters are their own leaves, as no step comes before the backward of a forward.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter]):
+    def __init__(self, parameters: dict[str, nn.Parameter], direct: bool = False):
         self.parameters = parameters
+        self._direct = direct
         self._leaves: dict[str, torch.Tensor] | None = None
         self._predicted: dict[str, torch.Tensor] = {}
         self._lent: set[str] = set()  # parameters on whose storage there may be leaves
@@ -43,7 +45,9 @@ class WeightVersions:
             # `.data`, unlike `.detach()`, has a version counter of its own: the optimizer's writes to fresh
             # storage must not invalidate graphs on the old one.
             self._leaves = {
-                name: self._predicted.get(name, parameter.data).requires_grad_(parameter.requires_grad)
+                name: parameter
+                if self._direct and name not in self._predicted
+                else self._predicted.get(name, parameter.data).requires_grad_(parameter.requires_grad)
                 for name, parameter in self.parameters.items()
             }
             self._lent |= self._leaves.keys() - self._predicted.keys()

@@ -207,9 +207,9 @@ class Worker(threading.Thread):
         closing = tick in self._closing[runner.index]
         self._closing[runner.index].discard(tick)
         if tick in runner.settled:
-            runner.accumulate(runner.settled.pop(tick))
+            runner.accumulate(runner.settled.pop(tick), tick)
             return
-        runner.accumulate(self._run_backward(runner, tick, "backward", closing))
+        runner.accumulate(self._run_backward(runner, tick, "backward", closing), tick)
         if runner.index == self._num_stages - 1 and tick in self._output_side_first:
             self._output_side_first.remove(tick)
             self.runners[0].add_output_side(tick)

@@ -36,10 +36,11 @@ class BatchHooks(AgreementHooks):
         """Number of target tokens of an update over all replicas: labels after the shift that are not -100."""
         if self._same_batches is not None and self._eval_sums is None and self.is_in_train:
             self._same_batches.check(batch_samples, f"update {self.state.global_step + 1}")
-        if not batch_samples or "labels" not in batch_samples[0]:
+        if not batch_samples or batch_samples[0].get("labels") is None:
             return None
         targets = [
-            batch["shift_labels"] if "shift_labels" in batch else batch["labels"][..., 1:] for batch in batch_samples
+            batch["labels"][..., 1:] if batch.get("shift_labels") is None else batch["shift_labels"]
+            for batch in batch_samples
         ]
         count = sum(target.ne(-100).sum() for target in targets).to(device)
         if self._counts_all_replicas and self._eval_sums is None:  # a batch of an evaluation stands for itself

@@ -38,6 +38,7 @@ class EvaluationHooks(AgreementHooks):
     def _evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         self.synchronize()
         self._wrap_model(self.model, training=False)  # splits a model that was exchanged
+        self._partition.carry_hooks()
         self._agree_on_evaluation(dataloader, args, kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         if self._grid is not None:
@@ -79,9 +80,9 @@ class EvaluationHooks(AgreementHooks):
         return result
 
     def _get_target_count(self, inputs: dict[str, Any]) -> int | None:
-        if "shift_labels" in inputs:
+        if inputs.get("shift_labels") is not None:
             return int(inputs["shift_labels"].ne(-100).sum())
-        return int(inputs["labels"][..., 1:].ne(-100).sum()) if "labels" in inputs else None
+        return int(inputs["labels"][..., 1:].ne(-100).sum()) if inputs.get("labels") is not None else None
 
     def _token_weighted(self, sums: list[tuple[float, float]]) -> float | None:
         """Mean loss over the target tokens of all replicas; None where this process has no losses."""
@@ -93,13 +94,13 @@ class EvaluationHooks(AgreementHooks):
     def _without_repeated_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Rows that only fill up the last batch of a replica don't count in the loss."""
         rows_left = self.accelerator.rows_left
-        rows = len(inputs["input_ids"])
-        if rows_left is None or "labels" not in inputs:
+        if rows_left is None or inputs.get("labels") is None:
             return inputs
+        rows = len(inputs["labels"])
         own = max(0, min(rows, rows_left - self._grid.replica * rows))
         if own == rows:
             return inputs
-        keys = [key for key in ("labels", "shift_labels") if key in inputs]
+        keys = [key for key in ("labels", "shift_labels") if inputs.get(key) is not None]
         return {**inputs, **{key: torch.cat([inputs[key][:own], inputs[key][own:] * 0 - 100]) for key in keys}}
 
     def _tell_all(self, output: EvalLoopOutput) -> EvalLoopOutput:

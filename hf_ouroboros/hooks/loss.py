@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from transformers import Trainer
 
 from ..engine.losses import LossOfModel
+from ..errors import EngineError
+from ..head_model import HeadModel
 from ..partition import ModelCall
-from ..staged import HeadModel
 
 
 class LossContext(NamedTuple):
@@ -32,8 +37,10 @@ class TrainerLoss(LossOfModel):
     def __call__(self, model: ModelCall, inputs: dict[str, Any], context: LossContext) -> torch.Tensor:
         """See `LossOfModel`."""
         trainer = self._trainer
-        head = HeadModel(trainer.model, model, needs_logits=not head_computes_loss(trainer))
-        loss = trainer.compute_loss(head, inputs, num_items_in_batch=context.num_items)
+        alone = trainer.stage_plan.num_stages == 1
+        head = HeadModel(trainer.model, model, needs_logits=not head_computes_loss(trainer), alone=alone)
+        with contextlib.nullcontext() if alone else _refused_here(trainer.model):
+            loss = trainer.compute_loss(head, inputs, num_items_in_batch=context.num_items)
         if trainer._counts_all_replicas and context.num_items is not None:
             loss = loss * trainer._grid.replicas  # gradients and losses are averaged over the replicas
         return loss if self._is_scaled(context) else loss / context.accumulation_steps
@@ -46,6 +53,26 @@ class TrainerLoss(LossOfModel):
             return declared
         by_model = trainer.model_accepts_loss_kwargs and context.num_items is not None
         return by_model or trainer.compute_loss_func is not None
+
+
+@contextlib.contextmanager
+def _refused_here(model: nn.Module) -> Iterator[None]:
+    """Within this context, in this thread, the complete model refuses to run: its weights are those of other moments."""
+    here = threading.get_ident()
+
+    def refuse(module: nn.Module, *inputs: Any) -> None:
+        if threading.get_ident() == here:
+            raise EngineError(
+                f"the loss calls the trainer's {type(module).__name__} itself, whose stages are at other moments; call the "
+                "model that compute_loss gets, once, or a copy made before training, or train with num_stages=1"
+            )
+
+    refuse._refuses_forward = True
+    handle = model.register_forward_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def head_computes_loss(trainer: Any) -> bool:

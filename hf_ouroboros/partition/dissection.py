@@ -7,7 +7,7 @@ tokens go through its weights. What was found is kept for models of the same con
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from ..errors import UnsupportedModelError
 from .anatomy import Anatomy, Extra, LayerCall
 from .meta import Answers
 from .recording import NeedsData, Recording
+from .self_check import kept_buffers
 from .shadow import Path, detached, leaf, leaves, on_meta
 
 FIRST_ARGUMENTS = ((0, 0), (1, "hidden_states"), (1, "x"), (1, "hidden"))
@@ -45,14 +46,26 @@ def find_anatomy(model: PreTrainedModel) -> Anatomy:
 
 def _record(model: PreTrainedModel) -> Anatomy:
     try:
-        return _Dissection(model, on_meta(model)).anatomy()
+        return _dissected(model, on_meta)
     except NeedsData as error:
         if any(p.is_meta for p in model.parameters()):
             raise
         try:  # a few tokens through the weights themselves
-            return _Dissection(model, detached(model)).anatomy()
+            with kept_buffers(model):
+                return _dissected(model, detached)
         except NeedsData:
             raise error from None
+
+
+def _dissected(model: PreTrainedModel, twin: Callable[[nn.Module], nn.Module]) -> Anatomy:
+    try:
+        return _Dissection(model, twin(model)).anatomy()
+    except _OtherStacks:
+        return _Dissection(model, twin(model)).anatomy(searching=True)
+
+
+class _OtherStacks(Exception):
+    """Not all modules of the heaviest lists run."""
 
 
 def _key(model: PreTrainedModel) -> str:
@@ -60,7 +73,7 @@ def _key(model: PreTrainedModel) -> str:
     attention = getattr(config, "_attn_implementation", None)
     digest = hashlib.blake2b(f"{type(model)!r} {attention} {config.to_json_string(use_diff=False)}".encode())
     numbers: dict[int, int] = {}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         digest.update(f"{name} {type(module)!r} {getattr(module, 'p', None)} {'forward' in vars(module)}".encode())
         for own, parameter in module._parameters.items():
             if parameter is not None:
@@ -72,15 +85,21 @@ def _key(model: PreTrainedModel) -> str:
 class _Dissection(Recording):
     """A recording that is read off."""
 
-    def anatomy(self) -> Anatomy:
-        """Runs, and reads off."""
+    def anatomy(self, searching: bool = False) -> Anatomy:
+        """Runs, and reads off.
+
+        Args:
+            searching: whether to find out, by a forward more, which lists of modules run.
+        """
         with self._runnable(), Answers() as answers:
-            self.stacks = self._find_stacks()
+            self.stacks = self._find_stacks(self._running_lists() if searching else self._lists())
             lists = [list(self.twin.get_submodule(stack)) for stack in self.stacks]
             self.layers = [layer for layers in lists for layer in layers]
             self.starts = {0, len(lists[0])} if len(lists) > 1 else {0}  # numbers of the layers that begin a stack
             self.head = self._head_module()
             logits = self._record()
+            if not searching and {i for i, *_ in self.calls} != set(range(len(self.layers))):
+                raise _OtherStacks
             return self._read(logits, answers)
 
     def _read(self, logits: torch.Tensor, answers: Answers) -> Anatomy:
@@ -141,6 +160,13 @@ class _Dissection(Recording):
                 if owner.setdefault(id(parameter), i) != i:
                     raise self.refuse(
                         f"layers {owner[id(parameter)]} and {i} of {self.stacks[0]} share the parameter {name}, which would "
+                        "belong to several stages, each with another delay"
+                    )
+        for name, module in self.twin.named_modules(remove_duplicate=False):
+            for own, parameter in module._parameters.items():
+                if id(parameter) in owner and not name.startswith(tuple(f"{stack}." for stack in self.stacks)):
+                    raise self.refuse(
+                        f"layer {owner[id(parameter)]} of {self.stacks[0]} shares a parameter with {name}.{own}, which would "
                         "belong to several stages, each with another delay"
                     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -80,4 +80,29 @@ def check_owned(model: nn.Module, owned: Owned) -> None:
             raise UnsupportedModelError(
                 f"{type(model).__name__}: the buffer {name} has no values; this architecture can't be built in parts, "
                 "please report it, and run it in one process"
+            )
+
+
+def check_each_owned_once(model: nn.Module, owned: Sequence[Mapping[str, nn.Parameter]]) -> None:
+    """Makes sure that every trainable parameter belongs to one stage, and to one only.
+
+    Args:
+        model: the model.
+        owned: the parameters of each stage, by name.
+
+    Raises:
+        UnsupportedModelError: a parameter belongs to no stage, or to several.
+    """
+    owners: dict[int, list[int]] = {}
+    for stage, parameters in enumerate(owned):
+        for identity in {id(parameter) for parameter in parameters.values()}:
+            owners.setdefault(identity, []).append(stage)
+    for name, parameter in model.named_parameters():
+        stages = owners.get(id(parameter), [])
+        if parameter.requires_grad and len(stages) != 1:
+            where = f"stages {', '.join(map(str, stages))} share" if stages else "no stage has"
+            raise UnsupportedModelError(
+                f"{where} the parameter {name} of this {type(model).__name__}, which would be stepped once per stage, each "
+                "with another delay; give every layer its own (only the embedding matrix may be the head's, too), or freeze "
+                "it, or train with num_stages=1"
             )

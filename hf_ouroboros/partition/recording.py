@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -62,9 +63,12 @@ class Recording:
                 f"weights ({type(error).__name__}: {str(error)[:200]})"
             ) from error
 
-    def _find_stacks(self) -> list[str]:
-        """Names of the lists of layers: the heaviest of those all of whose modules run, of an encoder and a decoder each."""
-        lists = {n: m for n, m in self.twin.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    def _lists(self) -> dict[str, nn.ModuleList]:
+        return {n: m for n, m in self.twin.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+
+    def _running_lists(self) -> dict[str, nn.ModuleList]:
+        """The lists all of whose modules run."""
+        lists = self._lists()
         ran: dict[str, int] = dict.fromkeys(lists, 0)
         handles = []
         for name, modules in lists.items():
@@ -80,8 +84,11 @@ class Recording:
         finally:
             for handle in handles:
                 handle.remove()
-        running = [name for name in lists if ran[name] >= len(lists[name])]
-        outer = [name for name in running if not any(name.startswith(f"{other}.") for other in running)]
+        return {name: modules for name, modules in lists.items() if ran[name] >= len(modules)}
+
+    def _find_stacks(self, lists: Mapping[str, nn.ModuleList]) -> list[str]:
+        """Names of the lists of layers: the heaviest of those in no other one, of an encoder and a decoder each."""
+        outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
         if not outer:
             raise self.refuse("it has no list of modules all of which run, so no row of layers")
         parts = [""]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
@@ -42,7 +44,9 @@ def take_sample(model: PreTrainedModel, keys: frozenset[str], training: bool, ru
     modes = [(module, module.training) for module in model.modules()]
     batch, mask = _batch(model, keys)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad and not p.is_meta}
+    scopes = ExitStack()
     try:
+        scopes.enter_context(kept_buffers(model))
         model.eval()
         with torch.no_grad():
             logits = run(batch).float().cpu()[mask]
@@ -53,8 +57,21 @@ def take_sample(model: PreTrainedModel, keys: frozenset[str], training: bool, ru
             gradients = _gradients(run(batch), batch, mask, parameters)
         return Sample(logits, gradients)
     finally:
+        scopes.close()
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def kept_buffers(model: nn.Module) -> Iterator[None]:
+    """Puts buffers back that a forward in training mode writes into (running means, power iterations)."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
+    try:
+        yield
+    finally:
+        for buffer, values in before:
+            if not torch.equal(buffer, values):
+                buffer.copy_(values)
 
 
 def _batch(model: PreTrainedModel, keys: frozenset[str]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

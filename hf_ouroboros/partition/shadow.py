@@ -53,8 +53,12 @@ def _shadow(module: nn.Module, replacements: Mapping[int, Replacement], known: d
     if id(module) in replacements:
         known[id(module)] = replacements[id(module)](module)
         return known[id(module)]
-    twin = copy.copy(module)  # nn.Module copies its __dict__ shallowly
-    known[id(module)] = twin
+    twin = known[id(module)] = _copy(module)
+    if twin._compiled_call_impl is not None:
+        raise UnsupportedModelError(
+            f"a {type(module).__name__} of this model was compiled in place, for the model's weights of now; stages run "
+            "uncompiled: leave out module.compile()"
+        )
     forward = twin.__dict__.get("forward")
     if hasattr(module, "_hf_hook") and "_old_forward" in vars(module):
         forward = module._old_forward  # accelerate's hook would move tensors
@@ -76,6 +80,13 @@ def _shadow(module: nn.Module, replacements: Mapping[int, Replacement], known: d
     return twin
 
 
+def _copy(module: nn.Module) -> nn.Module:
+    """A shallow copy, also of a parametrized module, which refuses to be copied."""
+    twin = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    return twin
+
+
 def hollow(module: nn.Module, known: dict[int, nn.Module] | None = None) -> nn.Module:
     """A copy without parameters, buffers and hooks, but with class, plain attributes and hollow children.
 
@@ -88,21 +99,28 @@ def hollow(module: nn.Module, known: dict[int, nn.Module] | None = None) -> nn.M
     known = {} if known is None else known
     if id(module) in known:
         return known[id(module)]
-    twin = known[id(module)] = copy.copy(module)
+    twin = known[id(module)] = _copy(module)
     for name in hook_dicts(twin):
         twin.__dict__[name] = type(twin.__dict__[name])()
-    for name in ("forward", "_hf_hook", "_old_forward"):
+    for name in ("forward", "_hf_hook", "_old_forward", "_compiled_call_impl"):
         twin.__dict__.pop(name, None)
     twin._parameters, twin._buffers = {}, {}
     twin._modules = {n: child if child is None else hollow(child, known) for n, child in module._modules.items()}
     return twin
 
 
-def on_meta(module: nn.Module) -> nn.Module:
-    """A shadow on the meta device: parameters and buffers of the same shapes, without memory, all to be trained."""
+def on_meta(module: nn.Module, hooks: bool = True) -> nn.Module:
+    """A shadow on the meta device: parameters and buffers of the same shapes, without memory, all to be trained.
+
+    Args:
+        module: the original.
+        hooks: whether it has the original's.
+    """
     twin = _with_parameters(module, lambda parameter: torch.empty_like(parameter.data, device="meta"))
     for part in twin.modules():
         part._buffers = {name: None if b is None else b.to("meta") for name, b in part._buffers.items()}
+        for name in () if hooks else hook_dicts(part):
+            part.__dict__[name] = type(part.__dict__[name])()
     return twin
 
 

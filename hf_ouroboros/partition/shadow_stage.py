@@ -78,8 +78,7 @@ class ShadowStage(Stage):
         num_stages: int,
     ):
         super().__init__(model.config, family, units, span, num_stages)
-        if num_stages > 1:
-            _check_config(model.config)
+        self.check_config()
         parameters = inspect.signature(type(model).forward).parameters
         self.batch_keys = frozenset(n for n in parameters if not n.startswith("output_")) - NOT_OF_A_BATCH - {"self"}
         if is_encoder_decoder(model):
@@ -108,8 +107,7 @@ class ShadowStage(Stage):
         self._stubs_have_memory = False
         # The shadow is not a child: its children are this module's children, under the same names.
         core = shadow(model, self._replacements(model, units, span))
-        # Hooks on the model as a whole, such as one that refuses its forward, are not a stage's.
-        for name in hook_dicts(core):
+        for name in hook_dicts(core):  # `module_hooks.py` tells which of the model's are a stage's
             core.__dict__[name] = type(core.__dict__[name])()
         self.__dict__["_core"] = core
         self._modules, self._parameters, self._buffers = core._modules, core._parameters, core._buffers
@@ -195,6 +193,18 @@ class ShadowStage(Stage):
         """See `Stage.trains`."""
         return tensor.is_floating_point() and (name == PROBABILITIES or self._anatomy.trained(name))
 
+    def check_config(self) -> None:
+        """See `Stage.check_config`."""
+        if not (self.is_first and self.is_last):
+            _check_config(self.config)
+
+    def completes(self, unit: int) -> bool:
+        """See `Stage.completes`."""
+        last = self._anatomy.num_layers + 1
+        if self._entry == last and unit < last:
+            return False
+        return self.is_last or (self._exit == last and unit <= last)
+
     def train(self, mode: bool = True) -> ShadowStage:
         """Switches the stage, the shadow's root included."""
         self._core.training = mode
@@ -267,7 +277,7 @@ class ShadowStage(Stage):
             self._end_after(layers[anatomy.num_layers - 1])
 
     def _inject(self, module: nn.Module, hidden: Path | None, extras: Sequence[tuple[str, Path]]) -> None:
-        forward = module.forward
+        call = module._call_impl
 
         def injected(*args: Any, **kwargs: Any) -> Any:
             given: Any = (args, kwargs)
@@ -276,18 +286,18 @@ class ShadowStage(Stage):
                 given = with_leaf(given, hidden, self._received[HIDDEN])
             for name, path in extras:
                 given = with_leaf(given, path, self._received[name])
-            return forward(*given[0], **given[1])
+            return call(*given[0], **given[1])
 
-        module.forward = injected
+        module._compiled_call_impl = injected  # around the module's hooks, which see what it is given
 
     def _end_after(self, layer: nn.Module) -> None:
-        forward, call = layer.forward, self._anatomy.calls[-1]
+        run, call = layer._compiled_call_impl or layer._call_impl, self._anatomy.calls[-1]
 
         def ending(*args: Any, **kwargs: Any) -> Any:
-            self._captured[HIDDEN] = call.hidden_of(forward(*args, **kwargs))
+            self._captured[HIDDEN] = call.hidden_of(run(*args, **kwargs))
             raise _EndReached
 
-        layer.forward = ending
+        layer._compiled_call_impl = ending  # around the layer's hooks, which may change what it returns
 
     # ---- what stands in for foreign modules ----
 
@@ -325,7 +335,7 @@ class ShadowStage(Stage):
 
     def _stub(self, module: nn.Module) -> nn.Module:
         """A foreign module before the stage: only the shape of what it puts out matters, which the meta device tells."""
-        twin, meta = without_values(module), on_meta(module)
+        twin, meta = without_values(module), on_meta(module, hooks=False)
         shapes: dict[Any, Any] = {}
 
         def forward(*args: Any, **kwargs: Any) -> Any:

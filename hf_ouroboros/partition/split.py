@@ -17,7 +17,8 @@ from .device_map import parse_device_map, plan_stages
 from .families import find_family
 from .mapping import check_module_names
 from .meta import call_options, logits_of
-from .ownership import Owned, named_parts, release_foreign
+from .module_hooks import carry_hooks
+from .ownership import Owned, check_each_owned_once, named_parts, release_foreign
 from .self_check import Run, Sample, compare, take_sample
 from .stage_plan import StagePlan, StageRow, torch_device
 from .stages import Stage, compose
@@ -46,6 +47,8 @@ class Partition:
         stages: K stages in order, each on its device; those of other processes are on the meta device.
         plan: what is where.
         tied_names: full names of the matrices that stage 0 owns and the last stage uses too.
+        units: all units of the model.
+        spans: which of them are which stage's.
         home: what this process runs; None for everything.
     """
 
@@ -53,11 +56,23 @@ class Partition:
     stages: tuple[Stage, ...]
     plan: StagePlan
     tied_names: tuple[str, ...]
+    units: tuple[Unit, ...]
+    spans: tuple[StageSpan, ...]
     home: Home | None = None
 
     def is_here(self, stage: int) -> bool:
         """Whether this process runs a stage."""
         return self.home is None or self.plan.placement[stage] == self.home.device_index
+
+    def carry_hooks(self) -> None:
+        """Lets the stages call the hooks that a script has put on modules by now; see `module_hooks.carry_hooks`.
+
+        Raises:
+            UnsupportedModelError, UnsupportedOptionError: hooks, or options of the configuration, that stages don't have.
+        """
+        for stage in self.stages:
+            stage.check_config()
+        carry_hooks(self.model, self.stages, self.units, self.spans)
 
     @property
     def remembers(self) -> bool:
@@ -171,6 +186,7 @@ def split_model(
         return tuple(family.make_stage(model, units, span, len(spans)).eval() for span in spans)
 
     stages = build()
+    carry_hooks(model, stages, units, spans)
     if home is not None:
         if expected is not None:  # while the weights of all stages are there
             compare(expected, _sample_stages(model, training, stages), model)
@@ -206,7 +222,9 @@ def split_model(
         compare(expected, _sample_stages(model, training, stages), model)
     for stage in stages:
         stage.train(model.training)
-    return Partition(model, stages, plan, tied_names, home)
+    partition = Partition(model, stages, plan, tied_names, tuple(units), tuple(spans), home)
+    check_each_owned_once(model, [partition.owned(k) for k in range(len(stages))])
+    return partition
 
 
 def _sample(model: PreTrainedModel, training: bool, failing: str, run: Run) -> Sample:

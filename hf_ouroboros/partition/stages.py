@@ -75,6 +75,13 @@ class Stage(nn.Module, ABC):
         """Whether a gradient flows back through what crosses a boundary by this name."""
         return tensor.is_floating_point()
 
+    def check_config(self) -> None:
+        """Raises UnsupportedModelError if the configuration, by now, asks for what stages can't give."""
+
+    def completes(self, unit: int) -> bool:
+        """Whether modules that hold units up to this one run to their end in this stage, with what they really put out."""
+        return False
+
     @abstractmethod
     def forward(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import recursively_apply
 from torch.utils.data import DataLoader
+from transformers.trainer_utils import seed_worker
 
 from ..errors import UnsupportedOptionError
 from .grid import ProcessGrid
@@ -47,16 +49,24 @@ class ReplicaAccelerator(Accelerator):
     def prepare_data_loader(
         self, data_loader: DataLoader, device_placement: bool | None = None, slice_fn_for_dispatch: Any = None
     ) -> DataLoader:
-        """A data loader that gives every replica its own batches, and all processes of a replica the same ones."""
+        """A data loader that gives every replica its own batches, and all processes of a replica the same ones.
+
+        They stay on the CPU, where they can be compared without waiting for an accelerator; Trainer moves them when they
+        are used.
+        """
         if getattr(data_loader, "_is_accelerate_prepared", False):
             return data_loader
+        seeding = data_loader.worker_init_fn
+        if isinstance(seeding, partial) and seeding.func is seed_worker:
+            # By process, workers would draw other crops on each; the processes of a replica need the same ones.
+            data_loader.worker_init_fn = partial(seed_worker, **{**seeding.keywords, "rank": self.grid.replica})
         prepared = prepare_data_loader(
             data_loader,
             self.device,
             num_processes=self.grid.replicas,
             process_index=self.grid.replica,
             split_batches=self.split_batches,
-            put_on_device=self.device_placement if device_placement is None else device_placement,
+            put_on_device=False,
             rng_types=self.rng_types.copy() if self.rng_types else None,
             dispatch_batches=False,
             even_batches=self.even_batches,

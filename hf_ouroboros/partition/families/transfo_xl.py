@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,16 +18,18 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from ...errors import UnsupportedModelError
-from ...models.transfo_xl import TransfoXLConfig, TransfoXLLMHeadModel, TransfoXLMemory
+from ...models.transfo_xl import TransfoXLConfig, TransfoXLLMHeadModel, TransfoXLMemory, TransfoXLModel
 from ...models.transfo_xl.context import attention_context, valid_keys
 from ...models.transfo_xl.recurrent_memory import first_memory, next_memory
 from ..anatomy import HIDDEN
+from ..one_call import OneCall
 from ..shadow import shadow
 from ..stages import Boundary, Finish, Memory, Stage, hidden_of
 from ..units import StageSpan, Unit
 from .base import Family
 
 VALID = "valid"
+OUTPUTS = ("output_attentions", "output_hidden_states", "use_cache", "mems")
 TARGETS = ("labels", "shift_labels", "num_items_in_batch")
 
 
@@ -42,7 +44,16 @@ class TransfoXLFamily(Family):
         return isinstance(model, TransfoXLLMHeadModel)
 
     def check(self, model: TransfoXLLMHeadModel) -> None:
-        """Refuses relative biases that all layers share: they would belong to every stage, each with another delay."""
+        """Refuses relative biases that all layers share: they would belong to every stage, each with another delay.
+
+        And a forward of a subclass, which stages would not run.
+        """
+        for module, known in ((model, TransfoXLLMHeadModel), (model.transformer, TransfoXLModel)):
+            if module.forward.__func__ is not known.forward:
+                raise UnsupportedModelError(
+                    f"{type(module).__name__} has a forward of its own, which stages of a Transformer-XL don't run; use "
+                    f"{known.__name__} and a compute_loss_func"
+                )
         if not model.config.untie_r:
             raise UnsupportedModelError(
                 "config.untie_r=False: all layers share one pair of relative biases, which can't belong to several "
@@ -124,13 +135,13 @@ class TransfoXLStage(Stage):
         if self.layer_names:
             hidden = self._run_layers(hidden, batch, memory)
         if self.is_last:
-            call = partial(self._call, hidden)
-            return call().logits if finish is None else finish(call)
+            call = OneCall(partial(self._call, hidden), batch, self.batch_keys, frozenset(OUTPUTS), alone=False)
+            return call(**batch).logits if finish is None else finish(call)
         for name in self.head_names:
             hidden = self.get_submodule(name)(hidden)
         return {HIDDEN: hidden}
 
-    def _call(self, hidden: torch.Tensor, **inputs: Any) -> CausalLMOutput:
+    def _call(self, hidden: torch.Tensor, inputs: Mapping[str, Any]) -> CausalLMOutput:
         """What is left of a call of the model: the loss where there are labels, else the log-probabilities."""
         targets = {key: inputs[key] for key in TARGETS if inputs.get(key) is not None}
         *before, head = [self.get_submodule(name) for name in self.head_names]

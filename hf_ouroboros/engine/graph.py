@@ -1,0 +1,104 @@
+"""What a stage's graph ends in: its own weights and what it was given, or else a gradient would be lost.
+
+A script can reach a parameter in many ways (a closure, `self.model`, a global, a hook). Wherever it has got it from, the graph
+of what is computed with it ends in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import UnsupportedModelError, UnsupportedOptionError
+
+Node = Any
+"""A node of autograd's graph."""
+
+
+def nodes_of(tree: Any) -> set[Node]:
+    """Where the graphs of the tensors in nested containers begin."""
+    if isinstance(tree, torch.Tensor):
+        return {tree.grad_fn} if tree.grad_fn is not None else set()
+    values = tree.values() if hasattr(tree, "values") else tree if isinstance(tree, (tuple, list)) else ()
+    return set().union(*map(nodes_of, values))
+
+
+def foreign_leaf(
+    roots: Iterable[torch.Tensor], allowed: Iterable[torch.Tensor], stops: Collection[Node] = ()
+) -> torch.Tensor | None:
+    """A leaf that tensors depend on and that is none of those allowed; None if there is none.
+
+    Args:
+        roots: the tensors.
+        allowed: leaves.
+        stops: nodes whose graphs are not looked at.
+    """
+    own = {id(tensor) for tensor in allowed}
+    seen = set(stops)
+    waiting = []
+    for root in roots:
+        if root.grad_fn is not None:
+            waiting.append(root.grad_fn)
+        elif root.requires_grad and id(root) not in own:
+            return root
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) not in own:
+            return variable
+        waiting.extend(following for following, _ in node.next_functions if following is not None)
+    return None
+
+
+class GraphCheck:
+    """Refuses graphs that end in other stages, or in parameters past the stage's own weights.
+
+    Args:
+        model: whose parameters have names.
+        stage: index of the stage.
+    """
+
+    def __init__(self, model: nn.Module, stage: int):
+        self._model, self._stage = model, stage
+        self._forwards = 1
+
+    def forward(self, outputs: Iterable[torch.Tensor], allowed: Iterable[torch.Tensor]) -> None:
+        """Looks at the whole graph of the first forward.
+
+        Raises:
+            UnsupportedModelError: it ends in a leaf that is none of those allowed.
+        """
+        if not self._forwards:
+            return
+        self._forwards -= 1
+        if (leaf := foreign_leaf(outputs, allowed)) is not None:
+            raise UnsupportedModelError(
+                f"the forward of stage {self._stage} reaches {self._named(leaf)} by a way of its own (a hook or a closure, for "
+                "instance), at a moment and with a gradient that belong to no micro-batch; use parameters by the modules "
+                "that have them, or train with num_stages=1"
+            )
+
+    def loss(self, loss: torch.Tensor, outputs: Collection[Node], allowed: Iterable[torch.Tensor]) -> None:
+        """Looks at what a script has done to what the model has put out.
+
+        Raises:
+            UnsupportedOptionError: the loss depends on a leaf that is none of those allowed.
+        """
+        if loss.grad_fn in outputs:  # the model's own loss
+            return
+        if (leaf := foreign_leaf([loss], allowed, outputs)) is not None:
+            raise UnsupportedOptionError(
+                f"the loss reaches {self._named(leaf)} past the model's outputs, but a penalty on weights, or a loss of what "
+                "other stages hold, would belong to every stage at a moment of its own; use weight_decay, or a penalty in "
+                "an optimizer, or train with num_stages=1"
+            )
+
+    def _named(self, leaf: torch.Tensor) -> str:
+        names = [name for name, parameter in self._model.named_parameters() if parameter is leaf]
+        return f"the parameter {names[0]}" if names else f"a tensor of shape {list(leaf.shape)} that is to be trained"

@@ -1,0 +1,78 @@
+"""A micro-batch between its forward and its backward on one stage: where its graph begins and ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..errors import UnsupportedModelError
+from ..partition import Boundary, Memory, to_device
+
+
+@dataclass
+class InFlight:
+    """A micro-batch between its forward and its backward on one stage."""
+
+    tick: int
+    batch: dict[str, torch.Tensor]
+    leaves: dict[str, torch.Tensor]
+    received: Boundary | None
+    memory: Memory | None = field(default=None, repr=False)  # before the forward
+    full_batch: Mapping[str, Any] | None = None
+    context: Any = None
+    output: Boundary | torch.Tensor | None = field(default=None, repr=False)
+    meeting: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)  # tied matrices, as the stage used them
+
+    def given(self) -> list[torch.Tensor]:
+        """The tensors in which the stage's graph may end."""
+        return [*self.leaves.values(), *(self.received or {}).values(), *(self.memory or {}).values()]
+
+
+def detached(output: Boundary | torch.Tensor) -> Boundary | torch.Tensor:
+    """What a stage has put out, without its graph."""
+    if isinstance(output, torch.Tensor):
+        return output.detach()
+    return {name: tensor.detach() for name, tensor in output.items()}
+
+
+def roots_of(
+    output: Boundary | torch.Tensor, gradient: Boundary | None, device: torch.device
+) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+    """Where a backward begins, and the gradients there: the loss, or whatever gradients have come for."""
+    if isinstance(output, torch.Tensor):
+        return ([output], [None]) if output.requires_grad else ([], [])
+    given = to_device(gradient or {}, device)
+    names = [name for name in output if name in given and output[name].requires_grad]
+    return [output[name] for name in names], [given[name] for name in names]
+
+
+class BufferCheck:
+    """Refuses a replay of a forward that writes into buffers: it would find others, and write a second time.
+
+    Args:
+        stage: the stage.
+        replayed: whether its forwards are replayed.
+    """
+
+    def __init__(self, stage: torch.nn.Module, replayed: bool):
+        self._buffers = dict(stage.named_buffers()) if replayed else {}
+        self._versions = self._now()
+
+    def _now(self) -> dict[str, int]:
+        return {name: buffer._version for name, buffer in self._buffers.items()}
+
+    def forward(self) -> None:
+        """To be called after a forward.
+
+        Raises:
+            UnsupportedModelError: it has written into a buffer.
+        """
+        if self._buffers and (found := self._now()) != self._versions:
+            name = next(name for name in found if found[name] != self._versions[name])
+            raise UnsupportedModelError(
+                f"a forward writes into the buffer {name}, so that recompute=True would replay it with another value; leave "
+                "recompute off"
+            )
