@@ -33,6 +33,10 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     "neftune_noise_alpha": (lambda value: value is not None, "its noise is not tied to micro-batches; leave it off"),
     "gradient_checkpointing": (bool, "it recomputes with the weights of now; use recompute=True"),
     "activation_checkpointing": (bool, "it recomputes with the weights of now; use recompute=True"),
+    "predict_with_generate": (
+        bool,
+        "every token would go through all stages by itself; leave it off, and let the saved model generate()",
+    ),
     "parallelism_config": (lambda value: value is not None, "stages are the parallelism here; leave it unset"),
     "debug": (
         lambda value: "underflow_overflow" in [getattr(v, "value", v) for v in value or ()],

@@ -10,6 +10,7 @@ import torch
 
 from ..errors import CheckpointError, CheckpointMismatchError
 from ..partition import Memory, Partition
+from ..partition.experts import find_experts
 from .settings import EngineSettings
 
 FORMAT = 4
@@ -137,7 +138,10 @@ class RunState:
                     f"{list(range(oldest, self.tick))}"
                 )
             owned = partition.owned(stage)
-            trained = {name for name, parameter in owned.items() if parameter.requires_grad}
+            layers = partition.stages[stage].layers.values()
+            experts = [some for layer in layers for some in find_experts(layer, partition.model.config)]
+            rested = {id(p) for some in experts for p in some.parameters}  # an expert may get no token of a micro-batch
+            trained = {name for name, p in owned.items() if p.requires_grad and id(p) not in rested}
             for tick, gradients in entries.items():
                 for name, gradient in gradients.items():
                     if name not in owned or gradient.shape != owned[name].shape:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..engine.streams import COLUMNS, SEGMENTS
+from ..partition.meta import target_labels
 from ..processes import ProcessGrid
 from ..processes.accelerator import ReplicaAccelerator
 from ..processes.same_batches import SameBatches
@@ -39,7 +40,7 @@ class BatchHooks(AgreementHooks):
         if not batch_samples or batch_samples[0].get("labels") is None:
             return None
         targets = [
-            batch["labels"][..., 1:] if batch.get("shift_labels") is None else batch["shift_labels"]
+            target_labels(batch["labels"], self.model) if batch.get("shift_labels") is None else batch["shift_labels"]
             for batch in batch_samples
         ]
         count = sum(target.ne(-100).sum() for target in targets).to(device)

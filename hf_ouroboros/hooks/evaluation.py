@@ -10,6 +10,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from ..partition.meta import target_labels
 from ..processes import ProcessGrid
 from ..processes.relay import AheadLoader
 from ..processes.same_batches import SameBatches
@@ -82,7 +83,8 @@ class EvaluationHooks(AgreementHooks):
     def _get_target_count(self, inputs: dict[str, Any]) -> int | None:
         if inputs.get("shift_labels") is not None:
             return int(inputs["shift_labels"].ne(-100).sum())
-        return int(inputs["labels"][..., 1:].ne(-100).sum()) if inputs.get("labels") is not None else None
+        labels = inputs.get("labels")
+        return None if labels is None else int(target_labels(labels, self.model).ne(-100).sum())
 
     def _token_weighted(self, sums: list[tuple[float, float]]) -> float | None:
         """Mean loss over the target tokens of all replicas; None where this process has no losses."""

@@ -50,6 +50,7 @@ class CardFacts:
         timeline_picture: file name of the picture inside the repository.
         train_runtime: seconds.
         tokenizer: whether the repository holds a tokenizer.
+        encoder_decoder: whether it is an encoder-decoder model.
     """
 
     model_name: str
@@ -85,6 +86,17 @@ class CardFacts:
     tokens_seen: int | None = None
     tokens_per_second: float | None = None
     tokenizer: bool = False
+    encoder_decoder: bool = False
+
+    @property
+    def auto_class(self) -> str:
+        """The class of transformers that loads the model."""
+        return "AutoModelForSeq2SeqLM" if self.encoder_decoder else "AutoModelForCausalLM"
+
+    @property
+    def task(self) -> str:
+        """What the Hub calls the model's task."""
+        return "text2text-generation" if self.encoder_decoder else "text-generation"
 
 
 def build_card(facts: CardFacts) -> ModelCard:
@@ -96,7 +108,8 @@ def build_card(facts: CardFacts) -> ModelCard:
         template_str=files("hf_ouroboros.hub").joinpath("model_card_template.md").read_text(encoding="utf-8"),
         facts=facts,
         delayed=delayed,
-        kind=f"`{facts.model_type}` causal language model ({facts.num_parameters:,} parameters{base})",
+        kind=f"`{facts.model_type}` {'encoder-decoder' if facts.encoder_decoder else 'causal'} language model "
+        f"({facts.num_parameters:,} parameters{base})",
         load_name=json.dumps(facts.repo_id or facts.model_name, ensure_ascii=False),
         procedure_table=table(("", ""), _procedure(facts, delayed)),
         stage_table=_stage_table(facts.stages),
@@ -193,8 +206,8 @@ def _metadata(facts: CardFacts) -> ModelCardData:
     for name, value in facts.metrics.items() if facts.dataset_name else ():
         if isinstance(value, int | float) and math.isfinite(value):
             result = EvalResult(
-                task_type="text-generation",
-                task_name="Causal language modeling",
+                task_type=facts.task,
+                task_name="Text-to-text generation" if facts.encoder_decoder else "Causal language modeling",
                 dataset_type=facts.dataset_id or "other",
                 dataset_name=str(facts.dataset_name),
                 metric_type=name.removeprefix("eval_"),
@@ -210,7 +223,7 @@ def _metadata(facts: CardFacts) -> ModelCardData:
         language=facts.language or None,
         library_name="transformers",
         license=facts.license,
-        pipeline_tag="text-generation",
+        pipeline_tag=facts.task,
         tags=[TAG, *(tag for tag in facts.tags if tag != TAG)],
     )
 

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..partition.meta import is_encoder_decoder
 from ..simulate.timeline import timeline_files
 from .card import TAG, CardFacts
 
@@ -50,6 +51,7 @@ def collect_facts(trainer: OuroborosTrainer, **given: Any) -> CardFacts:
         "model_name": trainer.hub_model_id or output.absolute().name,
         "repo_id": trainer.hub_model_id,
         "model_type": model.config.model_type,
+        "encoder_decoder": is_encoder_decoder(model),
         "num_parameters": model.num_parameters(),
         "schedule": args.schedule,
         "num_stages": plan.num_stages,

@@ -21,6 +21,11 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return declared and "decoder_input_ids" in inspect.signature(model.forward).parameters
 
 
+def target_labels(labels: torch.Tensor, model: nn.Module) -> torch.Tensor:
+    """The labels that are targets: a decoder alone never predicts its first token."""
+    return labels if getattr(model.config, "is_encoder_decoder", False) else labels[..., 1:]
+
+
 def probe_inputs(model: nn.Module, rows: int, time: int, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
     """The smallest batch that the model runs on: tokens, and a decoder's, which are fewer."""
     ids = torch.zeros(rows, time, dtype=torch.long, device=device)
