@@ -24,12 +24,12 @@ from .hooks.batches import BatchHooks
 from .hooks.card import CardHooks
 from .hooks.checkpoints import CheckpointHooks
 from .hooks.evaluation import EvaluationHooks
+from .hooks.logs import LogHooks
 from .hooks.loss import LossContext, TrainerLoss
 from .hooks.optimizer import OptimizerHooks
 from .hooks.preemption import SaveOnSigterm
 from .hooks.timeline import TimelineHooks
 from .hub.card_facts import TAG
-from .ledger import LossLedger
 from .partition import Home, Partition, StagePlan, split_model, torch_device
 from .partition.finite import check_finite
 from .processes import ProcessGrid
@@ -45,7 +45,9 @@ from .simulate.timeline import Timeline
 from .staged import StagedModel, refuse_forward
 
 
-class OuroborosTrainer(BatchHooks, OptimizerHooks, EvaluationHooks, CheckpointHooks, TimelineHooks, CardHooks, Trainer):
+class OuroborosTrainer(
+    LogHooks, BatchHooks, OptimizerHooks, EvaluationHooks, CheckpointHooks, TimelineHooks, CardHooks, Trainer
+):
     """A `Trainer` that splits the model into stages and trains them with delayed gradients, all devices busy.
 
     Same signature as `transformers.Trainer`. A plain `TrainingArguments` is taken with the defaults of
@@ -93,7 +95,6 @@ class OuroborosTrainer(BatchHooks, OptimizerHooks, EvaluationHooks, CheckpointHo
         self.timeline: Timeline | None = None
         self._partition: Partition | None = None
         self._staged: StagedModel | None = None
-        self._ledger = LossLedger()
         self._grid = _grid_of(args)
         self._watch: Watch | None = None
         self._phase: str | None = None
@@ -267,66 +268,41 @@ class OuroborosTrainer(BatchHooks, OptimizerHooks, EvaluationHooks, CheckpointHo
         else:
             self.engine = Reference(*common) if self.args.schedule == "reference" else Engine(*common)
         staged.engine = self.engine
-        self._ledger = LossLedger()
+        self._start_ledger()
         self._save_due = False
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Hands the micro-batch to the engine; returns the sum of the losses that have come back meanwhile."""
+        """Hands the micro-batch to the engine.
+
+        Returns:
+            Zero, as the loss is known later; the loss, which is waited for, where a subclass has a `training_step` of its own.
+        """
         if self.engine is None or self.engine.closed:
             raise EngineError(
                 "training_step() outside of train(): the stages' workers run in train() only; call train()"
             )
+        if not self.model.training:  # nothing is in flight between modules: they were switched by an evaluation
+            model.train()
         inputs = self._prepare_inputs(inputs)
         steps = getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
         tick = self.engine.submit(inputs, LossContext(num_items_in_batch, steps))
-        self._ledger.open_tick(tick)
-        if self.accelerator.gradient_state.sync_gradients:
-            self._ledger.close_update()
-        return self._collect_losses()
+        if self._step_is_own:
+            self.engine.account_for_open()
+            return self.engine.collect()[-1].loss.detach().to(self.args.device)
+        self._ledger.open_tick(tick, self.state.global_step)
+        self._take_reports()
+        return self._nothing
 
-    def _collect_losses(self) -> torch.Tensor:
-        total = torch.zeros((), device=self.args.device)
-        for finished in self.engine.collect():
-            loss = finished.loss.float().to(self.args.device)
-            if self.args.logging_nan_inf_filter and not torch.isfinite(loss):
-                loss = self._tr_loss / (1 + self.state.global_step - self._globalstep_last_logged)
-            self._ledger.add(finished.tick, loss.item())
-            total += loss
-        return total
-
-    def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         control = self.control
         if self.engine.update_open:  # an epoch of data without a length may end within an update
             self._save_due |= control.should_save
             control.should_save = False
         elif self._save_due:
             control.should_save, self._save_due = True, False
-        if control.should_evaluate or control.should_save or control.should_training_stop:
-            self.synchronize()
-        if control.should_log and self.state.global_step > self._globalstep_last_logged:
-            tr_loss += self._collect_losses()
-            grad_norm = self.engine.grad_norm
-        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
-
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        self.engine.settle()  # so that nothing stays on its way between devices
-        self._tr_loss += self._collect_losses()
-        return super()._finalize_training(*args, **kwargs)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs; a training loss is the mean over the updates whose losses have all come since the last log.
-
-        Logging never waits for the pipeline: the first entries of a run may have no loss yet.
-        """
-        if self.is_in_train and "loss" in logs:
-            mean = self._ledger.take_mean()
-            if mean is None:
-                del logs["loss"]
-            else:
-                logs["loss"] = mean
-        super().log(logs, start_time)
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
 
 def _grid_of(args: OuroborosArguments) -> ProcessGrid | None:

@@ -92,6 +92,3 @@ class OptimizerHooks(Trainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> None:
         """Nothing: the workers clip."""
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
-        """Nothing: gradients are the workers'; the norm is logged from what they report."""
