@@ -12,7 +12,7 @@ from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
 from ..ledger import DueLog, LossLedger
-from .callbacks import is_foreign
+from .touching import is_foreign
 
 
 class Moment(NamedTuple):
@@ -36,6 +36,7 @@ class LogHooks(Trainer):
     _ledger: LossLedger
     _logs_wait: bool = False
     _step_is_own: bool = False
+    _shows_gradients: bool = False
 
     def _start_ledger(self) -> None:
         """When the engine was made."""
@@ -54,6 +55,8 @@ class LogHooks(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> int:
         """The number of the update that closes now: its norm is known later."""
+        if self._shows_gradients:
+            self.engine.expose_gradients()
         return self.engine.updates
 
     def _log_is_due(self, update: int | None, learning_rate: float | None, start_time: float | None) -> None:
