@@ -14,16 +14,16 @@ from ..errors import EngineError, WorkerError
 from ..partition import Partition, torch_device
 from ..simulate.timeline import Timeline
 from .accounts import Accounts
+from .at_rest import AtRest
 from .averaging import ReplicaMean
 from .exposed import ExposedUpdate
 from .interleave import device_programs, engine_costs
 from .losses import LossFunction
-from .optimizers import StageOptimizer, snapshot_hyperparameters
+from .optimizers import snapshot_hyperparameters
 from .schedule import Clock, Pause, Slot, stages_by_device
 from .settings import EngineSettings, FinishedLoss, FinishedNorm, Hyperparameters, log_lag
 from .stage_runner import StageRunner
-from .state import RunState
-from .streams import Streams, memories_on
+from .streams import Streams
 from .transport import InProcessTransport, Transport
 from .weights import TiedLink
 from .worker import ForwardStarted, Paused, StepDone, Work, Worker
@@ -46,7 +46,7 @@ class Site:
     replica_mean: ReplicaMean | None = None
 
 
-class Engine:
+class Engine(AtRest):
     """Delayed-gradient training of a partition, one worker thread per device.
 
     Call `submit` for every micro-batch and `step` after the last one of an update. Both return as soon as the
@@ -242,91 +242,6 @@ class Engine:
         """Like `synchronize`, and runs the pending backwards: their gradients are kept, queued, not applied."""
         self._pause(Pause(settle=True))
 
-    def open_weights(self) -> None:
-        """Rests; until `take_weights`, weights may be looked at, written and frozen. What is in flight keeps the old ones."""
-        self.rest()
-        for runner in self._runners.values():
-            runner.let_go()
-
-    def take_weights(self) -> None:
-        """Takes weights as they are now, frozen or not, for all micro-batches from the next one on."""
-        self.attach(self.optimizer)
-        for runner in self._runners.values():
-            runner.look_again()
-
-    def expose_gradients(self) -> None:
-        """Puts the gradients that the open update will apply, clipped, where scripts look: into `grad` of the parameters.
-
-        There they may be changed until `step`, which then steps all stages at once, and stay until `clear_gradients`.
-        """
-        if self._exposed is None:
-            self._check()
-            self._release(self._clock.drain())
-            self._resting = False
-            self.rest()
-            runners = self._runners
-            self._exposed = ExposedUpdate(runners, self.settings, self.partition.plan.num_stages, self._share_norms)
-
-    def clear_gradients(self) -> None:
-        """Removes the gradients that were exposed."""
-        if self._exposed is not None:
-            self._exposed.clear()
-            self._exposed = None
-
-    def state_dict(self) -> RunState:
-        """Settles and returns what a run is besides weights and optimizer state.
-
-        Raises:
-            EngineError: an update is open (micro-batches submitted since the last step).
-        """
-        if self.update_open:
-            raise EngineError("the state of a run is defined between updates; call step() first")
-        self.settle()
-        return RunState(
-            self.partition.plan.num_stages,
-            self.settings.tied_gradient,
-            next(iter(self._runners.values())).seed,
-            self._clock.tick,
-            self._clock.update,
-            self._clock.delay_start,
-            {
-                # Copies: the run goes on and adds up and clips its gradients in place.
-                runner.index: {t: {n: g.clone() for n, g in gs.items()} for t, gs in runner.settled.items()}
-                for runner in self._runners.values()
-            },
-            dict(self._streams.positions),
-            {runner.index: dict(runner.memories.groups) for runner in self._runners.values()},
-        )
-
-    def load_state_dict(self, state: RunState) -> None:
-        """Continues a run; only before the first micro-batch.
-
-        Raises:
-            CheckpointError: the state does not fit this run.
-        """
-        if self._clock.tick:
-            raise EngineError("load_state_dict() after the first micro-batch")
-        state.check(self.partition, self.settings, self._runners)
-        self.synchronize()
-        for runner in self._runners.values():
-            runner.settled = {
-                tick: {name: g.to(runner.device, copy=True) for name, g in gradients.items()}
-                for tick, gradients in state.pending.get(runner.index, {}).items()
-            }
-            runner.memories.groups = memories_on(runner.device, state.memories.get(runner.index, {}))
-            runner.seed = state.seed
-        self._streams.positions = dict(state.streams)
-        self._clock.resume(state.tick, state.update, state.delay_start)
-        self._accounts.complete = state.update
-        self._started = state.tick - 1
-
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Cuts the stages' optimizers out of `optimizer`; again whenever its state was replaced."""
-        self.optimizer = optimizer
-        for runner in self._runners.values():
-            owned = self.partition.owned(runner.index).values()
-            runner.optimizer = StageOptimizer(optimizer, owned, self.settings.compensations)
-
     def close(self, timeout: float = 10.0) -> None:
         """Stops the workers, whatever they are doing; safe to call twice."""
         if self._closed:
@@ -385,10 +300,6 @@ class Engine:
             self._hear(block=False)
         else:
             self._hear(block=True)
-
-    def _share_norms(self, update: int, norms: dict[int, torch.Tensor | None]) -> dict[int, torch.Tensor | None]:
-        """The norms of all stages, those of other processes included."""
-        return norms
 
     def _check_failure(self) -> None:
         if self._failure is not None:

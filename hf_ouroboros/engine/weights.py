@@ -49,16 +49,16 @@ class WeightVersions:
             self._lent |= self._leaves.keys() - self._predicted.keys()
         return self._leaves
 
-    def advance(self, in_use: bool, stepping: Collection[str]) -> None:
+    def advance(self, in_use: bool, stepping: Collection[str] = ()) -> None:
         """To be called before an in-place step.
 
         Args:
             in_use: whether a pending forward or backward still needs the present values.
-            stepping: names of the parameters that the step writes.
+            stepping: names of parameters that the step writes although they may have been frozen since.
         """
         self._leaves, self._predicted = None, {}
         if in_use:
-            self._move(self._lent & set(stepping))
+            self._move([name for name in self._lent if name in stepping or self.parameters[name].requires_grad])
         self._lent = set()
 
     def let_go(self, in_use: bool) -> None:

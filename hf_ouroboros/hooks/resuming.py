@@ -25,6 +25,7 @@ from ..errors import CheckpointError, CheckpointMismatchError
 from ..partition import Partition
 from ..processes import ProcessGrid
 from ..processes.files import together
+from .position import position
 
 T = TypeVar("T")
 
@@ -119,9 +120,10 @@ class ResumeHooks(Trainer):
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """As in Trainer; the best model so far is beside the checkpoint, wherever that was moved to."""
         epochs_and_steps = super()._init_training_state(*args, **kwargs)
-        if self._resumed is not None:
-            self.state.best_model_checkpoint = self._resumed_best
-        return epochs_and_steps
+        if self._resumed is None:
+            return epochs_and_steps
+        self.state.best_model_checkpoint = self._resumed_best
+        return position(self._resumed.trainer_state(), self.args, self.train_dataset, epochs_and_steps)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
