@@ -235,6 +235,15 @@ def hooked(model: nn.Module) -> Made:
     return constant(optimizer)
 
 
+class Hooks(Seeing):
+    """Puts a hook on the optimizer that it is given."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            inner = optimizer.optimizer
+            inner.register_step_post_hook(lambda *_: self.seen.append(state.global_step))
+
+
 def adafactor(model: nn.Module) -> Made:
     optimizer = Adafactor(model.parameters(), relative_step=True, warmup_init=True, lr=None)
     return {"optimizers": (optimizer, AdafactorSchedule(optimizer))}
@@ -270,6 +279,7 @@ CASES: dict[str, Callable[[nn.Module], Made]] = {
     "an optimizer wraps another": lambda m: constant(Lookahead(torch.optim.AdamW(m.parameters(), lr=1e-2))),
     "an optimizer looks at all gradients": lambda m: constant(NormalisedSgd(m.parameters())),
     "an optimizer has hooks": hooked,
+    "an optimizer gets hooks later": lambda m: {"callbacks": [Hooks()]},
     "an optimizer is made by the script": lambda m: {"mixin": CreatesOptimizer},
     "the optimizer makes the schedule": adafactor,
     "the model is changed after construction": lambda m: {"before": changed_later},

@@ -13,22 +13,30 @@ from transformers.optimization import AdafactorSchedule
 _KNOWN = ("torch", "transformers", __name__.split(".")[0])
 
 
-def why_at_once(optimizer: torch.optim.Optimizer, scheduler: Any = None) -> str | None:
+def has_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether somebody wants to be told of its steps."""
+    return bool(
+        getattr(optimizer, "_optimizer_step_pre_hooks", None) or getattr(optimizer, "_optimizer_step_post_hooks", None)
+    )
+
+
+def why_at_once(optimizer: torch.optim.Optimizer, scheduler: Any = None, trusted: bool = False) -> str | None:
     """Why an optimizer can't be stepped stage by stage, each of them without knowing of the others; None if it can.
 
     Args:
         optimizer: of the whole model.
         scheduler: of its learning rates.
+        trusted: whether it is one of those that Trainer makes, which step each parameter by itself.
     """
     name = type(optimizer).__name__
-    if getattr(optimizer, "_optimizer_step_pre_hooks", None) or getattr(optimizer, "_optimizer_step_post_hooks", None):
+    if has_hooks(optimizer):
         return f"optimizer {name} has step hooks, which are called once in an update"
     step = vars(optimizer).get("step")
     if step is not None and not getattr(step, "_wrapped_by_lr_sched", False):
         return f"optimizer {name} has a step of its own put in the place of its class's"
     if isinstance(getattr(scheduler, "scheduler", scheduler), AdafactorSchedule):
         return f"the scheduler of optimizer {name} asks it for learning rates, which it takes from the gradients"
-    if type(optimizer).__module__.split(".")[0] in _KNOWN:
+    if trusted or type(optimizer).__module__.split(".")[0] in _KNOWN:
         return None
     if any(isinstance(value, torch.optim.Optimizer) for value in _values(optimizer)):
         return f"optimizer {name} wraps another one"

@@ -36,7 +36,6 @@ class LogHooks(Trainer):
     _ledger: LossLedger
     _logs_wait: bool = False
     _step_is_own: bool = False
-    _shows_gradients: bool = False
 
     def _start_ledger(self) -> None:
         """When the engine was made."""
@@ -52,12 +51,6 @@ class LogHooks(Trainer):
             self._ledger.add_loss(finished.tick, finished.loss.float().item())
         for finished in self.engine.collect_norms():
             self._ledger.add_norm(finished.update, finished)
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> int:
-        """The number of the update that closes now: its norm is known later."""
-        if self._shows_gradients:
-            self.engine.expose_gradients()
-        return self.engine.updates
 
     def _log_is_due(self, update: int | None, learning_rate: float | None, start_time: float | None) -> None:
         """Remembers what Trainer would log now."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
@@ -9,13 +11,14 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from ..engine.optimizers import check_optimizer
-from ..engine.steps_at_once import why_at_once
+from ..engine.steps_at_once import has_hooks, why_at_once
 from ..errors import UnsupportedOptionError
 from ..optim import Choice, choose
 from ..optim.advice import automatic, warning
 from ..optim.matrices import hidden_matrices
 from ..partition import Partition
 from ..staged import StagedOptimizer
+from .touching import is_foreign
 
 logger = logging.get_logger(__name__)
 
@@ -26,6 +29,7 @@ class OptimizerHooks(Trainer):
     _partition: Partition
     _own_optimizer: bool
     _shows_gradients: bool
+    engine: Any
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The complete optimizer, as Trainer makes it, or that of the delay compensation."""
@@ -52,7 +56,8 @@ class OptimizerHooks(Trainer):
         Raises:
             UnsupportedOptionError: it does not, and can't be given all gradients at once either.
         """
-        reason = why_at_once(self._staged_optimizer.optimizer, self.lr_scheduler)
+        trusted = not self._own_optimizer and not is_foreign(self, "create_optimizer")
+        reason = why_at_once(self._staged_optimizer.optimizer, self.lr_scheduler, trusted)
         if reason is None:
             return
         if self._grid is not None:
@@ -117,3 +122,20 @@ class OptimizerHooks(Trainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> None:
         """Nothing: the workers clip."""
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> int:
+        """The number of the update that closes now: its norm is known later.
+
+        Raises:
+            UnsupportedOptionError: the bound of the norm is another than when the workers began.
+        """
+        began, now = self.engine.settings.max_grad_norm, self.args.max_grad_norm or None
+        if began != now:
+            raise UnsupportedOptionError(
+                f"max_grad_norm={now} was set while training, which began with {began}; set it before train()"
+            )
+        if not self._shows_gradients and has_hooks(self._staged_optimizer.optimizer):
+            self._look_at_optimizer()  # a callback has put them there
+        if self._shows_gradients:
+            self.engine.expose_gradients()
+        return self.engine.updates
