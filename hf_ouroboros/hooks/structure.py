@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 _SIMPLE = (int, float, str, bool, type(None))
-_NOT_OF_THE_MODEL = ("training", "hf_device_map", "_hf_hook", "_old_forward")
+_NOT_OF_THE_MODEL = ("training", "hf_device_map", "_hf_hook", "_old_forward", "name_or_path", "model_tags", "_auto_class")
+_BOOKKEEPING = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache", "auto_map")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Structure:
                 for attribute, value in vars(module).items()
                 if attribute not in _NOT_OF_THE_MODEL and _is_setting(attribute, value)
             },
-            config.to_dict() if hasattr(config, "to_dict") else None,
+            _without_bookkeeping(config.to_dict()) if hasattr(config, "to_dict") else None,
         )
 
     def change_since(self, before: Structure, config: bool = True) -> str | None:
@@ -61,6 +62,13 @@ class Structure:
         """Settings that are others than before: name of the module, of the attribute, and its value now."""
         known, missing = before.settings, object()
         return [(*key, value) for key, value in self.settings.items() if not _same(value, known.get(key, missing))]
+
+
+def _without_bookkeeping(config: Any) -> Any:
+    """A configuration without what saving and loading write into it."""
+    if not isinstance(config, dict):
+        return config
+    return {key: _without_bookkeeping(value) for key, value in config.items() if key not in _BOOKKEEPING}
 
 
 def _differing(before: dict[str, Any], now: dict[str, Any], same: Any) -> str | None:
