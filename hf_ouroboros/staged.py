@@ -104,7 +104,7 @@ class StagedModel(nn.Module):
         """
         if self.training and torch.is_grad_enabled() and self.engine is not None and not self.engine.closed:
             raise UnsupportedOptionError(
-                "a training_step of the script's own calls the model and its backward by itself, which the stages do at "
+                "a training step of its own calls the model and its backward by itself, which the stages do at "
                 "moments of their own; put the loss into compute_loss, and let training_step call super().training_step"
             )
         inputs = to_device(inputs, self._partition[0].device_of_loss)

@@ -125,10 +125,10 @@ class _Visit:
             return
         model, before = self._trainer.model, self._before
         now = Structure.of(model)
-        if change := now.change_since(before, config=False):
+        if change := now.change_of_parts_since(before) or now.change_of_hooks_since(before):
             raise UnsupportedOptionError(
                 f"{self._who} has changed {change} while the stages are training; change it before train(), which then "
-                "splits the model again"
+                "takes the model as it is"
             )
         for name, attribute, value in now.settings_since(before):
             for stage in self._trainer._partition.stages:

@@ -8,8 +8,24 @@ from typing import Any
 from torch import nn
 
 _SIMPLE = (int, float, str, bool, type(None))
-_NOT_OF_THE_MODEL = ("training", "hf_device_map", "_hf_hook", "_old_forward", "name_or_path", "model_tags", "_auto_class")
-_BOOKKEEPING = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache", "auto_map")
+_NOT_OF_THE_MODEL = (
+    "training",
+    "hf_device_map",
+    "_hf_hook",
+    "_old_forward",
+    "name_or_path",
+    "model_tags",
+    "_auto_class",
+)
+_BOOKKEEPING = (
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "_name_or_path",
+    "use_cache",
+    "auto_map",
+)
 
 
 @dataclass(frozen=True)
@@ -48,15 +64,24 @@ class Structure:
             _without_bookkeeping(config.to_dict()) if hasattr(config, "to_dict") else None,
         )
 
-    def change_since(self, before: Structure, config: bool = True) -> str | None:
-        """What is another module, parameter, hook or configuration than before, in words; None for nothing."""
+    def change_since(self, before: Structure) -> str | None:
+        """What is another module, parameter or configuration than before, in words; None for nothing."""
+        if change := self.change_of_parts_since(before):
+            return change
+        return "its configuration" if before.config != self.config else None
+
+    def change_of_hooks_since(self, before: Structure) -> str | None:
+        """Which module has other hooks than before, in words; None for none."""
+        found = _differing(before.hooks, self.hooks, lambda a, b: len(a) == len(b) and all(map(_same, a, b)))
+        return f"hooks of {found}" if found else None
+
+    def change_of_parts_since(self, before: Structure) -> str | None:
+        """What is another module or parameter than before, in words; None for nothing."""
         if found := _differing(before.modules, self.modules, _same_module):
             return f"module {found or type(next(iter(self.modules.values()))[0]).__name__}"
         if found := _differing(before.parameters, self.parameters, lambda a, b: a is b):
             return f"parameter {found}"
-        if found := _differing(before.hooks, self.hooks, lambda a, b: len(a) == len(b) and all(map(_same, a, b))):
-            return f"hooks of {found}"
-        return "its configuration" if config and before.config != self.config else None
+        return None
 
     def settings_since(self, before: Structure) -> list[tuple[str, str, Any]]:
         """Settings that are others than before: name of the module, of the attribute, and its value now."""
