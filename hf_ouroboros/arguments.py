@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -170,14 +170,36 @@ class OuroborosArguments(TrainingArguments):
 
     @classmethod
     def from_training_arguments(cls, args: TrainingArguments) -> OuroborosArguments:
-        """The same options with the defaults of this class for the rest, for scripts that only swap the Trainer."""
+        """Options for a script that only swaps the Trainer: its own arguments, with the defaults of this class beside them.
+
+        Both are the same object but for their class: what is changed in one of them is changed in the other.
+
+        Raises:
+            UnsupportedOptionError: an option, or a combination of options, that has no meaning here.
+        """
         if isinstance(args, cls):
             return args
-        given = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.init}
-        converted = cls(**{name: value for name, value in given.items() if name in cls.__dataclass_fields__})
-        for name in given.keys() - cls.__dataclass_fields__.keys():  # a script's own subclass of TrainingArguments
-            setattr(converted, name, given[name])
-        return converted
+        if launched_processes() > 1 and not torch.accelerator.is_available() and not args.use_cpu:
+            args.use_cpu = True
+            args.__dict__.pop("__cached__setup_devices", None)  # this time, accelerate connects the processes
+        options = object.__new__(_with_defaults(type(args)))
+        options.__dict__ = args.__dict__
+        with refusing(args.use_cpu, args.ddp_backend):
+            check_launch()
+            check_started(options.world_size)
+            present()
+            options.check()
+        return options
+
+    def check(self) -> None:
+        """Reads and checks all options as they are now.
+
+        Raises:
+            UnsupportedOptionError: an option, or a combination of options, that has no meaning here.
+        """
+        read_options(self, {name: rule for name, rule in ARGUMENTS.items() if name in vars(self)})
+        self._check_options()
+        self._check_combinations()
 
     # ---- what Trainer asks ----
 
@@ -315,3 +337,11 @@ class OuroborosArguments(TrainingArguments):
                     f"devices names {name!r}, which this machine doesn't have; give names with an index, e.g. cpu:0, "
                     "or cuda:0 to cuda:N-1"
                 )
+
+
+@functools.cache
+def _with_defaults(cls: type[TrainingArguments]) -> type[OuroborosArguments]:
+    """A class of a script's arguments with the options of this package, which its objects have the defaults of."""
+    made = type(f"Ouroboros{cls.__name__}", (OuroborosArguments, cls), {"__module__": __name__})
+    made.__dataclass_fields__ = {**cls.__dataclass_fields__, **OuroborosArguments.__dataclass_fields__}
+    return made

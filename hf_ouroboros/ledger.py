@@ -1,41 +1,108 @@
-"""Keeps account of losses that arrive late: every micro-batch's loss is counted exactly once."""
+"""Keeps Trainer's account of losses although they come late: every one counts once, in its turn, for its own step.
+
+Trainer adds up the losses of micro-batches, in single precision, until a log is due; then the sum is divided by the steps since
+the last log, and starts anew. Here the same is done as soon as the losses are known, in the same order with the same roundings:
+
+    submitted   0 1 | 2 3 | log | 4 5 | ...        known so far: 0 1 2       the log waits for 3
+"""
 
 from __future__ import annotations
 
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
 
-class LossLedger:
-    """Sums losses per update and hands out means over complete updates.
+import numpy as np
 
-    A loss may come in some ticks after its update was closed. An update is complete when it is closed and the
-    losses of all its micro-batches have come.
+
+@dataclass(frozen=True)
+class DueLog:
+    """A log that Trainer would write now.
+
+    Args:
+        step: updates made so far in the run.
+        steps: how many of them since the last log.
+        update: the engine's number of the update whose gradient norm is logged; None for no norm.
+        before: the engine's number of updates that have to be accounted for.
+        others: whatever else belongs to the moment.
     """
 
-    def __init__(self) -> None:
-        self._update_of_tick: dict[int, int] = {}
-        self._missing: dict[int, int] = {}
-        self._sums: dict[int, float] = {}
-        self._open = 0
+    step: int
+    steps: int
+    update: int | None
+    before: int
+    others: Any = None
 
-    def open_tick(self, tick: int) -> None:
-        """A micro-batch of the open update was submitted."""
-        self._update_of_tick[tick] = self._open
-        self._missing[self._open] = self._missing.get(self._open, 0) + 1
-        self._sums.setdefault(self._open, 0.0)
 
-    def close_update(self) -> None:
-        """The open update is closed."""
-        self._open += 1
+class LossLedger:
+    """The running sum of the losses of one `train()`.
 
-    def add(self, tick: int, loss: float) -> None:
+    Args:
+        step: updates made before.
+        without_nan: whether losses that are no finite numbers count as the mean of those before.
+    """
+
+    def __init__(self, step: int = 0, without_nan: bool = True):
+        self._step = step
+        self._without_nan = without_nan
+        self._sum = np.float32(0.0)
+        self._logged_at = step
+        self._total = 0.0
+        self._turns: deque[tuple[int, int] | DueLog] = deque()
+        self._losses: dict[int, float] = {}
+        self._norms: dict[int, Any] = {}
+
+    def open_tick(self, tick: int, step: int) -> None:
+        """A micro-batch was submitted after so many updates."""
+        self._turns.append((tick, step))
+
+    def add_loss(self, tick: int, loss: float) -> None:
         """The loss of a micro-batch has come."""
-        update = self._update_of_tick.pop(tick)
-        self._sums[update] += loss
-        self._missing[update] -= 1
+        self._losses[tick] = loss
 
-    def take_mean(self) -> float | None:
-        """Mean loss of the updates completed since the last call; None if there are none."""
-        complete = [u for u, missing in self._missing.items() if u < self._open and missing == 0]
-        for update in complete:
-            del self._missing[update]
-        sums = [self._sums.pop(update) for update in complete]
-        return sum(sums) / len(sums) if sums else None
+    def add_norm(self, update: int, norm: Any) -> None:
+        """The gradient norm of an update has come."""
+        self._norms[update] = norm
+
+    def norm(self, update: int) -> float:
+        """The gradient norm of an update, which has come; those of earlier ones are forgotten."""
+        self._norms = {u: kept for u, kept in self._norms.items() if u >= update}
+        return self._norms[update].value
+
+    def due(self, log: DueLog) -> None:
+        """A log is due, about all micro-batches submitted so far."""
+        self._turns.append(log)
+
+    @property
+    def waiting(self) -> DueLog | None:
+        """The first log that is due."""
+        return next((turn for turn in self._turns if isinstance(turn, DueLog)), None)
+
+    def next_log(self) -> tuple[DueLog, float, Any] | None:
+        """The first log that is due, with its loss and gradient norm; None if there is none whose losses have all come."""
+        self._advance()
+        if not self._turns or not isinstance(self._turns[0], DueLog):
+            return None
+        log = self._turns.popleft()
+        total = float(self._sum)
+        with np.errstate(invalid="ignore"):
+            self._sum = self._sum - self._sum  # Trainer's way to start anew, which keeps what is no number
+        self._total += total
+        self._logged_at = log.step
+        norm = self._norms.get(log.update)
+        self._norms = {update: kept for update, kept in self._norms.items() if update >= log.before}
+        return log, total / log.steps, norm
+
+    def finish(self) -> tuple[float, float]:
+        """At the end, with all losses there: the sum of what was logged, and of what was not."""
+        self._advance()
+        return self._total, float(self._sum)
+
+    def _advance(self) -> None:
+        while self._turns and not isinstance(self._turns[0], DueLog) and self._turns[0][0] in self._losses:
+            tick, step = self._turns.popleft()
+            loss = np.float32(self._losses.pop(tick))
+            with np.errstate(over="ignore", invalid="ignore"):
+                if self._without_nan and not np.isfinite(loss):
+                    loss = self._sum / np.float32(1 + step - self._logged_at)
+                self._sum = self._sum + loss

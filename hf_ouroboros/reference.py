@@ -25,7 +25,6 @@ engine only change when things happen.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -34,13 +33,14 @@ from typing import Any
 import torch
 from torch.func import functional_call
 
+from .engine.exposed import own_threads
 from .engine.gradient_hooks import accumulated, calls_backward_hooks, hooked, silenced
 from .engine.graph import GraphCheck, nodes_of
 from .engine.losses import LossFunction, finishing
 from .engine.noise import NoDraws, StageNoise
 from .engine.optimizers import snapshot_hyperparameters
 from .engine.randomness import has_dropout
-from .engine.settings import EngineSettings, FinishedLoss
+from .engine.settings import EngineSettings, FinishedLoss, FinishedNorm
 from .engine.state import RunState
 from .engine.streams import Memories, Segment, Streams, memories_on
 from .errors import EngineError
@@ -86,6 +86,8 @@ class Reference:
         self._checks = [GraphCheck(partition.model, k) for k in range(len(self._owned))]
         self._streams, self._memories = Streams(), [Memories() for _ in self._owned]
         self._finished: list[FinishedLoss] = []
+        self._norms: list[FinishedNorm] = []
+        self._exposed = False  # whether the open update's gradients are in `grad` of the parameters
         self._predicted: dict[int, torch.Tensor] = {}  # id of a parameter -> what the open update's ticks use instead
 
     def submit(self, batch: Mapping[str, Any], context: Any = None) -> int:
@@ -97,7 +99,7 @@ class Reference:
         delayed = not self.settings.is_synchronous(self._update)
         if delayed and self._delay_start is None:
             self._delay_start = tick
-        with _threads(self.settings.threads, self._device), self._predicted_weights():
+        with own_threads(self.settings.threads, self._device), self._predicted_weights():
             leaves = self._leaves()
             loss, output_side = self._forward(tick, batch, context, segment, leaves, split_tied=delayed)
             self._backward(loss, tick)
@@ -113,7 +115,7 @@ class Reference:
     def _predict(self) -> None:
         """What the ticks of the update that opens now use instead of the real weights."""
         hyperparameters, self._predicted = snapshot_hyperparameters(self.optimizer), {}
-        with _threads(self.settings.threads, self._device):
+        with own_threads(self.settings.threads, self._device):
             for k, owned in enumerate(self._owned):
                 at = self.settings.stage_update(k, len(self._owned), self._update)
                 ids = {id(p) for p in owned.values()}
@@ -186,21 +188,45 @@ class Reference:
     def _check_loss(self, received: set[Any], own: list[torch.Tensor], loss: torch.Tensor, outputs: set[Any]) -> None:
         self._checks[-1].loss(loss, received | outputs, own)
 
+    def expose_gradients(self) -> None:
+        """Puts the open update's gradients, the sum of each stage's window, clipped, into `grad` of the parameters.
+
+        There scripts may look at them and change them until `step`, after which they stay until `clear_gradients`.
+        """
+        if not self._exposed:
+            self._exposed = True
+            self._sum_and_clip()
+
+    def clear_gradients(self) -> None:
+        """Removes gradients from the parameters."""
+        self._exposed = False
+        for owned in self._owned:
+            for parameter in owned.values():
+                parameter.grad = None
+
+    def _sum_and_clip(self) -> None:
+        with own_threads(self.settings.threads, self._device):
+            for k in range(len(self._owned)):
+                self._sum_window(k)
+            self._clip()
+
     def step(self) -> int:
         """Applies to every stage the sum of its window, clipped, or leaves it alone if the window is empty."""
         if not self.update_open:
             raise EngineError("step() without a micro-batch since the last step()")
-        with _threads(self.settings.threads, self._device):
-            for k in range(len(self._owned)):
-                self._sum_window(k)
-            self._clip()
+        if not self._exposed:
+            self._sum_and_clip()
+        gradients = [(p, p.grad) for owned in self._owned for p in owned.values() if p.grad is not None]
+        with own_threads(self.settings.threads, self._device):
             if self.settings.compensations:
                 self._compensated_step()
             else:
                 self.optimizer.step()
-        for owned in self._owned:
-            for parameter in owned.values():
-                parameter.grad = None
+        if self._exposed:
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+        else:
+            self.clear_gradients()
         self._first_tick, self._update = self._tick, self._update + 1
         return self._update - 1
 
@@ -220,7 +246,9 @@ class Reference:
         stages = [[p for p in owned.values() if p.grad is not None] for owned in self._owned]
         stages = [parameters for parameters in stages if parameters]
         norms = [torch.nn.utils.get_total_norm([p.grad for p in parameters]) for parameters in stages]
-        self.grad_norm = math.sqrt(sum(float(norm) ** 2 for norm in norms))
+        finished = FinishedNorm(self._update, tuple(norms))
+        self._norms.append(finished)
+        self.grad_norm = finished.value
         if self.settings.max_grad_norm is None:
             return
         whole = torch.linalg.vector_norm(torch.stack(norms)) if norms else None
@@ -249,6 +277,26 @@ class Reference:
         finished, self._finished = self._finished, []
         return finished
 
+    def collect_norms(self) -> list[FinishedNorm]:
+        """Gradient norms since the last call."""
+        finished, self._norms = self._norms, []
+        return finished
+
+    def lag(self, update: int) -> int:
+        """Nothing is late."""
+        return 0
+
+    def account_for(self, updates: int) -> None:
+        """Everything is known at once."""
+
+    def account_for_open(self) -> None:
+        """Everything is known at once."""
+
+    @property
+    def updates(self) -> int:
+        """Updates closed so far, those before the run was resumed included."""
+        return self._update
+
     @property
     def update_open(self) -> bool:
         """Whether micro-batches were submitted since the last `step`."""
@@ -260,6 +308,15 @@ class Reference:
     def request_stop(self) -> None:
         """Asks for the end of the run."""
         self.stop_requested = True
+
+    def rest(self) -> None:
+        """Nothing is ever in flight."""
+
+    def open_weights(self) -> None:
+        """Between micro-batches, weights may be written and frozen by anybody."""
+
+    def take_weights(self) -> None:
+        """The parameters are always used as they are."""
 
     def synchronize(self) -> None:
         """Nothing is ever in flight."""
@@ -318,15 +375,3 @@ class Reference:
 
 def _add(parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
     parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-
-
-@contextmanager
-def _threads(count: int | None, device: torch.device):
-    """Kernels may sum in another order with another number of threads, so it belongs to the numbers."""
-    before = torch.get_num_threads()
-    if count is not None and device.type == "cpu":
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .engine.streams import Reading
-from .errors import CheckpointError, EngineError
+from .errors import CheckpointError, EngineError, UnsupportedOptionError
 from .head_model import HeadModel, call_model, causal_lm_output, causal_name
 from .partition import Finish, ModelCall, Partition, compose, to_device
 from .processes.relay import Relay
@@ -36,6 +36,7 @@ class StagedModel(nn.Module):
         super().__init__()
         self.relay = relay
         self.loss_only = False
+        self.engine: Any = None
         self._reading: Reading | None = None
         self.stages = nn.ModuleList(partition.stages)
         self.config = partition.model.config
@@ -69,18 +70,20 @@ class StagedModel(nn.Module):
         return super().train(mode)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Nothing: gradients live in the workers, which may be writing them."""
+        """Removes gradients that were shown to a script; all others live in the workers, which may be writing them."""
+        if self.engine is not None:
+            self.engine.clear_gradients()
 
     def forward(self, **inputs: Any) -> ModelOutput:
         """Runs all stages in turn; the pipeline has to be synchronized.
 
         Raises:
-            EngineError: it is called to be trained, which the engine does.
+            UnsupportedOptionError: a training step calls the model by itself.
         """
         if self.training and torch.is_grad_enabled():
-            raise EngineError(
-                "a training step of its own calls the model and would take gradients of all stages at once, past the engine; "
-                "override compute_loss, or use a compute_loss_func, and leave training_step to OuroborosTrainer"
+            raise UnsupportedOptionError(
+                "a training step of its own calls the model and its backward by itself, which the stages do at "
+                "moments of their own; put the loss into compute_loss, and let training_step call super().training_step"
             )
         inputs = to_device(inputs, self._partition[0].device_of_loss)
         without_labels = not self.loss_only and self._partition[0].stages[0].family.computes_loss
@@ -166,6 +169,7 @@ class StagedOptimizer(torch.optim.Optimizer):
         self.optimizer = optimizer
         self.engine: Any = None
         self._compensation = compensation
+        self._shape = _shape_of(optimizer)
         if compensation != "none":
             for group in optimizer.param_groups:
                 group["delay_compensation"] = compensation
@@ -206,13 +210,18 @@ class StagedOptimizer(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:
         """Closes the update with the present hyper-parameters."""
         self.optimizer._opt_called = True  # a scheduler built on the complete optimizer looks for this
+        if self._shape != (shape := _shape_of(self.optimizer)):  # somebody has changed the groups themselves
+            self._shape = shape
+            self._attach()
         self.engine.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Nothing: gradients live in the workers."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group to the complete optimizer."""
+        """Adds a group to the complete optimizer, when all updates that were closed before are done."""
+        if self.engine is not None and not self.engine.closed:
+            self.engine.rest()
         self.optimizer.add_param_group(param_group)
         self._attach()
 
@@ -238,5 +247,11 @@ class StagedOptimizer(torch.optim.Optimizer):
         self._attach()
 
     def _attach(self) -> None:
-        if self.engine is not None:
+        self._shape = _shape_of(self.optimizer)
+        if self.engine is not None and not self.engine.closed:
+            self.engine.rest()
             self.engine.attach(self.optimizer)
+
+
+def _shape_of(optimizer: torch.optim.Optimizer) -> list[int]:
+    return [len(group["params"]) for group in optimizer.param_groups]

@@ -21,15 +21,17 @@ from .engine.core import Engine
 from .engine.optimizers import check_optimizer, check_trainable
 from .errors import EngineError
 from .hooks.batches import BatchHooks
+from .hooks.callbacks import CallbackHooks, ScriptCallbacks
 from .hooks.card import CardHooks
+from .hooks.changes import ChangeHooks
 from .hooks.checkpoints import CheckpointHooks
 from .hooks.evaluation import EvaluationHooks
-from .hooks.loss import LossContext, TrainerLoss
+from .hooks.logs import LogHooks
+from .hooks.moments import LateState, LossAtItsStep, MomentContext
 from .hooks.optimizer import OptimizerHooks
 from .hooks.preemption import SaveOnSigterm
 from .hooks.timeline import TimelineHooks
 from .hub.card_facts import TAG
-from .ledger import LossLedger
 from .partition import Home, Partition, StagePlan, split_model, torch_device
 from .partition.finite import check_finite
 from .precision import check_surroundings
@@ -46,11 +48,22 @@ from .simulate.timeline import Timeline
 from .staged import StagedModel, refuse_forward
 
 
-class OuroborosTrainer(BatchHooks, OptimizerHooks, EvaluationHooks, CheckpointHooks, TimelineHooks, CardHooks, Trainer):
+class OuroborosTrainer(
+    ChangeHooks,
+    CallbackHooks,
+    LogHooks,
+    BatchHooks,
+    OptimizerHooks,
+    EvaluationHooks,
+    CheckpointHooks,
+    TimelineHooks,
+    CardHooks,
+    Trainer,
+):
     """A `Trainer` that splits the model into stages and trains them with delayed gradients, all devices busy.
 
-    Same signature as `transformers.Trainer`. A plain `TrainingArguments` is taken with the defaults of
-    `OuroborosArguments` for the rest. During training, call `synchronize()` before looking at the weights; after
+    Same signature as `transformers.Trainer`. A script's own arguments stay what they are, as `args`; a plain
+    `TrainingArguments` has the defaults of `OuroborosArguments` beside it (`options`). During training, call `synchronize()` before looking at the weights; after
     `train()`, `trainer.model` is the complete, ordinary model.
 
     Attributes:
@@ -82,9 +95,10 @@ class OuroborosTrainer(BatchHooks, OptimizerHooks, EvaluationHooks, CheckpointHo
         preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ):
         args = OuroborosArguments(output_dir="tmp_trainer") if args is None else args
-        args = OuroborosArguments.from_training_arguments(args)
+        options = OuroborosArguments.from_training_arguments(args)
+        self._beside = args, options
         self._agree_on_options(
-            args,
+            options,
             compute_loss_func=compute_loss_func,
             compute_metrics=compute_metrics,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
@@ -94,8 +108,7 @@ class OuroborosTrainer(BatchHooks, OptimizerHooks, EvaluationHooks, CheckpointHo
         self.timeline: Timeline | None = None
         self._partition: Partition | None = None
         self._staged: StagedModel | None = None
-        self._ledger = LossLedger()
-        self._grid = _grid_of(args)
+        self._grid = _grid_of(options)
         self._watch: Watch | None = None
         self._phase: str | None = None
         self._counts_all_replicas = False
@@ -107,9 +120,10 @@ class OuroborosTrainer(BatchHooks, OptimizerHooks, EvaluationHooks, CheckpointHo
             self._same_batches = SameBatches(self._grid, self._control_group, self._watch.check)
             leave_at_exit()
         if model is not None:
-            self._split(model, args)
+            self._split(model, options)
         if optimizers[0] is not None:
             check_optimizer(optimizers[0], model.parameters() if model is not None else ())
+        args._n_gpu = options.n_gpu  # at most 1: several devices are stages here, never `nn.DataParallel`
         # Trainer's own callback would save at once, in the middle of an update, and each process at a step of its own.
         save_on_sigterm, args.enable_jit_checkpoint = args.enable_jit_checkpoint, False
         super().__init__(
@@ -137,8 +151,13 @@ class OuroborosTrainer(BatchHooks, OptimizerHooks, EvaluationHooks, CheckpointHo
         if save_on_sigterm:
             self.add_callback(SaveOnSigterm(self))
         if model is None:
-            self._split(self.model, args)
+            self._split(self.model, options)
         self._check_compensation()
+        self._remember_model()
+        self.callback_handler = ScriptCallbacks(self.callback_handler, self)
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """Nothing: stages go to their own devices."""
 
     # ---- stages ----
 
@@ -201,6 +220,7 @@ class OuroborosTrainer(BatchHooks, OptimizerHooks, EvaluationHooks, CheckpointHo
             OutputFileError: the timeline can't be written where it is wanted.
         """
         with self._guarded("training"):
+            self.options.check()
             self._check_timeline()
             try:
                 output = super().train(
@@ -241,12 +261,14 @@ class OuroborosTrainer(BatchHooks, OptimizerHooks, EvaluationHooks, CheckpointHo
         device_map = self.stage_plan.device_map()
         if len({torch_device(name) for name in device_map.values()}) > 1 and not hasattr(self.model, "hf_device_map"):
             dispatch_model(self.model, {name: torch_device(device) for name, device in device_map.items()})
+            self._remember_model()
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         # Anything that is not self.model keeps Trainer from preparing it (DDP, device placement, gradient zeroing).
-        if self._partition.model is not self.model:
-            self._split(self.model, self.args)
+        if not self._pipeline_runs:
+            self._split_if_changed()
         if training:
+            self._face_optimizer()
             self._start_engine()
         return self._staged
 
@@ -255,81 +277,69 @@ class OuroborosTrainer(BatchHooks, OptimizerHooks, EvaluationHooks, CheckpointHo
         if self.engine is not None:
             self.engine.close()
         plan = self.stage_plan
-        self.timeline = Timeline(len(plan.devices), list(plan.devices)) if self.args.timeline else None
+        self.timeline = Timeline(len(plan.devices), list(plan.devices)) if self.options.timeline else None
         settings = replace(
-            self.args.engine_settings(plan.num_workers), compensations=self.delay_compensation.compensations
+            self.options.engine_settings(plan.num_workers), compensations=self.delay_compensation.compensations
         )
+        check_optimizer(staged.optimizer, self.model.parameters())
         check_trainable(staged.optimizer, self.model)
         self._partition.carry_hooks()
         check_surroundings()
+        self._look_at_script()
+        self._look_at_optimizer()
         self._agree_on_training(settings, str(self.delay_compensation))
         self._warn_of_delay(staged.optimizer)
-        common = self._partition, staged.optimizer, TrainerLoss(self), settings, self.timeline
+        common = self._partition, staged.optimizer, LossAtItsStep(self), settings, self.timeline
         if self._grid is not None:
             self.engine = ProcessEngine(*common, self._grid, self._specs, self._watch.check)
         else:
-            self.engine = Reference(*common) if self.args.schedule == "reference" else Engine(*common)
-        staged.engine = self.engine
-        self._ledger = LossLedger()
+            self.engine = Reference(*common) if self.options.schedule == "reference" else Engine(*common)
+        staged.engine = self._staged.engine = self.engine
+        self._start_ledger()
         self._save_due = False
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Hands the micro-batch to the engine; returns the sum of the losses that have come back meanwhile."""
+        """Hands the micro-batch to the engine.
+
+        Returns:
+            Zero, as the loss is known later; the loss, which is waited for, where a subclass has a `training_step` of its own.
+        """
         if self.engine is None or self.engine.closed:
             raise EngineError(
                 "training_step() outside of train(): the stages' workers run in train() only; call train()"
             )
+        if not self.model.training:  # nothing is in flight between modules: they were switched by an evaluation
+            model.train()
         inputs = self._prepare_inputs(inputs)
         steps = getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
-        tick = self.engine.submit(inputs, LossContext(num_items_in_batch, steps))
-        self._ledger.open_tick(tick)
-        if self.accelerator.gradient_state.sync_gradients:
-            self._ledger.close_update()
-        return self._collect_losses()
+        context = MomentContext(num_items_in_batch, steps)
+        context.moment = self.state.global_step, self.state.epoch
+        tick = self.engine.submit(inputs, context)
+        if self._step_is_own:
+            self.engine.account_for_open()
+            return self.engine.collect()[-1].loss.detach().to(self.args.device)
+        if self._rests_each_time:
+            self.engine.rest()
+        self._ledger.open_tick(tick, self.state.global_step)
+        self._take_reports()
+        return self._nothing
 
-    def _collect_losses(self) -> torch.Tensor:
-        total = torch.zeros((), device=self.args.device)
-        for finished in self.engine.collect():
-            loss = finished.loss.float().to(self.args.device)
-            if self.args.logging_nan_inf_filter and not torch.isfinite(loss):
-                loss = self._tr_loss / (1 + self.state.global_step - self._globalstep_last_logged)
-            self._ledger.add(finished.tick, loss.item())
-            total += loss
-        return total
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """As in Trainer, with a state that can be asked by losses, too, which are computed later."""
+        started = super()._init_training_state(*args, **kwargs)
+        self.state.__class__ = LateState
+        return started
 
-    def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         control = self.control
         if self.engine.update_open:  # an epoch of data without a length may end within an update
             self._save_due |= control.should_save
             control.should_save = False
         elif self._save_due:
             control.should_save, self._save_due = True, False
-        if control.should_evaluate or control.should_save or control.should_training_stop:
-            self.synchronize()
-        if control.should_log and self.state.global_step > self._globalstep_last_logged:
-            tr_loss += self._collect_losses()
-            grad_norm = self.engine.grad_norm
-        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
-
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        self.engine.settle()  # so that nothing stays on its way between devices
-        self._tr_loss += self._collect_losses()
-        return super()._finalize_training(*args, **kwargs)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs; a training loss is the mean over the updates whose losses have all come since the last log.
-
-        Logging never waits for the pipeline: the first entries of a run may have no loss yet.
-        """
-        if self.is_in_train and "loss" in logs:
-            mean = self._ledger.take_mean()
-            if mean is None:
-                del logs["loss"]
-            else:
-                logs["loss"] = mean
-        super().log(logs, start_time)
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
 
 def _grid_of(args: OuroborosArguments) -> ProcessGrid | None:

@@ -1,94 +1,73 @@
-"""The ledger counts every late loss exactly once."""
+"""The ledger counts every late loss exactly once, in its turn, with Trainer's roundings."""
 
 from __future__ import annotations
 
 import math
 
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_ouroboros.ledger import LossLedger
+from hf_ouroboros.ledger import DueLog, LossLedger
 
 
-def test_nothing_to_tell() -> None:
-    ledger = LossLedger()
-    assert ledger.take_mean() is None
-    ledger.open_tick(0)
-    assert ledger.take_mean() is None
-    ledger.add(0, 3.0)
-    assert ledger.take_mean() is None, "the update is still open"
-    ledger.close_update()
-    assert ledger.take_mean() == 3.0
-    assert ledger.take_mean() is None
-
-
-def test_an_update_counts_when_all_its_losses_have_come() -> None:
+def test_a_log_waits_for_all_its_losses() -> None:
     ledger = LossLedger()
     for tick in (0, 1):
-        ledger.open_tick(tick)
-    ledger.close_update()
-    ledger.open_tick(2)
-    ledger.close_update()
-    ledger.add(1, 1.0)
-    ledger.add(2, 5.0)
-    assert ledger.take_mean() == 5.0
-    ledger.add(0, 2.0)
-    assert ledger.take_mean() == 3.0
+        ledger.open_tick(tick, 0)
+    ledger.due(DueLog(step=1, steps=1, update=0, before=1))
+    ledger.open_tick(2, 1)
+    ledger.add_loss(1, 1.0)
+    ledger.add_loss(2, 5.0)
+    assert ledger.next_log() is None
+    assert ledger.waiting.step == 1
+    ledger.add_loss(0, 2.0)
+    log, loss, norm = ledger.next_log()
+    assert (log.step, loss, norm) == (1, 3.0, None)
+    assert ledger.next_log() is None and ledger.waiting is None
+    assert ledger.finish() == (3.0, 5.0)
 
 
-def test_a_resumed_run_starts_at_any_tick() -> None:
+def test_a_norm_is_that_of_its_update() -> None:
     ledger = LossLedger()
-    ledger.open_tick(17)
-    ledger.close_update()
-    ledger.add(17, 2.0)
-    assert ledger.take_mean() == 2.0
-
-
-def test_not_a_number_shows_up_once() -> None:
-    ledger = LossLedger()
-    for tick, loss in enumerate([math.nan, 1.0]):
-        ledger.open_tick(tick)
-        ledger.close_update()
-        ledger.add(tick, loss)
-        mean = ledger.take_mean()
-        assert math.isnan(mean) if tick == 0 else mean == 1.0
+    for update in range(3):
+        ledger.open_tick(update, update)
+        ledger.add_loss(update, 1.0)
+        ledger.add_norm(update, f"norm of {update}")
+    ledger.due(DueLog(step=3, steps=3, update=1, before=3))
+    assert ledger.next_log()[2] == "norm of 1"
 
 
 @given(
-    st.lists(st.integers(1, 4), min_size=1, max_size=8),
+    st.lists(st.floats(width=32), min_size=1, max_size=12),
+    st.lists(st.integers(1, 3), min_size=12, max_size=12),
+    st.booleans(),
     st.randoms(use_true_random=False),
-    st.integers(0, 6),
 )
-def test_every_loss_once(sizes: list[int], random: object, lag: int) -> None:
-    """Losses come up to `lag` ticks late, means are taken now and then: together they are the sum of all."""
-    ledger = LossLedger()
-    waiting: list[tuple[int, float]] = []
-    taken: list[float] = []
-    counted, tick = 0, 0
-
-    def take() -> None:
-        nonlocal counted
-        before = len(ledger._sums)
-        mean = ledger.take_mean()
-        complete = before - len(ledger._sums)
-        counted += complete
-        assert (mean is None) == (complete == 0)
-        if mean is not None:
-            taken.append(mean * complete)
-
-    for size in sizes:
-        for _ in range(size):
-            ledger.open_tick(tick)
-            waiting.append((tick, float(2**tick)))
-            tick += 1
-            while len(waiting) > lag:
-                ledger.add(*waiting.pop(random.randrange(len(waiting))))
-        ledger.close_update()
-        if random.random() < 0.5:
-            take()
-    for late in waiting:
-        ledger.add(*late)
-    take()
-    assert counted == len(sizes)
-    # Means over three updates, say, round.
-    assert math.isclose(sum(taken), 2.0**tick - 1, rel_tol=1e-12)
+def test_sums_are_those_of_trainer(losses: list[float], gaps: list[int], without_nan: bool, random) -> None:
+    expected, total, running, last = [], 0.0, torch.tensor(0.0), 0
+    ledger, arriving = LossLedger(0, without_nan), []
+    for step, loss in enumerate(losses):
+        value = torch.tensor(loss)
+        if without_nan and not torch.isfinite(value):
+            running += running / (1 + step - last)
+        else:
+            running += value
+        ledger.open_tick(step, step)
+        arriving.append(step)
+        if (step + 1) % gaps[step] == 0:
+            expected.append(running.item() / (step + 1 - last))
+            total += running.item()
+            running -= running.clone()
+            ledger.due(DueLog(step + 1, step + 1 - last, None, step + 1))
+            last = step + 1
+    found = []
+    random.shuffle(arriving)
+    for tick in arriving:
+        ledger.add_loss(tick, losses[tick])
+        while (log := ledger.next_log()) is not None:
+            found.append(log[1])
+    assert [repr(x) for x in found] == [repr(x) for x in expected]
+    logged, rest = ledger.finish()
+    assert repr(rest) == repr(running.item())
+    assert repr(logged) == repr(total) or (math.isnan(logged) and math.isnan(total))

@@ -150,4 +150,4 @@ def test_schedulers_work_on_face_and_on_the_complete_optimizer(optimizer: Staged
 
 def test_optimizer_tells_the_engine_of_new_state(optimizer: StagedOptimizer) -> None:
     optimizer.load_state_dict(optimizer.state_dict())
-    assert optimizer.engine.calls == ["synchronize", "attach"]
+    assert optimizer.engine.calls == ["synchronize", "rest", "attach"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import queue
 import time
 from collections.abc import Mapping
@@ -14,15 +13,17 @@ import torch
 from ..errors import EngineError, WorkerError
 from ..partition import Partition, torch_device
 from ..simulate.timeline import Timeline
+from .accounts import Accounts
+from .at_rest import AtRest
 from .averaging import ReplicaMean
+from .exposed import ExposedUpdate
 from .interleave import device_programs, engine_costs
 from .losses import LossFunction
-from .optimizers import StageOptimizer, snapshot_hyperparameters
+from .optimizers import snapshot_hyperparameters
 from .schedule import Clock, Pause, Slot, stages_by_device
-from .settings import EngineSettings, FinishedLoss, Hyperparameters
+from .settings import EngineSettings, FinishedLoss, FinishedNorm, Hyperparameters, log_lag
 from .stage_runner import StageRunner
-from .state import RunState
-from .streams import Streams, memories_on
+from .streams import Streams
 from .transport import InProcessTransport, Transport
 from .weights import TiedLink
 from .worker import ForwardStarted, Paused, StepDone, Work, Worker
@@ -45,7 +46,7 @@ class Site:
     replica_mean: ReplicaMean | None = None
 
 
-class Engine:
+class Engine(AtRest):
     """Delayed-gradient training of a partition, one worker thread per device.
 
     Call `submit` for every micro-batch and `step` after the last one of an update. Both return as soon as the
@@ -80,10 +81,11 @@ class Engine:
         self.timeline = timeline
         self._clock = Clock(num_stages, settings.is_synchronous)
         self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._finished: list[FinishedLoss] = []
-        self._norms: dict[int, dict[int, torch.Tensor | None]] = {}
-        self._last_norms: list[torch.Tensor] | None = None
         self._started = -1
+        self._slots = 0
+        self._closed_at: dict[int, int] = {}  # slots that had been handed out when an update was closed
+        self._resting = False
+        self._exposed: ExposedUpdate | None = None
         self._streams = Streams()
         self._opened: tuple[int, Hyperparameters] | None = None
         self._work: dict[int, dict[str, Any]] = {}
@@ -104,6 +106,7 @@ class Engine:
             settings.micro_batches,
             exchange=settings.clip_scope == "global",
         )
+        self._accounts = Accounts(len(self._runners))
         held = stages_by_device(placement)
         self._workers = [
             Worker(
@@ -140,6 +143,7 @@ class Engine:
             StreamError: the batch does not go on where its columns are.
         """
         self._check()
+        self._resting = False
         segment = self._streams.enter(batch) if self.partition.remembers else None
         if self.settings.predicts and not self.update_open:
             self._opened = self._clock.update, snapshot_hyperparameters(self.optimizer)
@@ -159,24 +163,47 @@ class Engine:
         self._check()
         if not self.update_open:
             raise EngineError("step() without a micro-batch since the last step()")
+        exposed, self._resting = self._exposed, False
         hyperparameters = snapshot_hyperparameters(self.optimizer)
         update, slots = self._clock.close_update()
-        self._release(slots, hyperparameters)
+        self._closed_at = {u: slots for u, slots in self._closed_at.items() if u >= self._accounts.complete}
+        self._closed_at[update] = self._slots
+        if exposed is None:
+            self._release(slots, hyperparameters)
+        else:  # the workers have done everything but the step
+            exposed.step(self.optimizer, update)
+            for stage, norm in exposed.norms.items():
+                self._take(StepDone(stage, update, norm))
         return update
 
     def collect(self) -> list[FinishedLoss]:
         """Losses finished since the last call, in tick order; never waits."""
         self._check_failure()
         self._hear(block=False)
-        finished, self._finished = self._finished, []
-        return finished
+        return self._accounts.take_losses()
+
+    def collect_norms(self) -> list[FinishedNorm]:
+        """Gradient norms known since the last call, in the order of updates; never waits."""
+        self._hear(block=False)
+        return self._accounts.take_norms()
 
     @property
     def grad_norm(self) -> float | None:
         """Gradient norm, before clipping, of the newest update that all stages have closed."""
-        if self._last_norms is None:
-            return None
-        return math.sqrt(sum(float(norm) ** 2 for norm in self._last_norms))
+        newest = self._accounts.newest
+        return None if newest is None else newest.value
+
+    def lag(self, update: int) -> int:
+        """After how many more updates losses and norm of this one can be waited for without the pipeline running dry."""
+        if self.settings.is_synchronous(update):
+            return 0
+        return log_lag(self.partition.plan.num_stages, self.settings.micro_batches)
+
+    def account_for(self, updates: int) -> None:
+        """Waits until losses and norms of so many updates can be collected."""
+        self._check()
+        while self._accounts.complete < updates:
+            self._await_step(updates - 1)
 
     def request_stop(self) -> None:
         """Asks for the end of the run."""
@@ -199,66 +226,21 @@ class Engine:
 
     # ---- looking at the weights ----
 
+    def rest(self) -> None:
+        """Waits until all stages of this process have finished the newest tick; pending backwards stay pending."""
+        if self._resting:
+            self._check()
+            return
+        self._pause(Pause(settle=False))
+        self._resting = True
+
     def synchronize(self) -> None:
         """Waits until all stages have finished the newest tick; pending backwards stay pending."""
-        self._pause(Pause(settle=False))
+        self.rest()
 
     def settle(self) -> None:
         """Like `synchronize`, and runs the pending backwards: their gradients are kept, queued, not applied."""
         self._pause(Pause(settle=True))
-
-    def state_dict(self) -> RunState:
-        """Settles and returns what a run is besides weights and optimizer state.
-
-        Raises:
-            EngineError: an update is open (micro-batches submitted since the last step).
-        """
-        if self.update_open:
-            raise EngineError("the state of a run is defined between updates; call step() first")
-        self.settle()
-        return RunState(
-            self.partition.plan.num_stages,
-            self.settings.tied_gradient,
-            next(iter(self._runners.values())).seed,
-            self._clock.tick,
-            self._clock.update,
-            self._clock.delay_start,
-            {
-                # Copies: the run goes on and adds up and clips its gradients in place.
-                runner.index: {t: {n: g.clone() for n, g in gs.items()} for t, gs in runner.settled.items()}
-                for runner in self._runners.values()
-            },
-            dict(self._streams.positions),
-            {runner.index: dict(runner.memories.groups) for runner in self._runners.values()},
-        )
-
-    def load_state_dict(self, state: RunState) -> None:
-        """Continues a run; only before the first micro-batch.
-
-        Raises:
-            CheckpointError: the state does not fit this run.
-        """
-        if self._clock.tick:
-            raise EngineError("load_state_dict() after the first micro-batch")
-        state.check(self.partition, self.settings, self._runners)
-        self.synchronize()
-        for runner in self._runners.values():
-            runner.settled = {
-                tick: {name: g.to(runner.device, copy=True) for name, g in gradients.items()}
-                for tick, gradients in state.pending.get(runner.index, {}).items()
-            }
-            runner.memories.groups = memories_on(runner.device, state.memories.get(runner.index, {}))
-            runner.seed = state.seed
-        self._streams.positions = dict(state.streams)
-        self._clock.resume(state.tick, state.update, state.delay_start)
-        self._started = state.tick - 1
-
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Cuts the stages' optimizers out of `optimizer`; again whenever its state was replaced."""
-        self.optimizer = optimizer
-        for runner in self._runners.values():
-            owned = self.partition.owned(runner.index).values()
-            runner.optimizer = StageOptimizer(optimizer, owned, self.settings.compensations)
 
     def close(self, timeout: float = 10.0) -> None:
         """Stops the workers, whatever they are doing; safe to call twice."""
@@ -283,6 +265,7 @@ class Engine:
                 **self._work.pop(slot.tick, {}),
                 hyperparameters=hyperparameters if slot.update is not None else None,
             )
+            self._slots += 1
             for worker in self._workers:
                 worker.inbox.put(work)
             if slot.tick is not None:
@@ -298,6 +281,24 @@ class Engine:
         for worker in self._workers:
             worker.inbox.put(pause)
         while len(self._paused) < len(self._workers):
+            self._hear(block=True)
+
+    def account_for_open(self) -> None:
+        """Waits until the losses of the open update's micro-batches can be collected."""
+        self.rest()
+        self._hear(block=False)
+
+    @property
+    def updates(self) -> int:
+        """Updates closed so far, those before the run was resumed included."""
+        return self._clock.update
+
+    def _await_step(self, update: int) -> None:
+        """Waits for a report that brings the end of an update nearer."""
+        if self._slots < self._closed_at.get(update, 0) + 2 * self.partition.plan.num_stages:
+            self.rest()  # workers that interleave stages keep the last slots back
+            self._hear(block=False)
+        else:
             self._hear(block=True)
 
     def _check_failure(self) -> None:
@@ -330,16 +331,11 @@ class Engine:
         """Takes in one report."""
         match event:
             case FinishedLoss():
-                self._finished.append(event)
+                self._accounts.add_losses([event])
             case ForwardStarted(tick):
                 self._started = tick
             case StepDone(stage, update, norm):
-                norms = self._norms.setdefault(update, {})
-                norms[stage] = norm
-                if len(norms) == len(self._runners):
-                    del self._norms[update]
-                    # In stage order, not in that of arrival: the sum's last bit depends on it.
-                    self._last_norms = [n for _, n in sorted(norms.items()) if n is not None]
+                self._accounts.add_step(stage, update, norm)
             case Paused(device):
                 self._paused.add(device)
             case WorkerError():

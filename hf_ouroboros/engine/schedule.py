@@ -149,6 +149,15 @@ class Clock:
         """The slot held back until it is known whether it closes an update, released for a pause."""
         return self._release(None)
 
+    def drain(self) -> list[Slot]:
+        """As `interrupt`; the micro-batches of an update without delays get to their backwards, too."""
+        slots = self._release(None)
+        if self.is_synchronous(self.update):
+            for _ in range(self.num_stages - 1):
+                self._trail.appendleft(None)
+                slots.append(Slot(tuple(self._trail)))
+        return slots
+
     def resume(self, tick: int, update: int, delay_start: int | None) -> None:
         """Continues at an update boundary: ticks from `delay_start` on may still have gradients to come."""
         self.tick, self.update, self.first_tick_of_update, self.delay_start = tick, update, tick, delay_start

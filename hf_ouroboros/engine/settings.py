@@ -74,3 +74,30 @@ class FinishedLoss:
 
     tick: int
     loss: torch.Tensor
+
+
+@dataclass(frozen=True)
+class FinishedNorm:
+    """The gradient norm of one update, before clipping, reported once all its stages have closed it.
+
+    Args:
+        update: its number.
+        stages: norm of each stage that had gradients, in stage order.
+    """
+
+    update: int
+    stages: tuple[torch.Tensor | float, ...]
+
+    @property
+    def value(self) -> float:
+        """Norm of the gradients of the whole model."""
+        return math.sqrt(sum(float(norm) ** 2 for norm in self.stages))
+
+
+def log_lag(num_stages: int, micro_batches: int) -> int:
+    """Updates after which the account of a delayed update is there without anybody having waited for it.
+
+    An interleaved device stays behind by less than K slots, and a micro-batch is on its way for K; updates may be ragged,
+    so this is no promise.
+    """
+    return math.ceil(2 * num_stages / micro_batches) + 1

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import get_total_norm
 
@@ -305,12 +306,42 @@ class StageRunner:
         """Closes an update: applies its gradients, or does nothing at all if there are none."""
         if not self.window:
             return
-        self._versions.advance(in_use=bool(self.in_flight) or (self._lends and bool(self._link.weights)))
+        self._versions.advance(self._in_use, self.window)
         parameters = self._versions.parameters
         ordered = [(parameters[name], self.window[name]) for name in parameters if name in self.window]
         self.window = {}
         at = self.settings.stage_update(self.index, self._num_stages, update)
         self.optimizer.step(ordered, hyperparameters, at)
+
+    # ---- what scripts may do between ticks ----
+
+    @property
+    def _in_use(self) -> bool:
+        """Whether a pending forward or backward needs the present weights."""
+        return bool(self.in_flight) or (self._lends and bool(self._link.weights))
+
+    def let_go(self) -> None:
+        """Lets others write the weights; what is in flight keeps those of its forward."""
+        self._versions.let_go(self._in_use)
+
+    def look_again(self) -> None:
+        """Takes weights, and what may have been changed about modules, as they are now."""
+        self._versions.look_again()
+        self.stage.train()
+        self._draws = self.stage.draws or has_dropout(self.stage)
+
+    def expose(self) -> None:
+        """Hands the open update's gradients over to the parameters."""
+        for name, gradient in self.window.items():
+            self._versions.parameters[name].grad = gradient
+        self.window = {}
+
+    def exposed(self) -> list[tuple[nn.Parameter, torch.Tensor]]:
+        """The gradients that parameters have, whose weights are to be stepped now; what is in flight keeps the old ones."""
+        found = {name: p for name, p in self._versions.parameters.items() if p.grad is not None}
+        if found:
+            self._versions.advance(self._in_use, found)
+        return [(p, p.grad) for p in found.values()]
 
     def release(self) -> None:
         """Lets go of activations, gradients, memories and old weights when the run is over."""

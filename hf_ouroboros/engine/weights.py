@@ -10,7 +10,7 @@ Predicted weights (delay compensation) are leaves on storage of their own, which
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import nn
@@ -53,19 +53,36 @@ class WeightVersions:
             self._lent |= self._leaves.keys() - self._predicted.keys()
         return self._leaves
 
-    def advance(self, in_use: bool) -> None:
+    def advance(self, in_use: bool, stepping: Collection[str] = ()) -> None:
         """To be called before an in-place step.
 
         Args:
             in_use: whether a pending forward or backward still needs the present values.
+            stepping: names of parameters that the step writes although they may have been frozen since.
         """
         self._leaves, self._predicted = None, {}
         if in_use:
-            for name in self._lent:
-                parameter = self.parameters[name]
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.clone()
+            self._move([name for name in self._lent if name in stepping or self.parameters[name].requires_grad])
         self._lent = set()
+
+    def let_go(self, in_use: bool) -> None:
+        """To be called before somebody else may write: what is in use keeps its values.
+
+        Args:
+            in_use: whether a pending forward or backward still needs the present values.
+        """
+        self._leaves = None
+        if in_use:
+            self._move(self._lent)
+        self._lent = set()
+
+    def look_again(self) -> None:
+        """Somebody else may have written, or frozen parameters: leaves are made anew."""
+        self._leaves = None
+
+    def _move(self, names: Collection[str]) -> None:
+        for name in names:
+            self.parameters[name].data = self.parameters[name].data.clone()
 
 
 class TiedLink:

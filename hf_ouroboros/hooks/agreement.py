@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
+from ..arguments import OuroborosArguments
 from ..engine.settings import EngineSettings
 from ..engine.state import RunState
 from ..partition import Partition
@@ -30,6 +31,14 @@ class AgreementHooks(Trainer):
     _partition: Partition | None
     _resumed_state: RunState | None
     _train_data: Mapping[str, Any] | None = None
+    _beside: tuple[TrainingArguments, OuroborosArguments] | None = None
+
+    @property
+    def options(self) -> OuroborosArguments:
+        """All options: the script's own arguments, which `args` is, and where they have none, the defaults of this package."""
+        if self._beside is None or self._beside[0] is not self.args:
+            self._beside = self.args, OuroborosArguments.from_training_arguments(self.args)
+        return self._beside[1]
 
     def _agree(self, where: str, args: TrainingArguments | None = None, **sections: Mapping[str, Any]) -> None:
         """Compares what the processes know; see `processes.meeting.Meeting.agree`."""
@@ -74,7 +83,7 @@ class AgreementHooks(Trainer):
         names = [field.name for field in fields(settings) if field.name not in ("threads", "compensations")]
         self._agree(
             "train()",
-            options=run_digest.options(self.args),
+            options=run_digest.options(self.options),
             settings={name: run_digest.plain(getattr(settings, name)) for name in names}
             | {"compensation": compensation},
             model=run_digest.model(self.model),
@@ -97,7 +106,7 @@ class AgreementHooks(Trainer):
             self._agree(
                 "an evaluation",
                 call={"arguments of the evaluation": [run_digest.plain(args), run_digest.plain(kwargs)]},
-                options=run_digest.options(self.args),
+                options=run_digest.options(self.options),
                 data=run_digest.data(loader, loader.dataset, loader.collate_fn),
             )
 

@@ -47,7 +47,7 @@ class EvaluationHooks(AgreementHooks):
             dataloader = AheadLoader(dataloader, self._staged.relay, self.accelerator, self._staged.forward_scope)
         self._eval_sums = []
         try:
-            with self._staged.reading(**self.args.evaluation_options):
+            with self._staged.reading(**self.options.evaluation_options):
                 output = super().evaluation_loop(dataloader, *args, **kwargs)
             sums = self._eval_sums
         finally:

@@ -11,12 +11,14 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from ..engine.optimizers import check_optimizer
+from ..engine.steps_at_once import has_hooks, why_at_once
 from ..errors import UnsupportedOptionError
 from ..optim import Choice, choose
 from ..optim.advice import automatic, warning
 from ..optim.matrices import hidden_matrices
 from ..partition import Partition
 from ..staged import StagedOptimizer
+from .touching import is_foreign
 
 logger = logging.get_logger(__name__)
 
@@ -26,9 +28,11 @@ class OptimizerHooks(Trainer):
 
     _partition: Partition
     _own_optimizer: bool
+    _shows_gradients: bool
+    engine: Any
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The complete optimizer, as Trainer makes it, behind a face that tells the engine about updates."""
+        """The complete optimizer, as Trainer makes it, or that of the delay compensation."""
         if self._staged_optimizer is not None:
             return self.optimizer
         choice, given = self.delay_compensation, self.optimizer_cls_and_kwargs
@@ -37,30 +41,56 @@ class OptimizerHooks(Trainer):
             self.optimizer_cls_and_kwargs = choice.optimizer.optimizer(self.args, matrices)
         super().create_optimizer()
         self.optimizer_cls_and_kwargs = given
-        check_optimizer(self.optimizer, self.model.parameters())
-        choice.check(self.optimizer)
-        self.optimizer = StagedOptimizer(self.optimizer, str(choice))
         return self.optimizer
+
+    def _face_optimizer(self) -> None:
+        """Puts our face before the optimizer, whoever has made it: it tells the engine about updates."""
+        if self._staged_optimizer is None:
+            check_optimizer(self.optimizer, self.model.parameters())
+            self.delay_compensation.check(self.optimizer)
+            self.optimizer = StagedOptimizer(self.optimizer, str(self.delay_compensation))
+
+    def _look_at_optimizer(self) -> None:
+        """When training begins: whether the optimizer steps each parameter by itself, so that the stages can.
+
+        Raises:
+            UnsupportedOptionError: it does not, and can't be given all gradients at once either.
+        """
+        trusted = not self._own_optimizer and not is_foreign(self, "create_optimizer")
+        reason = why_at_once(self._staged_optimizer.optimizer, self.lr_scheduler, trusted)
+        if reason is None:
+            return
+        if self._grid is not None:
+            raise UnsupportedOptionError(
+                f"{reason}, so it needs all gradients at once, but each of the {self._grid.world_size} processes has those "
+                "of its own stages; start the script as one process (python script.py), or use another optimizer"
+            )
+        if self.delay_compensation.compensations:
+            raise UnsupportedOptionError(
+                f"{reason}, so it needs all gradients at once, but delay_compensation={self.options.delay_compensation!r} "
+                "steps stage by stage; use delay_compensation='none', or another optimizer"
+            )
+        self._shows_gradients = True
 
     @property
     def delay_compensation(self) -> Choice:
         """What the run does about its delays, "auto" being resolved by K, M and optimizer."""
-        if self.args.delay_compensation != "auto":
-            return choose(self.args.delay_compensation, self.args.delay_compensation_args)
-        default = self.args.has_default_optimizer and not self._own_optimizer
+        if self.options.delay_compensation != "auto":
+            return choose(self.options.delay_compensation, self.options.delay_compensation_args)
+        default = self.options.has_default_optimizer and not self._own_optimizer
         return choose(*automatic(*self._delays, "adamw" if default else "another"))
 
     @property
     def _delays(self) -> tuple[int, int]:
         """K, or 1 where nothing is late; and M."""
-        stages = 1 if self.args.schedule == "1f1b" else self.stage_plan.num_stages
+        stages = 1 if self.options.schedule == "1f1b" else self.stage_plan.num_stages
         return stages, self.args.gradient_accumulation_steps
 
     def _check_compensation(self) -> None:
         choice = self.delay_compensation
         if self._own_optimizer and choice.optimizer is not None:
             raise UnsupportedOptionError(
-                f"delay_compensation={self.args.delay_compensation!r} brings its own optimizer, but this trainer was given "
+                f"delay_compensation={self.options.delay_compensation!r} brings its own optimizer, but this trainer was given "
                 "another one; leave out optimizers= and optimizer_cls_and_kwargs=, or choose another compensation"
             )
         if self.optimizer is not None:
@@ -70,7 +100,7 @@ class OptimizerHooks(Trainer):
         choice = self.delay_compensation
         if not self.is_world_process_zero():
             return
-        if self.args.delay_compensation == "auto" and choice.optimizer is not None:
+        if self.options.delay_compensation == "auto" and choice.optimizer is not None:
             logger.warning(
                 f"delay_compensation='auto' is {choice} here, where gradients are applied an update or more late: the matrices "
                 "inside the layers are trained by Muon with steps as long as AdamW's, the rest by AdamW. "
@@ -93,5 +123,19 @@ class OptimizerHooks(Trainer):
     def _clip_grad_norm(self, model: nn.Module) -> None:
         """Nothing: the workers clip."""
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
-        """Nothing: gradients are the workers'; the norm is logged from what they report."""
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> int:
+        """The number of the update that closes now: its norm is known later.
+
+        Raises:
+            UnsupportedOptionError: the bound of the norm is another than when the workers began.
+        """
+        began, now = self.engine.settings.max_grad_norm, self.args.max_grad_norm or None
+        if began != now:
+            raise UnsupportedOptionError(
+                f"max_grad_norm={now} was set while training, which began with {began}; set it before train()"
+            )
+        if not self._shows_gradients and has_hooks(self._staged_optimizer.optimizer):
+            self._look_at_optimizer()  # a callback has put them there
+        if self._shows_gradients:
+            self.engine.expose_gradients()
+        return self.engine.updates

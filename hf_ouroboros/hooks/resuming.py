@@ -25,6 +25,7 @@ from ..errors import CheckpointError, CheckpointMismatchError
 from ..partition import Partition
 from ..processes import ProcessGrid
 from ..processes.files import together
+from .position import position
 
 T = TypeVar("T")
 
@@ -42,9 +43,9 @@ class ResumeHooks(Trainer):
     _resumed_best: str | None = None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._partition.model is not self.model:
-            self._split(self.model, self.args)
-        self.create_optimizer()  # as `train` would a moment later: nothing is loaded before all is known to fit
+        self._split_if_changed()
+        self.create_optimizer()
+        self._face_optimizer()  # as `train` would a moment later: nothing is loaded before all is known to fit
         checkpoint = self._open(Path(resume_from_checkpoint))
         held = [k for k in range(self.stage_plan.num_stages) if self._partition.is_here(k)]
         grid = self._grid
@@ -65,7 +66,7 @@ class ResumeHooks(Trainer):
             changes = {
                 name: what for found in together(grid, self._control_group, changes) for name, what in found.items()
             }
-        accept = self.args.resume_changed == "accept"
+        accept = self.options.resume_changed == "accept"
         return self._agreed(lambda: Checkpoint(directory, manifest, changes, accept), directory)
 
     def _fitting(self, checkpoint: Checkpoint, held: list[int]) -> Any:
@@ -76,7 +77,7 @@ class ResumeHooks(Trainer):
         """
         saved = checkpoint.weights()
         check_weights(self.model, saved, checkpoint.directory)
-        settings = self.args.engine_settings(self.stage_plan.num_workers)
+        settings = self.options.engine_settings(self.stage_plan.num_workers)
         self._resumed_state.check(self._partition, settings, held)
         staged = self._staged_optimizer
         check_run(checkpoint.manifest.run, describe_run(self.model, staged.optimizer, staged.compensation))
@@ -119,9 +120,10 @@ class ResumeHooks(Trainer):
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """As in Trainer; the best model so far is beside the checkpoint, wherever that was moved to."""
         epochs_and_steps = super()._init_training_state(*args, **kwargs)
-        if self._resumed is not None:
-            self.state.best_model_checkpoint = self._resumed_best
-        return epochs_and_steps
+        if self._resumed is None:
+            return epochs_and_steps
+        self.state.best_model_checkpoint = self._resumed_best
+        return position(self._resumed.trainer_state(), self.args, self.train_dataset, epochs_and_steps)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -174,7 +176,7 @@ class ResumeHooks(Trainer):
         self._remove_all_but_best()
 
     def _unchanged_weights(self, directory: Path) -> Any:
-        if self.args.resume_changed == "refuse" and (directory / STATE_META).exists():
+        if self.options.resume_changed == "refuse" and (directory / STATE_META).exists():
             manifest = read_manifest(directory)
             for name, what in find_changes(directory, manifest.weights_only()).items():
                 raise CheckpointError(f"the best model, in {directory}, is damaged, or was changed: {name} {what}")

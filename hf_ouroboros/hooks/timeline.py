@@ -28,8 +28,8 @@ class TimelineHooks(Trainer):
         Raises:
             OutputFileError: the timeline can't be written where it is wanted.
         """
-        if self.args.timeline is not None and self.is_world_process_zero():
-            check_writable("timeline", *timeline_files(self.args.timeline))
+        if self.options.timeline is not None and self.is_world_process_zero():
+            check_writable("timeline", *timeline_files(self.options.timeline))
 
     def _write_timeline(self) -> None:
         if self.timeline is None:
@@ -41,6 +41,6 @@ class TimelineHooks(Trainer):
                 self.timeline.record(event)
         if self.is_world_process_zero():
             try:
-                self.timeline.write(self.args.timeline)
+                self.timeline.write(self.options.timeline)
             except OutputFileError as error:  # it could be when training began; the trained model is worth more
-                logger.warning(f"timeline={self.args.timeline!r} is lost: {error}")
+                logger.warning(f"timeline={self.options.timeline!r} is lost: {error}")

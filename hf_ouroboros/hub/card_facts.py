@@ -41,7 +41,7 @@ def collect_facts(trainer: OuroborosTrainer, **given: Any) -> CardFacts:
 
     The timeline picture, where there is one, is copied beside the card.
     """
-    args, plan, model = trainer.args, trainer.stage_plan, trainer.model
+    args, plan, model = trainer.options, trainer.stage_plan, trainer.model
     history = trainer.state.log_history
     summary = next((entry for entry in reversed(history) if "train_runtime" in entry), {})
     evaluation = next((entry for entry in reversed(history) if "eval_loss" in entry), {})

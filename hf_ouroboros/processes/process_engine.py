@@ -10,7 +10,7 @@ import torch
 
 from ..engine.core import Engine, Site
 from ..engine.losses import LossFunction
-from ..engine.settings import EngineSettings, FinishedLoss
+from ..engine.settings import EngineSettings, FinishedLoss, FinishedNorm, log_lag
 from ..engine.worker import StepDone
 from ..partition import Partition
 from ..simulate.timeline import Timeline
@@ -54,7 +54,8 @@ class ProcessEngine(Engine):
         self._open: tuple[list[int], int] = [], 0  # ticks of the open update, fingerprint of its micro-batches
         self._unreported: dict[int, tuple[list[int], int]] = {}
         self._losses: dict[int, torch.Tensor] = {}
-        self._reported_norms: Sequence[float | None] | None = None
+        self._told: set[int] = set()  # micro-batches whose losses were told before their update was closed
+        self._own_norms: dict[int, dict[int, torch.Tensor | None]] = {}
         self._all_reported = self._stop_asked = self._stop_heard = False
         self._column = grid.lease_group("column") if grid.replicas > 1 else None
         self._drained = True  # whether all processes have received all that was sent to them
@@ -63,7 +64,7 @@ class ProcessEngine(Engine):
         # with K+1 micro-batches in stock the worker never runs dry meanwhile. They are token ids; activations are bounded
         # by the schedule.
         site = Site({grid.device_index: grid.device}, self._transport, plan.num_stages + 1, mean)
-        self._lag = math.ceil(2 * plan.num_stages / settings.micro_batches) + 1
+        self._lag = log_lag(plan.num_stages, settings.micro_batches)
         super().__init__(partition, optimizer, loss_fn, settings, timeline, site)
 
     def submit(self, batch: Mapping[str, Any], context: Any = None) -> int:
@@ -87,13 +88,38 @@ class ProcessEngine(Engine):
         self._take_reports()
         return super().collect()
 
+    def collect_norms(self) -> list[FinishedNorm]:
+        """Gradient norms of the updates reported on before the newest one."""
+        self._take_reports()
+        return super().collect_norms()
+
     @property
     def grad_norm(self) -> float | None:
         """Gradient norm, before clipping, of the newest update that was reported on."""
         self._take_reports()
-        if self._reported_norms is None:
-            return None
-        return math.sqrt(sum(norm**2 for norm in self._reported_norms if norm is not None))
+        return super().grad_norm
+
+    def lag(self, update: int) -> int:
+        """As in `Engine`; reports are on their way for one update more."""
+        lag = super().lag(update)
+        return lag + 1 if lag else 0
+
+    def account_for(self, updates: int) -> None:
+        """Waits until all processes have reported on so many updates."""
+        for update in sorted(u for u in self._unreported if u < updates):
+            self._report(update)
+        self._take_reports(all_before=updates)
+
+    def account_for_open(self) -> None:
+        """As in `Engine`; all processes hear of the losses."""
+        self.account_for(self.updates)
+        self.rest()
+        self._hear(block=False)
+        ticks = [tick for tick in self._open[0] if tick not in self._told]
+        own = [float(self._losses[tick]) for tick in ticks] if self._last_stage_here else [0.0] * len(ticks)
+        losses = self._reports.share(own)
+        self._told |= set(ticks)
+        self._accounts.add_losses([FinishedLoss(t, torch.tensor(x)) for t, x in zip(ticks, losses, strict=True)])
 
     def synchronize(self) -> None:
         """Waits until this process's stages have finished the newest tick, and reports on all updates closed so far."""
@@ -148,17 +174,22 @@ class ProcessEngine(Engine):
             case FinishedLoss(tick, loss):
                 self._losses[tick] = loss
             case StepDone(stage, update, norm):
-                self._norms.setdefault(update, {})[stage] = norm
+                self._own_norms.setdefault(update, {})[stage] = norm
             case _:
                 super()._take(event)
 
-    def _take_reports(self) -> None:
-        for report in self._reports.take(math.inf if self._all_reported else self._clock.update):
+    def _take_reports(self, all_before: int = 0) -> None:
+        for report in self._reports.take(math.inf if self._all_reported else self._clock.update, all_before):
             self._stop_heard |= report.stop
-            self._reported_norms = report.norms
-            self._finished += [
-                FinishedLoss(tick, torch.tensor(loss)) for tick, loss in zip(report.ticks, report.losses, strict=True)
-            ]
+            self._accounts.add_losses(
+                [
+                    FinishedLoss(tick, torch.tensor(loss))
+                    for tick, loss in zip(report.ticks, report.losses, strict=True)
+                    if tick not in self._told
+                ]
+            )
+            self._told -= set(report.ticks)
+            self._accounts.add_norm(FinishedNorm(report.update, tuple(n for n in report.norms if n is not None)))
 
     def _report_all(self) -> None:
         for update in sorted(self._unreported):
@@ -169,9 +200,12 @@ class ProcessEngine(Engine):
         if update not in self._unreported:
             return
         ticks, checksum = self._unreported.pop(update)
-        while len(self._norms.get(update, ())) < len(self._runners):
-            self._hear(block=True)
-        norms = {k: None if norm is None else float(norm) for k, norm in self._norms.pop(update).items()}
+        while len(self._own_norms.get(update, ())) < len(self._runners):
+            self._await_step(update)
+        norms = {k: None if norm is None else float(norm) for k, norm in self._own_norms.pop(update).items()}
         # The last stage's forwards of the update come before its step.
         losses = [float(self._losses.pop(tick)) for tick in ticks] if self._last_stage_here else []
-        self._reports.send(self._clock.update, ticks, checksum, losses, norms, self._stop_asked)
+        self._reports.send(self._clock.update, update, ticks, checksum, losses, norms, self._stop_asked)
+
+    def _share_norms(self, update: int, norms: dict[int, torch.Tensor | None]) -> dict[int, torch.Tensor | None]:
+        return self._transport.share(self._clock.update, norms)

@@ -26,12 +26,14 @@ class UpdateReport:
     """All processes' account of an update.
 
     Args:
+        update: its number.
         ticks: its micro-batches.
         losses: loss of each of them, the mean over replicas.
         norms: gradient norm of each stage before clipping; None where a stage had no gradient.
         stop: whether any process asked for the end of the run.
     """
 
+    update: int
     ticks: Sequence[int]
     losses: Sequence[float]
     norms: Sequence[float | None]
@@ -51,11 +53,12 @@ class Reports:
         self._placement = placement
         self._lease = grid.lease_group("world")
         self._group = self._lease.group
-        self._on_their_way: deque[tuple[int, Sequence[int], dist.Work, list[torch.Tensor]]] = deque()
+        self._on_their_way: deque[tuple[int, int, Sequence[int], dist.Work, list[torch.Tensor]]] = deque()
 
     def send(
         self,
         issued: int,
+        update: int,
         ticks: Sequence[int],
         fingerprint: int,
         losses: Sequence[float],
@@ -66,6 +69,7 @@ class Reports:
 
         Args:
             issued: number of updates closed so far.
+            update: which update it is about.
             ticks: the update's micro-batches.
             fingerprint: of the micro-batches, below 2**32.
             losses: their losses; empty where this process does not have the last stage.
@@ -79,16 +83,26 @@ class Reports:
             values += [0.0, 0.0] if norm is None else [1.0, norm]
         row = torch.tensor(values, dtype=torch.float64)
         rows = [torch.empty_like(row) for _ in range(self._grid.world_size)]
-        self._on_their_way.append((issued, ticks, dist.all_gather(rows, row, self._group, async_op=True), rows))
+        self._on_their_way.append((issued, update, ticks, dist.all_gather(rows, row, self._group, async_op=True), rows))
 
-    def take(self, issued_before: float = math.inf) -> list[UpdateReport]:
-        """Waits for the rows issued before so many updates were closed, and puts them together."""
+    def take(self, issued_before: float = math.inf, about_before: int = 0) -> list[UpdateReport]:
+        """Waits for the rows issued before so many updates were closed, or about one of the first, and puts them together."""
         reports = []
-        while self._on_their_way and self._on_their_way[0][0] < issued_before:
-            _, ticks, work, rows = self._on_their_way.popleft()
+        while self._on_their_way and (
+            self._on_their_way[0][0] < issued_before or self._on_their_way[0][1] < about_before
+        ):
+            _, update, ticks, work, rows = self._on_their_way.popleft()
             work.wait()
-            reports.append(self._put_together(ticks, rows))
+            reports.append(self._put_together(update, ticks, rows))
         return reports
+
+    def share(self, losses: Sequence[float]) -> list[float]:
+        """Tells everybody losses at once, the mean over replicas; zeros where this process does not have the last stage."""
+        row = torch.tensor(losses, dtype=torch.float64)
+        rows = [torch.empty_like(row) for _ in range(self._grid.world_size)]
+        dist.all_gather(rows, row, self._group)
+        last = [rows[rank] for rank in self._grid.column(self._placement[-1])]
+        return [sum(float(row[i]) for row in last) / self._grid.replicas for i in range(len(losses))]
 
     def close(self, drained: bool = False) -> None:
         """Lets go of the group.
@@ -100,7 +114,7 @@ class Reports:
             self.take()
         self._lease.end(drained)
 
-    def _put_together(self, ticks: Sequence[int], rows: Sequence[torch.Tensor]) -> UpdateReport:
+    def _put_together(self, update: int, ticks: Sequence[int], rows: Sequence[torch.Tensor]) -> UpdateReport:
         grid, count = self._grid, len(ticks)
         for replica in range(grid.replicas):
             found = {int(rows[rank][0]) for rank in grid.row(replica)}
@@ -115,7 +129,7 @@ class Reports:
         for stage, device in enumerate(self._placement):
             present, norm = rows[grid.rank_of(device, 0)][2 + count + 2 * stage :][:2].tolist()
             norms.append(norm if present else None)
-        return UpdateReport(ticks, losses, norms, any(bool(row[1]) for row in rows))
+        return UpdateReport(update, ticks, losses, norms, any(bool(row[1]) for row in rows))
 
 
 def fingerprint(batch: Mapping[str, Any], start: int = 0) -> int:

@@ -300,6 +300,7 @@ def test_nothing_grows(schedule: str) -> None:
     def census(engine: Engine) -> dict[str, int]:
         engine.synchronize()
         engine.collect()
+        engine.collect_norms()
         gc.collect()
         storages = {
             leaf.data_ptr()
@@ -307,7 +308,7 @@ def test_nothing_grows(schedule: str) -> None:
             for item in r.in_flight.values()
             for leaf in item.leaves.values()
         }
-        books = [engine._work, engine._norms, engine._site.transport._shared]
+        books = [engine._work, engine._accounts._open, engine._accounts._norms, engine._site.transport._shared]
         books += [entry for w in engine._workers for table in (w._work, w._hyperparameters) for entry in table.values()]
         link = engine._runners[0]._link
         return {

@@ -91,7 +91,7 @@ def report(rank: int, different: bool) -> Any:
     reports = Reports(grid_of(rank, 4, 2), (0, 1))
     batch = {"input_ids": torch.arange(6).view(2, 3) + (rank == 3 and different)}
     losses = [1.0 + rank, 3.0] if rank % 2 else []
-    reports.send(1, [4, 5], fingerprint(batch), losses, {rank % 2: 0.5 if rank % 2 else None}, stop=rank == 2)
+    reports.send(1, 0, [4, 5], fingerprint(batch), losses, {rank % 2: 0.5 if rank % 2 else None}, stop=rank == 2)
     assert reports.take(issued_before=1) == []
     try:
         return reports.take()

@@ -1,0 +1,139 @@
+"""AtRest: what others may do with an engine's weights, gradients and state while its workers rest."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import EngineError
+from ..partition import Partition
+from .accounts import Accounts
+from .exposed import ExposedUpdate
+from .optimizers import StageOptimizer
+from .schedule import Clock, Slot
+from .settings import EngineSettings
+from .stage_runner import StageRunner
+from .state import RunState
+from .streams import Streams, memories_on
+
+
+class AtRest:
+    """The part of an engine that works in the main thread, on the stages of this process."""
+
+    partition: Partition
+    settings: EngineSettings
+    optimizer: torch.optim.Optimizer
+    update_open: bool
+    _runners: dict[int, StageRunner]
+    _accounts: Accounts
+    _clock: Clock
+    _streams: Streams
+    _started: int
+    _resting: bool
+    _exposed: ExposedUpdate | None
+
+    def rest(self) -> None:
+        """Waits until all stages of this process have finished the newest tick; pending backwards stay pending."""
+        raise NotImplementedError
+
+    def synchronize(self) -> None:
+        """As `rest`, for all processes."""
+        raise NotImplementedError
+
+    def settle(self) -> None:
+        """As `synchronize`, and runs the pending backwards."""
+        raise NotImplementedError
+
+    def _check(self) -> None:
+        raise NotImplementedError
+
+    def _release(self, slots: list[Slot]) -> None:
+        raise NotImplementedError
+
+    def open_weights(self) -> None:
+        """Rests; until `take_weights`, weights may be looked at, written and frozen. What is in flight keeps the old ones."""
+        self.rest()
+        for runner in self._runners.values():
+            runner.let_go()
+
+    def take_weights(self) -> None:
+        """Takes weights as they are now, frozen or not, for all micro-batches from the next one on."""
+        self.attach(self.optimizer)
+        for runner in self._runners.values():
+            runner.look_again()
+
+    def expose_gradients(self) -> None:
+        """Puts the gradients that the open update will apply, clipped, where scripts look: into `grad` of the parameters.
+
+        There they may be changed until `step`, which then steps all stages at once, and stay until `clear_gradients`.
+        """
+        if self._exposed is None:
+            self._check()
+            self._release(self._clock.drain())
+            self._resting = False
+            self.rest()
+            runners = self._runners
+            self._exposed = ExposedUpdate(runners, self.settings, self.partition.plan.num_stages, self._share_norms)
+
+    def clear_gradients(self) -> None:
+        """Removes the gradients that were exposed."""
+        if self._exposed is not None:
+            self._exposed.clear()
+            self._exposed = None
+
+    def state_dict(self) -> RunState:
+        """Settles and returns what a run is besides weights and optimizer state.
+
+        Raises:
+            EngineError: an update is open (micro-batches submitted since the last step).
+        """
+        if self.update_open:
+            raise EngineError("the state of a run is defined between updates; call step() first")
+        self.settle()
+        return RunState(
+            self.partition.plan.num_stages,
+            self.settings.tied_gradient,
+            next(iter(self._runners.values())).seed,
+            self._clock.tick,
+            self._clock.update,
+            self._clock.delay_start,
+            {
+                # Copies: the run goes on and adds up and clips its gradients in place.
+                runner.index: {t: {n: g.clone() for n, g in gs.items()} for t, gs in runner.settled.items()}
+                for runner in self._runners.values()
+            },
+            dict(self._streams.positions),
+            {runner.index: dict(runner.memories.groups) for runner in self._runners.values()},
+        )
+
+    def load_state_dict(self, state: RunState) -> None:
+        """Continues a run; only before the first micro-batch.
+
+        Raises:
+            CheckpointError: the state does not fit this run.
+        """
+        if self._clock.tick:
+            raise EngineError("load_state_dict() after the first micro-batch")
+        state.check(self.partition, self.settings, self._runners)
+        self.synchronize()
+        for runner in self._runners.values():
+            runner.settled = {
+                tick: {name: g.to(runner.device, copy=True) for name, g in gradients.items()}
+                for tick, gradients in state.pending.get(runner.index, {}).items()
+            }
+            runner.memories.groups = memories_on(runner.device, state.memories.get(runner.index, {}))
+            runner.seed = state.seed
+        self._streams.positions = dict(state.streams)
+        self._clock.resume(state.tick, state.update, state.delay_start)
+        self._accounts.complete = state.update
+        self._started = state.tick - 1
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Cuts the stages' optimizers out of `optimizer`; again whenever its state was replaced."""
+        self.optimizer = optimizer
+        for runner in self._runners.values():
+            owned = self.partition.owned(runner.index).values()
+            runner.optimizer = StageOptimizer(optimizer, owned, self.settings.compensations)
+
+    def _share_norms(self, update: int, norms: dict[int, torch.Tensor | None]) -> dict[int, torch.Tensor | None]:
+        """The norms of all stages, those of other processes included."""
+        return norms

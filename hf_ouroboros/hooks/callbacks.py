@@ -1,0 +1,146 @@
+"""Callbacks of a script: while one of its own touches the model the pipeline rests, and what it has changed counts.
+
+A callback that touches nothing costs nothing. One whose code names model, optimizer or trainer, or holds parts of them, finds
+the pipeline at rest; any other makes it rest as soon as it does something with a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl
+from transformers.trainer_callback import CallbackHandler
+
+from ..errors import UnsupportedOptionError
+from .structure import Structure
+from .touching import Watching, is_foreign, names_model
+
+_MAIN_THREAD_ALSO_READ_BY_A_LOSS = ("_prepare_inputs", "_prepare_input", "get_batch_samples")
+
+
+class ScriptCallbacks(CallbackHandler):
+    """Trainer's handler, in which a script's own callbacks may touch what the pipeline works on.
+
+    Args:
+        handler: Trainer's.
+        trainer: whose callbacks they are.
+    """
+
+    def __init__(self, handler: CallbackHandler, trainer: Any):
+        self.__dict__.update(handler.__dict__)
+        self._trainer = trainer
+
+    def call_event(self, event: str, *args: Any, **kwargs: Any) -> TrainerControl:
+        """As in Trainer."""
+        trainer = self._trainer
+        if not trainer._pipeline_runs or not any(is_foreign(callback, event) for callback in self.callbacks):
+            return super().call_event(event, *args, **kwargs)
+        arguments, state, control = args
+        for callback in list(self.callbacks):
+            one = object.__new__(CallbackHandler)
+            one.__dict__.update(self.__dict__, callbacks=[callback])
+            with trainer._touching(callback, event) if is_foreign(callback, event) else nullcontext():
+                control = one.call_event(event, arguments, state, control, **kwargs)
+        return control
+
+
+class CallbackHooks(Trainer):
+    """Lets a script's callbacks look at the model, write, freeze and add to it between micro-batches."""
+
+    engine: Any
+    _loss_is_own: bool = False
+    _rests_each_time: bool = False
+
+    @property
+    def _pipeline_runs(self) -> bool:
+        return self.is_in_train and self.engine is not None and not self.engine.closed
+
+    def _look_at_script(self) -> None:
+        """When training begins: what of the script's code meets the pipeline at work."""
+        self._loss_is_own = self.compute_loss_func is not None or is_foreign(self, "compute_loss")
+        self._rests_each_time = self._loss_is_own and any(
+            is_foreign(self, name) for name in _MAIN_THREAD_ALSO_READ_BY_A_LOSS
+        )
+        callbacks = self.callback_handler.callbacks
+        # Each process has the gradients of its own stages only.
+        self._shows_gradients = self._grid is None and any(is_foreign(c, "on_optimizer_step") for c in callbacks)
+
+    @contextmanager
+    def _touching(self, callback: TrainerCallback, event: str) -> Iterator[None]:
+        """In here, a callback finds the pipeline at rest where it touches the model; afterwards the model is as it left it."""
+        visit = _Visit(self, callback, event)
+        # A loss of the script's own may read what the callback writes, so earlier losses come first.
+        if self._loss_is_own or names_model(callback, event):
+            visit.begin()
+        with Watching(visit.begin, visit.want_gradient):
+            yield
+        visit.end()
+
+
+class _Visit:
+    """One call of a callback."""
+
+    def __init__(self, trainer: Any, callback: TrainerCallback, event: str):
+        self._trainer, self._event = trainer, event
+        self._who = f"{type(callback).__name__}.{event}"
+        self._before: Structure | None = None
+
+    def begin(self) -> None:
+        """The callback touches the model."""
+        if self._before is not None:
+            return
+        self._before = Structure.of(self._trainer.model)
+        engine = self._trainer.engine
+        if self._event == "on_pre_optimizer_step" and self._trainer._grid is None:
+            engine.expose_gradients()
+        engine.open_weights()
+
+    def want_gradient(self) -> None:
+        """The callback looks at the gradient of something.
+
+        Raises:
+            UnsupportedOptionError: it would not be there.
+        """
+        if self._event == "on_substep_end":
+            raise UnsupportedOptionError(
+                f"{self._who} looks at gradients within an update, which the stages still hold; look at them in "
+                "on_pre_optimizer_step"
+            )
+        if self._trainer._grid is not None and self._event in ("on_pre_optimizer_step", "on_optimizer_step"):
+            raise UnsupportedOptionError(
+                f"{self._who} looks at gradients, of which each of the {self._trainer._grid.world_size} processes has only "
+                "those of its own stages; start the script as one process (python script.py)"
+            )
+
+    def end(self) -> None:
+        """The callback is done.
+
+        Raises:
+            UnsupportedOptionError: it has changed what can only be changed before training.
+        """
+        if self._before is None:
+            return
+        model, before = self._trainer.model, self._before
+        now = Structure.of(model)
+        if change := now.change_of_parts_since(before) or now.change_of_hooks_since(before):
+            raise UnsupportedOptionError(
+                f"{self._who} has changed {change} while the stages are training; change it before train(), which then "
+                "takes the model as it is"
+            )
+        for name, attribute, value in now.settings_since(before):
+            for stage in self._trainer._partition.stages:
+                _tell(stage, name, attribute, value)
+        self._trainer.engine.take_weights()
+
+
+def _tell(stage: nn.Module, name: str, attribute: str, value: Any) -> None:
+    """Sets an attribute in a stage's copy of a module, if it has one."""
+    try:
+        module = stage.get_submodule(name) if name else None
+    except AttributeError:
+        return
+    if module is not None and attribute != "forward":
+        setattr(module, attribute, value)

@@ -1,0 +1,146 @@
+"""Logs: each is of its own step, with the losses and the gradient norm of that step, however late these are known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import TrainOutput
+
+from ..ledger import DueLog, LossLedger
+from .touching import is_foreign
+
+
+class Moment(NamedTuple):
+    """What Trainer's state says when a log is due."""
+
+    epoch: float | None
+    tokens: int
+    flos: float
+    learning_rate: float
+    start_time: float | None
+
+
+class LogHooks(Trainer):
+    """Writes Trainer's logs as soon as their losses are known, in order, without making the pipeline wait for them.
+
+    A log waits for its losses where nothing is late, before evaluations, checkpoints and the end of the run, and where the
+    script has callbacks of its own (`on_log`) or a `log` of its own: these may decide by what they are told.
+    """
+
+    engine: Any
+    _ledger: LossLedger
+    _logs_wait: bool = False
+    _step_is_own: bool = False
+
+    def _start_ledger(self) -> None:
+        """When the engine was made."""
+        self._ledger = LossLedger(self.state.global_step, self.args.logging_nan_inf_filter)
+        self._nothing = torch.zeros((), device=self.args.device)
+        own = any(is_foreign(callback, "on_log") for callback in self.callback_handler.callbacks)
+        self._logs_wait = own or is_foreign(self, "log")
+        self._step_is_own = is_foreign(self, "training_step")
+
+    def _take_reports(self) -> None:
+        """Takes in what is known of losses and norms."""
+        for finished in self.engine.collect():
+            self._ledger.add_loss(finished.tick, finished.loss.float().item())
+        for finished in self.engine.collect_norms():
+            self._ledger.add_norm(finished.update, finished)
+
+    def _log_is_due(self, update: int | None, learning_rate: float | None, start_time: float | None) -> None:
+        """Remembers what Trainer would log now."""
+        state = self.state
+        self.store_flos()
+        rate = self._get_learning_rate() if learning_rate is None else learning_rate
+        moment = Moment(state.epoch, state.num_input_tokens_seen, state.total_flos, rate, start_time)
+        steps = state.global_step - self._globalstep_last_logged
+        self._ledger.due(DueLog(state.global_step, steps, update, self.engine.updates, moment))
+        self._globalstep_last_logged = state.global_step
+        self.control.should_log = False
+
+    def _write_logs(self, wait: bool) -> None:
+        """Writes the logs that are due.
+
+        Args:
+            wait: whether all of them are wanted now, whatever it takes; else those that nobody has to wait for.
+        """
+        while (log := self._ledger.waiting) is not None:
+            last = log.before - 1
+            if wait or self.engine.updates - 1 >= last + self.engine.lag(last):
+                self.engine.account_for(log.before)
+            elif not self._logs_wait:
+                return
+            self._take_reports()
+            found = self._ledger.next_log()
+            if found is None:  # there are micro-batches of an update that is still open
+                self.engine.account_for_open()
+                self._take_reports()
+                found = self._ledger.next_log()
+            self._write(*found)
+
+    def _write(self, log: DueLog, loss: float, norm: Any) -> None:
+        moment: Moment = log.others
+        logs = {"loss": loss}
+        if norm is not None:
+            logs["grad_norm"] = norm.value
+        logs["learning_rate"] = moment.learning_rate
+        with self._at(log.step, moment):
+            self.log(logs, moment.start_time)
+
+    @contextmanager
+    def _at(self, step: int, moment: Moment) -> Iterator[None]:
+        """Lets the state say what it said then: loggers ask it for the step."""
+        state = self.state
+        now = state.global_step, state.epoch, state.num_input_tokens_seen, state.total_flos
+        state.global_step, state.epoch, state.num_input_tokens_seen, state.total_flos = step, *moment[:3]
+        try:
+            yield
+        finally:
+            state.global_step, state.epoch, state.num_input_tokens_seen, state.total_flos = now
+
+    def _maybe_log_save_evaluate(
+        self,
+        tr_loss: torch.Tensor,
+        grad_norm: Any,
+        model: nn.Module,
+        trial: Any,
+        epoch: float,
+        ignore_keys_for_eval: list[str] | None,
+        start_time: float,
+        learning_rate: float | None = None,
+    ) -> None:
+        """As in Trainer; its logs come before whatever else is to be done."""
+        control = self.control
+        if self._step_is_own:  # its losses are in tr_loss
+            if control.should_log and grad_norm is not None:
+                self.engine.account_for(grad_norm + 1)
+                self._take_reports()
+                grad_norm = self._ledger.norm(grad_norm)
+            super()._maybe_log_save_evaluate(
+                tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=learning_rate
+            )
+            return
+        if control.should_log and self.state.global_step > self._globalstep_last_logged:
+            self._log_is_due(grad_norm, learning_rate, start_time)
+        looks = control.should_evaluate or control.should_save or control.should_training_stop
+        if looks:
+            self.engine.synchronize()
+        self._write_logs(wait=bool(looks) or self._logs_wait)
+        super()._maybe_log_save_evaluate(
+            tr_loss, None, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=learning_rate
+        )
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        self.engine.settle()  # so that nothing stays on its way between devices
+        if not self._step_is_own:
+            self._write_logs(wait=True)
+            self.engine.account_for(self.engine.updates)
+            self._take_reports()
+            self._total_loss_scalar, rest = self._ledger.finish()
+            self._tr_loss = torch.tensor(rest, dtype=torch.float64)
+        return super()._finalize_training(*args, **kwargs)
