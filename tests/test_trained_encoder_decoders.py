@@ -54,9 +54,14 @@ class Pairs(Dataset):
 
 
 def made(kind: str) -> PreTrainedModel:
-    """A small model of a kind."""
+    """A small model of a kind.
+
+    T5's decoder has a configuration of its own, in which stock Trainer leaves the cache on: other kernels, other rounding.
+    """
     model_type, options = KINDS[kind]
-    return tiny_encoder_decoder(model_type, **options)
+    model = tiny_encoder_decoder(model_type, **options)
+    model.get_decoder().config.use_cache = False
+    return model
 
 
 def given(kind: str, **more: Any) -> dict[str, Any]:
@@ -80,11 +85,13 @@ def test_pipelined_is_the_reference_and_resumes(kind: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "options", [{"schedule": "lockstep"}, {"recompute": True}, {"tied_gradient": "paper"}], ids=str
+    "options",
+    [{"schedule": "lockstep"}, {"recompute": True}, {"schedule": "lockstep", "tied_gradient": "paper"}],
+    ids=str,
 )
 def test_other_ways_are_the_reference(options: dict[str, Any], tmp_path: Path) -> None:
     run = {"max_steps": 3, **split_options(4, 2)}
-    tied = {"tied_gradient": options.get("tied_gradient", "exact")}
+    tied = {"tied_gradient": options.get("tied_gradient", "joint")}
     expected = outcome(trained(tmp_path / "a", given("t5, dropout"), schedule="reference", **run, **tied))
     assert differing(expected, outcome(trained(tmp_path / "b", given("t5, dropout"), **run, **options))) == []
 

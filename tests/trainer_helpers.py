@@ -123,7 +123,8 @@ class ExactTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         if not batch_samples:
             return None
-        return sum(batch["labels"][..., 1:].ne(-100).sum() for batch in batch_samples).to(device)
+        first = 0 if getattr(self.model.config, "is_encoder_decoder", False) else 1
+        return sum(batch["labels"][..., first:].ne(-100).sum() for batch in batch_samples).to(device)
 
 
 def stock(output_dir: Any, trainer: dict[str, Any] | None = None, **options: Any) -> Trainer:

@@ -184,9 +184,8 @@ class ShadowStage(Stage):
             tokens = inputs["input_ids"].numel() if "input_ids" in inputs else inputs["inputs_embeds"].shape[:2].numel()
             with self._routers.finishing(received, tokens):
                 output = self._core(**{**self._options, **inputs})
-        if received is not None and isinstance(output, ModelOutput):
-            for name in NOT_HERE & output.keys():
-                output[name] = None
+        if received is not None and isinstance(output, ModelOutput) and NOT_HERE & output.keys():
+            output = type(output)(**{name: value for name, value in output.items() if name not in NOT_HERE})
         return output
 
     def trains(self, name: str, tensor: torch.Tensor) -> bool:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..checkpoint.hashes import FileHashes
-from ..checkpoint.weights import converted, held_tensors
+from ..checkpoint.weights import converted, written_tensors
 from .grid import ProcessGrid
 
 PIECE_BYTES = 64 * 2**20
@@ -117,9 +117,8 @@ def save_weights(
     if grid.replica == 0:
         directory.mkdir(parents=True, exist_ok=True)
         part.mkdir(parents=True, exist_ok=True)
-        save_torch_state_dict(
-            converted(model, held_tensors(model)), part, max_shard_size=SHARD_SIZE, metadata={"format": "pt"}
-        )
+        own_tensors = converted(model, written_tensors(model, first=grid.device_index == 0))
+        save_torch_state_dict(own_tensors, part, max_shard_size=SHARD_SIZE, metadata={"format": "pt"})
         own = sorted(path.name for path in part.glob("*.safetensors"))
         for file in own:
             with safe_open(part / file, "pt") as opened:
