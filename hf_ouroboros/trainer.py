@@ -16,6 +16,8 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 
+from .adapters import base_of, check_adapters
+from .adapters.structure import Structure
 from .arguments import OuroborosArguments
 from .engine.core import Engine
 from .engine.optimizers import check_optimizer, check_trainable
@@ -32,10 +34,11 @@ from .hub.card_facts import TAG
 from .ledger import LossLedger
 from .partition import Home, Partition, StagePlan, split_model, torch_device
 from .partition.finite import check_finite
+from .partition.trained import refresh
 from .processes import ProcessGrid
 from .processes.grid import leave_at_exit
 from .processes.meeting import refusing
-from .processes.probe import boundary_specs
+from .processes.probe import boundary_specs, with_gradients
 from .processes.process_engine import ProcessEngine
 from .processes.relay import Relay
 from .processes.same_batches import SameBatches
@@ -148,8 +151,10 @@ class OuroborosTrainer(BatchHooks, OptimizerHooks, EvaluationHooks, CheckpointHo
 
     def _split(self, model: nn.Module, args: OuroborosArguments) -> None:
         self._agree_on_model(model, args)
+        check_adapters(model, processes=self._grid is not None)
         if self._grid is not None:
             check_finite(model)  # in one process, the comparison of logits finds out
+        outer, model = model, base_of(model)
         self._partition = split_model(
             model,
             args.device_names,
@@ -168,8 +173,10 @@ class OuroborosTrainer(BatchHooks, OptimizerHooks, EvaluationHooks, CheckpointHo
             with self._guarded("setting up"):
                 self._specs = boundary_specs(self._partition, self._grid, self._row_group, dtype)
                 relay = Relay(self._partition, self._grid, self._specs)
-            refuse_forward(model)
-        self._staged = StagedModel(self._partition, dtype, relay)
+            for whole in {model, outer}:
+                refuse_forward(whole)
+        self._staged = StagedModel(self._partition, dtype, relay, outer)
+        self._structure = Structure(model)
         # Without it, Trainer counts one label too many per row of GPT-2 and the loss comes out too small.
         model.loss_type = "ForCausalLM"
         if hasattr(model, "add_model_tags"):
@@ -237,13 +244,14 @@ class OuroborosTrainer(BatchHooks, OptimizerHooks, EvaluationHooks, CheckpointHo
         """Lets `trainer.model` run by itself where its parts stay on several accelerators, as device_map="auto" does."""
         if self._grid is not None:
             return
-        device_map = self.stage_plan.device_map()
-        if len({torch_device(name) for name in device_map.values()}) > 1 and not hasattr(self.model, "hf_device_map"):
-            dispatch_model(self.model, {name: torch_device(device) for name, device in device_map.items()})
+        device_map, model = self.stage_plan.device_map(), self._partition.model
+        if len({torch_device(name) for name in device_map.values()}) > 1 and not hasattr(model, "hf_device_map"):
+            dispatch_model(model, {name: torch_device(device) for name, device in device_map.items()})
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         # Anything that is not self.model keeps Trainer from preparing it (DDP, device placement, gradient zeroing).
-        if self._partition.model is not self.model:
+        base, fixed = base_of(self.model), self._grid is not None or (self.is_in_train and not training)
+        if self._partition.model is not base or self._structure.changed(base, fixed):
             self._split(self.model, self.args)
         if training:
             self._start_engine()
@@ -259,11 +267,13 @@ class OuroborosTrainer(BatchHooks, OptimizerHooks, EvaluationHooks, CheckpointHo
             self.args.engine_settings(plan.num_workers), compensations=self.delay_compensation.compensations
         )
         check_trainable(staged.optimizer, self.model)
+        self._partition = refresh(self._partition)  # as parameters are frozen now
         self._agree_on_training(settings, str(self.delay_compensation))
         self._warn_of_delay(staged.optimizer)
         common = self._partition, staged.optimizer, TrainerLoss(self), settings, self.timeline
         if self._grid is not None:
-            self.engine = ProcessEngine(*common, self._grid, self._specs, self._watch.check)
+            specs = with_gradients(self._specs, self._partition)
+            self.engine = ProcessEngine(*common, self._grid, specs, self._watch.check)
         else:
             self.engine = Reference(*common) if self.args.schedule == "reference" else Engine(*common)
         staged.engine = self.engine

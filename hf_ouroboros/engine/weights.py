@@ -42,8 +42,9 @@ class WeightVersions:
         if self._leaves is None:
             # `.data`, unlike `.detach()`, has a version counter of its own: the optimizer's writes to fresh
             # storage must not invalidate graphs on the old one.
+            # A frozen parameter has one version, itself.
             self._leaves = {
-                name: self._predicted.get(name, parameter.data).requires_grad_(parameter.requires_grad)
+                name: self._predicted.get(name, parameter.data).requires_grad_() if parameter.requires_grad else parameter
                 for name, parameter in self.parameters.items()
             }
             self._lent |= self._leaves.keys() - self._predicted.keys()

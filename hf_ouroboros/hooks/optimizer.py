@@ -33,7 +33,7 @@ class OptimizerHooks(Trainer):
             return self.optimizer
         choice, given = self.delay_compensation, self.optimizer_cls_and_kwargs
         if choice.optimizer is not None:
-            matrices = hidden_matrices(self._partition.stages, self.get_decay_parameter_names(self.model))
+            matrices = hidden_matrices(self._partition.stages, self.get_decay_parameter_names(self._partition.model))
             self.optimizer_cls_and_kwargs = choice.optimizer.optimizer(self.args, matrices)
         super().create_optimizer()
         self.optimizer_cls_and_kwargs = given

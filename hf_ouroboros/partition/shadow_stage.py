@@ -155,7 +155,8 @@ class ShadowStage(Stage):
 
     def trains(self, name: str, tensor: torch.Tensor) -> bool:
         """See `Stage.trains`."""
-        return tensor.is_floating_point() and self._anatomy.trained(name)
+        units = self.start if name == HIDDEN else self._anatomy.level(name) + 1  # on which it depends
+        return tensor.is_floating_point() and self._anatomy.trained(name) and self.first_trained < units
 
     def train(self, mode: bool = True) -> ShadowStage:
         """Switches the stage, the shadow's root included."""

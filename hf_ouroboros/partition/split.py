@@ -17,10 +17,11 @@ from .device_map import parse_device_map, plan_stages
 from .families import find_family
 from .mapping import check_module_names
 from .meta import call_options, logits_of
-from .ownership import Owned, named_parts, release_foreign
+from .ownership import Owned, release_foreign
 from .self_check import Run, Sample, compare, take_sample
 from .stage_plan import StagePlan, StageRow, torch_device
 from .stages import Stage, compose
+from .trained import copy_shared, refresh, shared_parameter_names
 from .units import StageSpan, Unit
 
 
@@ -47,6 +48,7 @@ class Partition:
         plan: what is where.
         tied_names: full names of the matrices that stage 0 owns and the last stage uses too.
         home: what this process runs; None for everything.
+        copies: (a frozen parameter of the model, its copy on the last stage's device).
     """
 
     model: PreTrainedModel
@@ -54,6 +56,7 @@ class Partition:
     plan: StagePlan
     tied_names: tuple[str, ...]
     home: Home | None = None
+    copies: tuple[tuple[nn.Parameter, nn.Parameter], ...] = ()
 
     def is_here(self, stage: int) -> bool:
         """Whether this process runs a stage."""
@@ -94,11 +97,8 @@ class Partition:
 
 
 def tied_parameter_names(model: PreTrainedModel, units: Sequence[Unit]) -> tuple[str, ...]:
-    """Names, on the embedding side, of the matrices that embedding and head share."""
-    head = {id(p) for u in units if u.kind == "head" for name in u.modules for _, p in named_parts(model, name)}
-    return tuple(
-        full for name in units[0].modules for full, parameter in named_parts(model, name) if id(parameter) in head
-    )
+    """Names, on the embedding side, of the matrices that embedding and head share and train."""
+    return tuple(n for n in shared_parameter_names(model, units) if model.get_parameter(n).requires_grad)
 
 
 def split_model(
@@ -176,6 +176,10 @@ def split_model(
                 f"{', '.join(replaced[:3])} can't be released in place: a view, a weak reference or an unfinished backward "
                 "holds them; create the trainer before anything else uses the model's parameters"
             )
+    copies = []
+    if home is None:
+        places = [torch_device(devices[span.device]) for span in spans]
+        copies = copy_shared(stages, places, [model.get_parameter(name) for name in tied_names])
     for stage, span in zip(stages, spans, strict=True):
         if home is None:
             stage.place(torch_device(devices[span.device]))
@@ -203,7 +207,7 @@ def split_model(
         compare(expected, _sample_stages(model, training, stages), model)
     for stage in stages:
         stage.train(model.training)
-    return Partition(model, stages, plan, tied_names, home)
+    return refresh(Partition(model, stages, plan, tied_names, home, tuple(copies)))
 
 
 def _sample(model: PreTrainedModel, training: bool, failing: str, run: Run) -> Sample:
@@ -266,5 +270,6 @@ def _check_loaded(stage: Stage, model: PreTrainedModel) -> None:
         if parameter.is_meta:
             raise DeviceMapError(
                 f"{name} of this {type(model).__name__} has no values, but stage {stage.index}, which needs it, is this "
-                "process's; load the model with the same devices, device_map and num_stages as it is trained with"
+                "process's; load the model with the same devices, device_map and num_stages as it is trained with, and "
+                "frozen=True if it is to be frozen"
             )
