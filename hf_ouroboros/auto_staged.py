@@ -30,13 +30,20 @@ class AutoStagedModelForCausalLM:
 
     @classmethod
     def from_pretrained(
-        cls, model_name_or_path: str | PathLike[str], *, args: OuroborosArguments, **kwargs: Any
+        cls,
+        model_name_or_path: str | PathLike[str],
+        *,
+        args: OuroborosArguments,
+        frozen: bool = False,
+        **kwargs: Any,
     ) -> PreTrainedModel:
         """Loads a pretrained model.
 
         Args:
             model_name_or_path: local folder or Hub name.
             args: what the model will be trained with: devices, device_map, num_stages, replicas.
+            frozen: whether nothing of it will be trained, only adapters on top of it (`get_peft_model`): tied embeddings then
+                may be on two devices.
             kwargs: as for `AutoModelForCausalLM.from_pretrained`.
 
         Raises:
@@ -44,11 +51,12 @@ class AutoStagedModelForCausalLM:
             UnsupportedOptionError: an argument that places or rewrites parameters.
         """
         if args.world_size == 1:
-            return AutoModelForCausalLM.from_pretrained(model_name_or_path, **kwargs)
+            return _kept(AutoModelForCausalLM.from_pretrained(model_name_or_path, **kwargs), frozen)
         config = kwargs.pop("config", None)
         if config is None:
             config, kwargs = AutoConfig.from_pretrained(model_name_or_path, return_unused_kwargs=True, **kwargs)
-        return load_owned(model_name_or_path, _ownership(config, args), config=config, **kwargs)
+        owned = _ownership(config, args, frozen)
+        return _kept(load_owned(model_name_or_path, owned, config=config, **kwargs), frozen)
 
     @classmethod
     def from_config(cls, config: PretrainedConfig, *, args: OuroborosArguments, **kwargs: Any) -> PreTrainedModel:
@@ -67,9 +75,14 @@ class AutoStagedModelForCausalLM:
         return initialise_owned(config, _ownership(config, args), **kwargs)
 
 
-def _ownership(config: PretrainedConfig, args: OuroborosArguments) -> Owned:
+def _ownership(config: PretrainedConfig, args: OuroborosArguments, frozen: bool = False) -> Owned:
     """Which parameters this process will own, found on a model without memory."""
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
+        skeleton = _kept(AutoModelForCausalLM.from_config(config), frozen)
     device_index = args.process_index % len(args.device_names)
     return plan_ownership(skeleton, args.device_names, args.device_map, args.num_stages, args.max_memory, device_index)
+
+
+def _kept(model: PreTrainedModel, frozen: bool) -> PreTrainedModel:
+    """The model, frozen or as it is."""
+    return model.requires_grad_(False) if frozen else model

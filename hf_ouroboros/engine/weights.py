@@ -44,7 +44,9 @@ class WeightVersions:
             # storage must not invalidate graphs on the old one.
             # A frozen parameter has one version, itself.
             self._leaves = {
-                name: self._predicted.get(name, parameter.data).requires_grad_() if parameter.requires_grad else parameter
+                name: self._predicted.get(name, parameter.data).requires_grad_()
+                if parameter.requires_grad
+                else parameter
                 for name, parameter in self.parameters.items()
             }
             self._lent |= self._leaves.keys() - self._predicted.keys()

@@ -101,7 +101,9 @@ class StagePlan:
         ]
         if frozen:
             trained = ("trained", *(f"{row.parameters - row.frozen:,}" for row in self.rows))
-            header, *lines = ((*line[:5], cell, *line[5:]) for line, cell in zip([header, *lines], trained, strict=True))
+            header, *lines = (
+                (*line[:5], cell, *line[5:]) for line, cell in zip([header, *lines], trained, strict=True)
+            )
         widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
         table = "\n".join(
             "  ".join(
@@ -114,7 +116,7 @@ class StagePlan:
         text = f"{table}\nparameters per device: {totals}"
         if frozen:
             count = sum(row.parameters - row.frozen for row in self.rows)
-            text += f"\ntrained: {count:,} of {sum(row.parameters for row in self.rows):,}; the others are frozen"
+            text += f"\ntrained: {count:,}; the others are frozen"
         return text
 
 

@@ -26,7 +26,12 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
     "biases": ("gpt2", {}, "LoraConfig", {"r": 4, "bias": "all", **GPT2}),
     "embedding": ("gpt2", {}, "LoraConfig", {"r": 4, **GPT2, "target_modules": ["wte", "c_attn"]}),
     "head": ("gpt2", {"tied": False}, "LoraConfig", {"r": 4, "target_modules": ["lm_head", "c_attn"]}),
-    "ia3": ("gpt2", {}, "IA3Config", {**GPT2, "target_modules": ["c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"]}),
+    "ia3": (
+        "gpt2",
+        {},
+        "IA3Config",
+        {**GPT2, "target_modules": ["c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"]},
+    ),
     "vera": ("llama", {}, "VeraConfig", {"r": 4, "target_modules": ["q_proj"]}),
     "norms": ("gpt2", {}, "LNTuningConfig", {"target_modules": ["ln_1", "ln_f"]}),
     "modules_to_save": ("gpt2", {}, "LoraConfig", {"r": 4, **GPT2, "modules_to_save": ["lm_head", "ln_f"]}),
