@@ -32,7 +32,9 @@ class TrainerLoss(LossOfModel):
     def __call__(self, model: ModelCall, inputs: dict[str, Any], context: LossContext) -> torch.Tensor:
         """See `LossOfModel`."""
         trainer = self._trainer
-        head = HeadModel(trainer._partition.model, model, needs_logits=not head_computes_loss(trainer))
+        partition = trainer._partition
+        needs_logits = partition.stages[-1].family.computes_loss and not head_computes_loss(trainer)
+        head = HeadModel(partition.model, model, needs_logits)
         loss = trainer.compute_loss(head, inputs, num_items_in_batch=context.num_items)
         if trainer._counts_all_replicas and context.num_items is not None:
             loss = loss * trainer._grid.replicas  # gradients and losses are averaged over the replicas

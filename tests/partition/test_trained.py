@@ -84,7 +84,7 @@ def test_the_plan_tells_what_is_trained(tmp_path: Path) -> None:
     rows = trainer.stage_plan.rows
     assert rows[0].trained_parameters == 0 and rows[0].frozen == rows[0].parameters
     assert rows[1].trained_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert "trained" in str(trainer.stage_plan) and f"trained: {rows[1].trained_parameters:,} of" in str(
+    assert "trained" in str(trainer.stage_plan) and f"trained: {rows[1].trained_parameters:,};" in str(
         trainer.stage_plan
     )
     assert "trained" not in str(ouroboros(tmp_path, **split_options(2, 2)).stage_plan)
