@@ -9,9 +9,10 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 from torch import nn
 
-from ..errors import UnsupportedModelError
+from ..errors import UnsupportedModelError, UnsupportedOptionError
 from ..partition.ownership import names_of_parameters
 
 # Compared with the reference, with stock Trainer and after reloading by tests/adapters.
@@ -69,6 +70,20 @@ def check_adapters(model: Any, processes: bool = False) -> None:
         if why := _refusal(kind, config):
             raise UnsupportedModelError(f"the adapter {name!r} ({kind}) {why}, which stages can't reproduce; {USE}")
     _check_tied(model)
+
+
+def lora_on_meta(model: Any, rank: int) -> Any:
+    """A model without memory, with LoRA adapters of a rank on all linear modules of its layers; the rest is frozen.
+
+    Raises:
+        UnsupportedOptionError: PEFT is not installed.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise UnsupportedOptionError(f"lora_rank={rank} needs PEFT: pip install 'hf_ouroboros[peft]'") from None
+    with torch.device("meta"):
+        return get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear")).get_base_model()
 
 
 def _refusal(kind: str, config: Any) -> str | None:

@@ -10,7 +10,7 @@ import copy
 import warnings
 from collections import defaultdict, deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -77,8 +77,7 @@ class OuroborosSFTTrainer(SFTTrainer, OuroborosTrainer):
         view._total_train_tokens = 0 if training else self._total_train_tokens
         view.model = SimpleNamespace(training=training)
         view.accelerator = _Alone()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of a second forward, which there is not
+        with _without_warning() if return_outputs else nullcontext():
             result = SFTTrainer.compute_loss(view, FusedHead(model), dict(inputs), return_outputs, num_items_in_batch)
         if training:
             self._ticks.append(dict(view._metrics["train"]))
@@ -149,6 +148,14 @@ class OuroborosSFTTrainer(SFTTrainer, OuroborosTrainer):
         if not args and kwargs.get("tags") is None:
             kwargs["tags"] = list(self._tag_names)
         CardHooks.create_model_card(self, *args, **kwargs)
+
+
+@contextmanager
+def _without_warning() -> Iterator[None]:
+    """Keeps TRL from telling of a second forward for the logits, which there is not. Not for threads."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 class _Alone:

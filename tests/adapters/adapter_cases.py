@@ -45,7 +45,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
         "LoraConfig",
         {"r": 4, "target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]},
     ),
-    "last layers": ("llama", {}, "LoraConfig", {"r": 4, **LLAMA, "layers_to_transform": [4, 5]}),
+    "last layers": ("llama", {}, "LoraConfig", {"r": 4, **LLAMA, "layers_to_transform": [2]}),
     "loha": ("llama", {}, "LoHaConfig", {"r": 4, **LLAMA}),
     "lokr": ("llama", {}, "LoKrConfig", {"r": 4, **LLAMA}),
     "oft": ("llama", {}, "OFTConfig", {"oft_block_size": 4, **LLAMA}),
@@ -58,7 +58,9 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
 def base(case: str) -> PreTrainedModel:
     """The model without its adapter."""
     kind, options = CASES[case][:2]
-    return tiny_model(**{"dropout": 0.0, **options}) if kind == "gpt2" else tiny_decoder(kind, **options)
+    if kind == "gpt2":
+        return tiny_model(**{"dropout": 0.0, "layers": 4, **options})
+    return tiny_decoder(kind, **({"num_hidden_layers": 3} if kind in ("llama", "mixtral") else {}), **options)
 
 
 def config(case: str, **options: Any) -> Any:

@@ -17,7 +17,7 @@ from hf_ouroboros.errors import CheckpointMismatchError
 
 RUN: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, **split_options(3, 2)}
 FILES = {"adapter_model.safetensors", "adapter_config.json", "README.md"}
-KINDS = ["lora on gpt2", "dora", "vera", "modules_to_save", "lora and tokens", "ia3", "embedding"]
+KINDS = ["lora on gpt2", "dora", "vera", "modules_to_save", "lora and tokens", "ia3"]
 
 
 @pytest.mark.parametrize("case", KINDS)
