@@ -38,13 +38,20 @@ class AutoStagedModelForCausalLM:
 
     @classmethod
     def from_pretrained(
-        cls, model_name_or_path: str | PathLike[str], *, args: OuroborosArguments, **kwargs: Any
+        cls,
+        model_name_or_path: str | PathLike[str],
+        *,
+        args: OuroborosArguments,
+        frozen: bool = False,
+        **kwargs: Any,
     ) -> PreTrainedModel:
         """Loads a pretrained model.
 
         Args:
             model_name_or_path: local folder or Hub name.
             args: what the model will be trained with: devices, device_map, num_stages, replicas.
+            frozen: whether nothing of it will be trained, only adapters on top of it (`get_peft_model`): tied embeddings then
+                may be on two devices.
             kwargs: as for the `from_pretrained` of transformers' own Auto class.
 
         Raises:
@@ -52,11 +59,12 @@ class AutoStagedModelForCausalLM:
             UnsupportedOptionError: an argument that places or rewrites parameters.
         """
         if args.world_size == 1:
-            return cls._auto.from_pretrained(model_name_or_path, **kwargs)
+            return _kept(cls._auto.from_pretrained(model_name_or_path, **kwargs), frozen)
         config = kwargs.pop("config", None)
         if config is None:
             config, kwargs = AutoConfig.from_pretrained(model_name_or_path, return_unused_kwargs=True, **kwargs)
-        return load_owned(model_name_or_path, cls._ownership(config, args), cls._auto, config=config, **kwargs)
+        owned = cls._ownership(config, args, frozen)
+        return _kept(load_owned(model_name_or_path, owned, cls._auto, config=config, **kwargs), frozen)
 
     @classmethod
     def from_config(cls, config: PretrainedConfig, *, args: OuroborosArguments, **kwargs: Any) -> PreTrainedModel:
@@ -75,10 +83,10 @@ class AutoStagedModelForCausalLM:
         return initialise_owned(config, cls._ownership(config, args), cls._auto.from_config, **kwargs)
 
     @classmethod
-    def _ownership(cls, config: PretrainedConfig, args: OuroborosArguments) -> Owned:
+    def _ownership(cls, config: PretrainedConfig, args: OuroborosArguments, frozen: bool = False) -> Owned:
         """Which parameters this process will own, found on a model without memory."""
         with torch.device("meta"):
-            skeleton = cls._auto.from_config(config)
+            skeleton = _kept(cls._auto.from_config(config), frozen)
         index = args.process_index % len(args.device_names)
         return plan_ownership(skeleton, args.device_names, args.device_map, args.num_stages, args.max_memory, index)
 
@@ -87,3 +95,8 @@ class AutoStagedModelForSeq2SeqLM(AutoStagedModelForCausalLM):
     """The same for encoder-decoder models, in the place of `AutoModelForSeq2SeqLM`."""
 
     _auto: ClassVar[Any] = AutoModelForSeq2SeqLM
+
+
+def _kept(model: PreTrainedModel, frozen: bool) -> PreTrainedModel:
+    """The model, frozen or as it is."""
+    return model.requires_grad_(False) if frozen else model

@@ -27,12 +27,19 @@ class StagedModel(nn.Module):
         partition: the split model.
         autocast_dtype: dtype of mixed precision; None for none.
         relay: passes batches through the stages of other processes; None where all stages are here.
+        outer: what is wrapped around the model; None for nothing.
 
     Attributes:
         loss_only: whether nobody looks at the logits, so that a head that computes the loss need not build them.
     """
 
-    def __init__(self, partition: Partition, autocast_dtype: torch.dtype | None, relay: Relay | None = None):
+    def __init__(
+        self,
+        partition: Partition,
+        autocast_dtype: torch.dtype | None,
+        relay: Relay | None = None,
+        outer: nn.Module | None = None,
+    ):
         super().__init__()
         self.relay = relay
         self.loss_only = False
@@ -40,6 +47,7 @@ class StagedModel(nn.Module):
         self._reading: Reading | None = None
         self.stages = nn.ModuleList(partition.stages)
         self.config = partition.model.config
+        self._outer = (partition.model if outer is None else outer,)
         self._partition = (partition,)  # in a tuple: the complete model must not be registered as a submodule
         self._autocast_dtype = autocast_dtype
 
@@ -66,7 +74,7 @@ class StagedModel(nn.Module):
 
     def train(self, mode: bool = True) -> StagedModel:
         """Switches the stages and the complete model."""
-        self._partition[0].model.train(mode)
+        self._outer[0].train(mode)
         return super().train(mode)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

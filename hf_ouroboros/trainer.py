@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 
+from .adapters import base_of, check_adapters
 from .arguments import OuroborosArguments
 from .engine.core import Engine
 from .engine.optimizers import check_optimizer, check_trainable
@@ -34,11 +35,13 @@ from .hooks.timeline import TimelineHooks
 from .hub.card_facts import TAG
 from .partition import Home, Partition, StagePlan, split_model, torch_device
 from .partition.finite import check_finite
+from .partition.meta import is_encoder_decoder
+from .partition.trained import refresh
 from .precision import check_surroundings
 from .processes import ProcessGrid
 from .processes.grid import leave_at_exit
 from .processes.meeting import refusing
-from .processes.probe import boundary_specs
+from .processes.probe import boundary_specs, with_gradients
 from .processes.process_engine import ProcessEngine
 from .processes.relay import Relay
 from .processes.same_batches import SameBatches
@@ -168,8 +171,10 @@ class OuroborosTrainer(
 
     def _split(self, model: nn.Module, args: OuroborosArguments) -> None:
         self._agree_on_model(model, args)
+        check_adapters(model, processes=self._grid is not None)
         if self._grid is not None:
             check_finite(model)  # in one process, the comparison of logits finds out
+        outer, model = model, base_of(model)
         self._partition = split_model(
             model,
             args.device_names,
@@ -188,10 +193,12 @@ class OuroborosTrainer(
             with self._guarded("setting up"):
                 self._specs = boundary_specs(self._partition, self._grid, self._row_group, dtype)
                 relay = Relay(self._partition, self._grid, self._specs)
-            refuse_forward(model)
-        self._staged = StagedModel(self._partition, dtype, relay)
+            for whole in {model, outer}:
+                refuse_forward(whole)
+        self._staged = StagedModel(self._partition, dtype, relay, outer)
         # Without it, Trainer counts one label too many per row of GPT-2 and the loss comes out too small.
-        model.loss_type = "ForCausalLM"
+        if not is_encoder_decoder(model):
+            model.loss_type = "ForCausalLM"
         if hasattr(model, "add_model_tags"):
             model.add_model_tags([TAG])
 
@@ -258,9 +265,9 @@ class OuroborosTrainer(
         """Lets `trainer.model` run by itself where its parts stay on several accelerators, as device_map="auto" does."""
         if self._grid is not None:
             return
-        device_map = self.stage_plan.device_map()
-        if len({torch_device(name) for name in device_map.values()}) > 1 and not hasattr(self.model, "hf_device_map"):
-            dispatch_model(self.model, {name: torch_device(device) for name, device in device_map.items()})
+        device_map, model = self.stage_plan.device_map(), self._partition.model
+        if len({torch_device(name) for name in device_map.values()}) > 1 and not hasattr(model, "hf_device_map"):
+            dispatch_model(model, {name: torch_device(device) for name, device in device_map.items()})
             self._remember_model()
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
@@ -283,6 +290,7 @@ class OuroborosTrainer(
         )
         check_optimizer(staged.optimizer, self.model.parameters())
         check_trainable(staged.optimizer, self.model)
+        self._partition = refresh(self._partition)  # as parameters are frozen now
         self._partition.carry_hooks()
         check_surroundings()
         self._look_at_script()
@@ -291,7 +299,8 @@ class OuroborosTrainer(
         self._warn_of_delay(staged.optimizer)
         common = self._partition, staged.optimizer, LossAtItsStep(self), settings, self.timeline
         if self._grid is not None:
-            self.engine = ProcessEngine(*common, self._grid, self._specs, self._watch.check)
+            specs = with_gradients(self._specs, self._partition)
+            self.engine = ProcessEngine(*common, self._grid, specs, self._watch.check)
         else:
             self.engine = Reference(*common) if self.options.schedule == "reference" else Engine(*common)
         staged.engine = self._staged.engine = self.engine

@@ -2,6 +2,7 @@
 
     python recipes/finetune_lm.py                                    # continues the default run of pretrain_lm.py
     python recipes/finetune_lm.py --model_name_or_path Qwen/Qwen3-0.6B-Base --train_file pairs.jsonl
+    python recipes/finetune_lm.py --lora_rank 16                     # trains LoRA adapters only
 
 Rows of a .jsonl file have a `text`, or a `prompt` and a `completion`; then only completions count in the loss. Without
 data it makes pairs from Python's standard library: a function's name, and the first line of its documentation.
@@ -14,6 +15,7 @@ import ast
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from architectures import positions_of
 from common import (
@@ -31,7 +33,7 @@ from common import (
     whole_model,
 )
 from torch.utils.data import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from hf_ouroboros import AutoStagedModelForCausalLM, OuroborosTrainer
 from hf_ouroboros.data import CompletionCollator, CompletionDataset, Document, default_corpus, load_texts, pack_texts
@@ -81,6 +83,13 @@ class ScriptArguments:
         default=None, metadata={"help": "Tokens of the longest sequence. Default: what the model takes, at most 1024."}
     )
     max_train_examples: int | None = field(default=None, metadata={"help": "Use only the first so many rows."})
+    lora_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train LoRA adapters of this rank on all linear modules of the layers, and nothing else (needs "
+            "the extra `peft`). Default: the whole model."
+        },
+    )
     sample_tokens: int = field(default=80, metadata={"help": "Length of the sample completion; 0 for none."})
     record_timeline: bool = field(
         default=True, metadata={"help": "Record what each device does, in <output_dir>/timeline.json and .png."}
@@ -135,6 +144,32 @@ def read_datasets(
     return *made, validation[0], described
 
 
+def with_lora(model: PreTrainedModel, rank: int) -> Any:
+    """The model with LoRA adapters of a rank, twice which is their scale, on all linear modules of its layers.
+
+    Raises:
+        OptionError: no such rank, or PEFT is not installed.
+    """
+    if rank < 1:
+        raise OptionError(f"lora_rank={rank} must be at least 1; leave it out to train the whole model")
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise OptionError(f"lora_rank={rank} needs PEFT: pip install -e '.[peft]'") from None
+    adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, adapter)
+
+
+def tuned_model(trainer: OuroborosTrainer, script: ScriptArguments) -> Any:
+    """The trained model in one piece."""
+    if script.lora_rank is None or trainer.args.world_size == 1:
+        return whole_model(trainer)
+    from peft import PeftModel
+
+    base = AutoModelForCausalLM.from_pretrained(script.model_name_or_path, dtype="float32")
+    return PeftModel.from_pretrained(base, trainer.args.output_dir)
+
+
 def main() -> None:
     """Options, model, data, training with the best model kept, results."""
     script, args = parse_options(ScriptArguments, DEFAULTS)
@@ -146,13 +181,17 @@ def main() -> None:
             f"model_name_or_path={DEFAULT_MODEL!r} does not exist: run recipes/pretrain_lm.py first, or name a checkpoint"
         )
     tokenizer = AutoTokenizer.from_pretrained(script.tokenizer_name or script.model_name_or_path)
-    model = AutoStagedModelForCausalLM.from_pretrained(script.model_name_or_path, args=args, dtype="float32")
+    model = AutoStagedModelForCausalLM.from_pretrained(
+        script.model_name_or_path, args=args, frozen=script.lora_rank is not None, dtype="float32"
+    )
     check_vocabulary(model, tokenizer)
     positions = positions_of(model.config) or 1024
     if script.max_length is not None and script.max_length > positions:
         raise OptionError(f"max_length={script.max_length} is more than the model's {positions} positions; lower it")
     train, validation, shown, description = read_datasets(script, tokenizer, script.max_length or min(positions, 1024))
 
+    if script.lora_rank is not None:
+        model = with_lora(model, script.lora_rank)
     trainer = OuroborosTrainer(
         model=model,
         args=args,
@@ -188,7 +227,7 @@ def main() -> None:
     if not args.should_save:
         return
     if shown and script.sample_tokens:
-        completion = sample(whole_model(trainer), tokenizer, shown["prompt"], script.sample_tokens, greedy=True)
+        completion = sample(tuned_model(trainer, script), tokenizer, shown["prompt"], script.sample_tokens, greedy=True)
         text = f"{shown['prompt']}>>>{completion}"
         print(f"\nA prompt of the validation data, and after >>> what the model makes of it:\n{text}")
         Path(args.output_dir, "sample.txt").write_text(text, encoding="utf-8")

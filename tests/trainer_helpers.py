@@ -133,7 +133,7 @@ def stock(output_dir: Any, trainer: dict[str, Any] | None = None, **options: Any
     cls = given.pop("cls", ExactTrainer)
     if "model" not in given and "model_init" not in given:
         given["model"] = tiny_model(dropout=0.0)
-    if "model" in given:
+    if "model" in given and not given["model"].config.is_encoder_decoder:
         given["model"].loss_type = "ForCausalLM"
     made = cls(args=TrainingArguments(**common_options(output_dir, **options)), **given)
     made.remove_callback(PrinterCallback)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..adapters.describing import adapter_options, check_base, frozen_digests
 from ..errors import CheckpointMismatchError
 
 ANEW = "or start anew from its weights (model_name_or_path)"
@@ -26,7 +27,13 @@ def describe_run(
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = [[names.get(id(p), "?") for p in group["params"]] for group in optimizer.param_groups]
-    run = {"optimizer": type(optimizer).__name__, "delay_compensation": compensation, "groups": groups}
+    run: dict[str, Any] = {
+        "optimizer": type(optimizer).__name__,
+        "delay_compensation": compensation,
+        "groups": groups,
+    }
+    if options := adapter_options(model):
+        run |= {"adapters": options, "frozen": frozen_digests(model)}
     return run if scheduler is None else {**run, "scheduler": type(scheduler).__name__}
 
 
@@ -45,6 +52,7 @@ def check_run(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
             raise CheckpointMismatchError(
                 f"the checkpoint was written with {key}={saved[key]!r}, this run has {here[key]!r}; {advice}, {ANEW}"
             )
+    check_base(saved, here)
     if "groups" in saved and saved["groups"] != here["groups"]:
         raise CheckpointMismatchError(
             f"the checkpoint's {saved['optimizer']} does not hold the parameters of this run's: "

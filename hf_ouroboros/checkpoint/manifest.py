@@ -66,8 +66,13 @@ class Manifest:
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file of a checkpoint holds weights of the model."""
-    return name.startswith("model") and name.endswith(".safetensors")
+    """Whether a file of a checkpoint holds weights of the model, or of its adapters."""
+    return (name.startswith("model") and name.endswith(".safetensors")) or is_adapter(name)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a file of a checkpoint holds weights of adapters: PEFT has one for each, in folders of their names."""
+    return PurePosixPath(name).name == "adapter_model.safetensors"
 
 
 def write_manifest(

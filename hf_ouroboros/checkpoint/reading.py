@@ -16,7 +16,7 @@ from transformers.utils import CONFIG_NAME, logging
 
 from ..engine.state import RunState
 from ..errors import CheckpointError
-from .manifest import Manifest, find_changes, is_weights, read_manifest
+from .manifest import Manifest, find_changes, is_adapter, is_weights, read_manifest
 from .run_state import read_run_state
 from .trainer_state import check_trainer_state
 from .weights import SavedTensor, saved_weights
@@ -78,6 +78,9 @@ class Checkpoint:
 
     def weights(self) -> dict[str, SavedTensor]:
         """What the model's files hold, from their headers."""
+        if adapters := [name for name in self.manifest.files if is_adapter(name)]:
+            parts = {file: saved_weights(self.directory, [file]) for file in adapters}
+            return {f"{file}: {name}": found for file, part in parts.items() for name, found in part.items()}
         files = [name for name in self.manifest.files if is_weights(name)]
         whole = files and all((self.directory / name).is_file() for name in files)
         return saved_weights(self.directory, files if whole else None)  # else: saved again in other files

@@ -31,7 +31,7 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_READING = (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError, AttributeError, RecursionError)
+READING = (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError, AttributeError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def saved_weights(directory: Path, files: Iterable[str] | None = None) -> dict[s
                     if name in found:
                         raise ValueError(f"{name!r} is in {found[name].file} and in {file}")
                     found[name] = SavedTensor(file, tuple(tensor.get_shape()), tensor.get_dtype())
-    except _READING as error:
+    except READING as error:
         raise CheckpointError(f"the model in {directory} can't be read: {type(error).__name__}: {error}") from error
     return found
 
@@ -98,16 +98,26 @@ def check_weights(model: nn.Module, saved: Mapping[str, SavedTensor], directory:
             f"{other} has {min(foreign)!r}, which this run's model has not; {what}" + _about_tying(foreign, tied, True)
         )
     for name, tensor in expected.items():
-        found = saved[name]
-        if found.shape != tuple(tensor.shape):
-            raise CheckpointMismatchError(
-                f"{other} has {name!r} {found.shape} instead of {tuple(tensor.shape)}; {what}"
-            )
-        if found.dtype != _DTYPES.get(tensor.dtype, found.dtype):
-            raise CheckpointMismatchError(
-                f"{other} has {name!r} as {found.dtype} instead of {_DTYPES[tensor.dtype]}, the dtype of this run's model; "
-                "load the model with the same dtype"
-            )
+        check_tensor(name, saved[name], tensor, other, what)
+
+
+def check_tensor(name: str, found: SavedTensor, tensor: torch.Tensor, other: str, what: str) -> None:
+    """Raises CheckpointMismatchError where a saved tensor has another shape or dtype than the model's.
+
+    Args:
+        name: in the file.
+        found: what is there.
+        tensor: the model's.
+        other: what it was saved in, for the message.
+        what: what that means and what to do.
+    """
+    if found.shape != tuple(tensor.shape):
+        raise CheckpointMismatchError(f"{other} has {name!r} {found.shape} instead of {tuple(tensor.shape)}; {what}")
+    if found.dtype != _DTYPES.get(tensor.dtype, found.dtype):
+        raise CheckpointMismatchError(
+            f"{other} has {name!r} as {found.dtype} instead of {_DTYPES[tensor.dtype]}, the dtype of this run's model; "
+            "load the model with the same dtype"
+        )
 
 
 def _about_tying(names: Iterable[str], tied: set[str], untied_there: bool) -> str:
@@ -143,7 +153,7 @@ def load_weights(model: nn.Module, directory: str | Path, saved: Mapping[str, Sa
                 with safe_open(directory / file, "pt") as opened:
                     for name in [name for name in held if name in saved and saved[name].file == file]:
                         held[name].copy_(opened.get_tensor(name))
-    except _READING as error:
+    except READING as error:
         raise CheckpointError(f"the model in {directory} can't be read: {type(error).__name__}: {error}") from error
 
 
@@ -158,7 +168,7 @@ def _load_converted(model: nn.Module, directory: Path, held: Mapping[str, torch.
             config=copy.deepcopy(model.config),
             dtype=torch.float64 if double else torch.float32,  # holds the values of every smaller one
         )
-    except _READING as error:
+    except READING as error:
         raise CheckpointError(f"the model in {directory} can't be read: {type(error).__name__}: {error}") from error
     with torch.no_grad():
         for name, value in part.state_dict().items():

@@ -50,6 +50,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--num_stages", type=Whole(1, 2**12), default=None, help="K (default: as OuroborosTrainer)")
     parser.add_argument("--optimizer", choices=["adamw", "momentum", "sgd"], default="adamw", help="for its memory")
     parser.add_argument(
+        "--lora_rank",
+        type=Whole(1, 2**16),
+        default=None,
+        help="train LoRA adapters of this rank only, on all linear modules",
+    )
+    parser.add_argument(
         "--data_parallel_replicas", type=Whole(1, 2**20), default=1, help="R, each on devices of its own"
     )
     parser.add_argument("--link", type=GIGABYTES, default=25.0, help="GB/s between two devices (default 25)")
@@ -74,7 +80,13 @@ def run(arguments: argparse.Namespace) -> int:
 
         kinds = _kinds(arguments)
         config = load_config(arguments)
-        facts = model_facts(config, arguments.batch, arguments.seq, data_type(arguments, config))
+        if arguments.lora_rank is not None and any(isinstance(kind, str) for kind in kinds):
+            raise UnsupportedOptionError(
+                f"--lora_rank {arguments.lora_rank}: devices of this machine are measured training whole layers; plan for kinds "
+                "by data sheet"
+            )
+        dtype = data_type(arguments, config)
+        facts = model_facts(config, arguments.batch, arguments.seq, dtype, arguments.lora_rank)
     check_work(facts.layers, [(len(kinds), arguments.micro_batches)] * len(COMPARED))
     options = MemoryOptions(arguments.schedule, arguments.micro_batches, arguments.recompute, arguments.optimizer)
     plan = plan_split(facts, _devices(arguments, kinds, config, facts), options, arguments.num_stages)
@@ -159,6 +171,8 @@ def _headline(plan: SplitPlan) -> str:
         f"{facts.batch} x {facts.time} tokens, {str(facts.dtype).removeprefix('torch.')}, "
         f"M = {plan.options.micro_batches}, {plan.options.optimizer}{', recompute' if plan.options.recompute else ''}"
     )
+    if any(unit.trained < unit.parameter_bytes for unit in facts.units):
+        text += f"\nonly adapters are trained: {sum(unit.trained for unit in facts.units) / 2**20:,.1f} MiB"
     used = max(plan.placement) + 1
     if used < len(plan.devices):
         text += f"\nonly {used} of {len(plan.devices)} devices are used: more have no layers of their own"

@@ -130,7 +130,7 @@ class StageRunner:
         leaves = dict(self._versions.leaves())
         if self.borrows:
             for name, lent in self._link.weights.pop(tick).items():
-                leaves[name] = lent.data.requires_grad_(lent.requires_grad)
+                leaves[name] = lent.data.requires_grad_() if lent.requires_grad else lent
         elif self._lends:
             self._link.weights[tick] = {name: leaves[name] for name in self._link.names}
         if received is not None:
@@ -192,6 +192,8 @@ class StageRunner:
             before (None on the first stage).
         """
         item = self.in_flight.pop(tick)
+        if item.output is None and not gradient:  # nothing is trained here or before
+            return {}, None if item.received is None else {}
         if item.output is None:
             item.output, _ = self._compute(item)
         outputs, output_gradients = roots_of(item.output, gradient, self.device)
@@ -209,7 +211,7 @@ class StageRunner:
                 stage_backward(self.stage, weights, outputs, output_gradients, alone, watched)
         gradients: Gradients = {}
         for name, leaf in item.leaves.items():
-            if leaf.grad is not None:
+            if leaf.requires_grad and leaf.grad is not None:
                 gradients[name], leaf.grad = leaf.grad, None
         if self.borrows:
             self._link.gradients[tick] = {n: gradients.pop(n) for n in self._link.names if n in gradients}

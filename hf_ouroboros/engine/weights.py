@@ -44,10 +44,11 @@ class WeightVersions:
         if self._leaves is None:
             # `.data`, unlike `.detach()`, has a version counter of its own: the optimizer's writes to fresh
             # storage must not invalidate graphs on the old one.
+            # A frozen parameter has one version, itself.
             self._leaves = {
                 name: parameter
-                if self._direct and name not in self._predicted
-                else self._predicted.get(name, parameter.data).requires_grad_(parameter.requires_grad)
+                if not parameter.requires_grad or (self._direct and name not in self._predicted)
+                else self._predicted.get(name, parameter.data).requires_grad_()
                 for name, parameter in self.parameters.items()
             }
             self._lent |= self._leaves.keys() - self._predicted.keys()

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ..adapters import base_of
 from ..arguments import OuroborosArguments
 from ..errors import UnsupportedOptionError
 from ..partition import Partition
@@ -38,7 +39,7 @@ class ChangeHooks:
         Raises:
             UnsupportedOptionError: it changed where each process has kept the weights of its own stages only.
         """
-        if self._partition.model is self.model:
+        if self._partition.model is base_of(self.model):
             change = self._change()
             if change is None:
                 return

@@ -14,6 +14,8 @@ from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..adapters import is_adapted, saving
+from ..adapters.describing import frozen_digests
 from ..checkpoint import save_state_part, write_manifest
 from ..checkpoint.fit import describe_run
 from ..checkpoint.hashes import FileHashes, files_in
@@ -130,15 +132,16 @@ class CheckpointHooks(AgreementHooks, ResumeHooks):
         """The run state, if it is to be saved, and the manifest; all files are on the disk then."""
         grid, hashes = self._grid, self._hashes
         directory.mkdir(parents=True, exist_ok=True)
-        parts, known = [], {}
+        parts, known, frozen = [], {}, {}
         if state is not None:
             place = () if grid is None else (grid.replica, grid.device_index)
             parts = [save_state_part(directory, state, *place)]
         if grid is not None:
             bring_home(directory, [part.file for part in parts], grid, self._control_group, hashes)
-            gathered = together(grid, self._control_group, (parts, dict(hashes.results())))
-            parts = [part for theirs, _ in gathered for part in theirs]
-            known = {name: digest for _, theirs in gathered for name, digest in theirs.items()}
+            gathered = together(grid, self._control_group, (parts, dict(hashes.results()), frozen_digests(self.model)))
+            parts = [part for theirs, _, _ in gathered for part in theirs]
+            known = {name: digest for _, theirs, _ in gathered for name, digest in theirs.items()}
+            frozen = {name: digest for _, _, theirs in gathered for name, digest in theirs.items()}
             if grid.rank:
                 return
         hashes.add(name for name in files_in(directory) if name not in known)
@@ -146,6 +149,8 @@ class CheckpointHooks(AgreementHooks, ResumeHooks):
         if state is not None:
             staged = self._staged_optimizer
             run = describe_run(self.model, staged.optimizer, staged.compensation, self.lr_scheduler)
+            if frozen:  # in all processes
+                run["frozen"] = frozen
             write_manifest(directory, parts, 1 if grid is None else grid.replicas, run, known)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -188,6 +193,12 @@ class CheckpointHooks(AgreementHooks, ResumeHooks):
             super()._save(output_dir, state_dict)
             if hashes is not None:
                 hashes.add()
+            return
+        if is_adapted(self.model):
+            adapters = saving.gathered(self.model, directory, self._grid, self._control_group)
+            if self.args.should_save:
+                super()._save(str(directory), adapters)
+            dist.barrier(self._control_group)
             return
         if self.args.should_save:
             # Everything but the weights, as the library writes it.

@@ -37,8 +37,9 @@ class TrainerLoss(LossOfModel):
     def __call__(self, model: ModelCall, inputs: dict[str, Any], context: LossContext) -> torch.Tensor:
         """See `LossOfModel`."""
         trainer = self._trainer
-        alone = trainer.stage_plan.num_stages == 1
-        head = HeadModel(trainer.model, model, needs_logits=not head_computes_loss(trainer), alone=alone)
+        alone, partition = trainer.stage_plan.num_stages == 1, trainer._partition
+        without_labels = partition.stages[-1].family.computes_loss and not head_computes_loss(trainer)
+        head = HeadModel(partition.model, model, without_labels, alone=alone)
         with contextlib.nullcontext() if alone else _refused_here(trainer.model):
             loss = trainer.compute_loss(head, inputs, num_items_in_batch=context.num_items)
         if trainer._counts_all_replicas and context.num_items is not None:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.utils import logging
 
+from ..adapters import is_adapted
 from ..engine.optimizers import check_optimizer
 from ..engine.steps_at_once import has_hooks, why_at_once
 from ..errors import UnsupportedOptionError
@@ -37,7 +38,13 @@ class OptimizerHooks(Trainer):
             return self.optimizer
         choice, given = self.delay_compensation, self.optimizer_cls_and_kwargs
         if choice.optimizer is not None:
-            matrices = hidden_matrices(self._partition.stages, self.get_decay_parameter_names(self.model))
+            decayed = self.get_decay_parameter_names(self._partition.model)
+            matrices = hidden_matrices(self._partition.stages, decayed, choice.optimizer.adapters)
+            if is_adapted(self.model) and not choice.optimizer.adapters and not any(p.requires_grad for p in matrices):
+                raise UnsupportedOptionError(
+                    f"delay_compensation={str(choice)!r} has no matrix to train here: those of adapters are left to AdamW; "
+                    f"give delay_compensation_args='{choice.optimizer.adapters_option}=true', or choose another compensation"
+                )
             self.optimizer_cls_and_kwargs = choice.optimizer.optimizer(self.args, matrices)
         super().create_optimizer()
         self.optimizer_cls_and_kwargs = given
@@ -78,7 +85,7 @@ class OptimizerHooks(Trainer):
         if self.options.delay_compensation != "auto":
             return choose(self.options.delay_compensation, self.options.delay_compensation_args)
         default = self.options.has_default_optimizer and not self._own_optimizer
-        return choose(*automatic(*self._delays, "adamw" if default else "another"))
+        return choose(*automatic(*self._delays, "adamw" if default else "another", adapters=is_adapted(self.model)))
 
     @property
     def _delays(self) -> tuple[int, int]:
@@ -106,6 +113,8 @@ class OptimizerHooks(Trainer):
                 "inside the layers are trained by Muon with steps as long as AdamW's, the rest by AdamW. "
                 "delay_compensation='weight_prediction' keeps AdamW for all of them"
             )
+        if is_adapted(self.model):
+            return  # nothing is known about them, and Muon, which is recommended below, leaves them alone
         name = "adamw" if type(optimizer) is torch.optim.AdamW else type(optimizer).__name__
         others = "+".join(c.name for c in choice.compensations) or "none"
         text = warning(

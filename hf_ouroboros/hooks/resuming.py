@@ -13,13 +13,13 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
+from ..adapters import saving
 from ..checkpoint.earlier import advice
 from ..checkpoint.fit import check_run, describe_run
 from ..checkpoint.manifest import STATE_META, find_changes, read_manifest
 from ..checkpoint.placing import keep_only
 from ..checkpoint.reading import RNG_STATE, Checkpoint
 from ..checkpoint.trainer_state import best_checkpoint
-from ..checkpoint.weights import check_weights, load_weights, saved_weights
 from ..engine.state import RunState
 from ..errors import CheckpointError, CheckpointMismatchError
 from ..partition import Partition
@@ -54,7 +54,7 @@ class ResumeHooks(Trainer):
         self._resumed_state = self._agreed(lambda: checkpoint.read_all(held, replica, replicas), resume_from_checkpoint)
         self._resumed_rng = checkpoint.rng_state()
         saved = self._agreed(lambda: self._fitting(checkpoint, held))
-        self._agreed(lambda: load_weights(self.model, checkpoint.directory, saved), resume_from_checkpoint)
+        self._agreed(lambda: saving.load(self.model, checkpoint.directory, saved), resume_from_checkpoint)
         self._resumed = checkpoint
 
     def _open(self, directory: Path) -> Checkpoint:
@@ -75,8 +75,8 @@ class ResumeHooks(Trainer):
         Raises:
             CheckpointMismatchError: says what differs.
         """
-        saved = checkpoint.weights()
-        check_weights(self.model, saved, checkpoint.directory)
+        saved = saving.look_at(self.model, checkpoint.directory, checkpoint.weights)
+        saving.check(self.model, saved, checkpoint.directory)
         settings = self.options.engine_settings(self.stage_plan.num_workers)
         self._resumed_state.check(self._partition, settings, held)
         staged = self._staged_optimizer
@@ -172,7 +172,7 @@ class ResumeHooks(Trainer):
     def _load_best_model(self) -> None:
         best = Path(self.state.best_model_checkpoint)
         saved = self._agreed(lambda: self._unchanged_weights(best))
-        self._agreed(lambda: load_weights(self.model, best, saved))
+        self._agreed(lambda: saving.load(self.model, best, saved))
         self._remove_all_but_best()
 
     def _unchanged_weights(self, directory: Path) -> Any:
@@ -180,7 +180,7 @@ class ResumeHooks(Trainer):
             manifest = read_manifest(directory)
             for name, what in find_changes(directory, manifest.weights_only()).items():
                 raise CheckpointError(f"the best model, in {directory}, is damaged, or was changed: {name} {what}")
-        return saved_weights(directory)
+        return saving.look_at(self.model, directory)
 
     def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> TrainOutput:
         if not self.args.load_best_model_at_end:

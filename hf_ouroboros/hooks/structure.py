@@ -118,6 +118,8 @@ def _is_setting(attribute: str, value: Any) -> bool:
         return False
     if isinstance(value, (tuple, list)):
         return all(isinstance(item, _SIMPLE) for item in value)
+    if isinstance(value, dict):
+        return bool(value) and all(isinstance(item, _SIMPLE) for item in value.values())
     return isinstance(value, _SIMPLE) or (callable(value) and not isinstance(value, (nn.Module, type)))
 
 

@@ -51,6 +51,8 @@ class CardFacts:
         train_runtime: seconds.
         tokenizer: whether the repository holds a tokenizer.
         encoder_decoder: whether it is an encoder-decoder model.
+        adapter: the kind of PEFT's adapter that the repository holds in the place of a model.
+        trained_parameters: how many were trained, where others were frozen.
     """
 
     model_name: str
@@ -86,6 +88,8 @@ class CardFacts:
     tokens_seen: int | None = None
     tokens_per_second: float | None = None
     tokenizer: bool = False
+    adapter: str | None = None
+    trained_parameters: int | None = None
     encoder_decoder: bool = False
 
     @property
@@ -108,8 +112,8 @@ def build_card(facts: CardFacts) -> ModelCard:
         template_str=files("hf_ouroboros.hub").joinpath("model_card_template.md").read_text(encoding="utf-8"),
         facts=facts,
         delayed=delayed,
-        kind=f"`{facts.model_type}` {'encoder-decoder' if facts.encoder_decoder else 'causal'} language model "
-        f"({facts.num_parameters:,} parameters{base})",
+        kind=f"{_thing(facts)} ({_counts(facts)}{base})",
+        base_name=json.dumps(_shown_base(facts.base_model), ensure_ascii=False) if facts.base_model else '"..."',
         load_name=json.dumps(facts.repo_id or facts.model_name, ensure_ascii=False),
         procedure_table=table(("", ""), _procedure(facts, delayed)),
         stage_table=_stage_table(facts.stages),
@@ -221,11 +225,24 @@ def _metadata(facts: CardFacts) -> ModelCardData:
         base_model=facts.base_model if _is_hub_id(facts.base_model) else None,
         datasets=[facts.dataset_id] if facts.dataset_id else None,
         language=facts.language or None,
-        library_name="transformers",
+        library_name="peft" if facts.adapter else "transformers",
         license=facts.license,
         pipeline_tag=facts.task,
         tags=[TAG, *(tag for tag in facts.tags if tag != TAG)],
     )
+
+
+def _thing(facts: CardFacts) -> str:
+    """What the repository holds."""
+    model = f"`{facts.model_type}` {'encoder-decoder' if facts.encoder_decoder else 'causal'} language model"
+    return f"{facts.adapter} adapter of a {model}" if facts.adapter else model
+
+
+def _counts(facts: CardFacts) -> str:
+    """How many parameters the model has, and how many of them were trained."""
+    if facts.trained_parameters is None:
+        return f"{facts.num_parameters:,} parameters"
+    return f"{facts.trained_parameters:,} of {facts.num_parameters:,} parameters trained"
 
 
 def _shown_base(base_model: str) -> str:

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..adapters import is_adapted
 from ..partition.meta import is_encoder_decoder
 from ..simulate.timeline import timeline_files
 from .card import TAG, CardFacts
@@ -47,6 +48,7 @@ def collect_facts(trainer: OuroborosTrainer, **given: Any) -> CardFacts:
     evaluation = next((entry for entry in reversed(history) if "eval_loss" in entry), {})
     skipped = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
     output = Path(args.output_dir)
+    trained = sum(row.parameters - row.frozen for row in plan.rows)
     facts: dict[str, Any] = {
         "model_name": trainer.hub_model_id or output.absolute().name,
         "repo_id": trainer.hub_model_id,
@@ -83,6 +85,8 @@ def collect_facts(trainer: OuroborosTrainer, **given: Any) -> CardFacts:
         "train_runtime": summary.get("train_runtime"),
         "tokens_seen": trainer.state.num_input_tokens_seen or None,
         "tokenizer": trainer.processing_class is not None,
+        "adapter": _adapter(model),
+        "trained_parameters": trained if any(row.frozen for row in plan.rows) else None,
     }
     for name, value in given.items():
         if value is not None:
@@ -104,6 +108,11 @@ def _base_model(config: Any) -> str | None:
     """Where the weights came from; a folder of this machine is nobody else's business."""
     name = getattr(config, "_name_or_path", "") or ""
     return name if name and not os.path.exists(name) and not os.path.isabs(name) else None
+
+
+def _adapter(model: Any) -> str | None:
+    """The kind of the active adapter."""
+    return str(model.active_peft_config.peft_type.value) if is_adapted(model) else None
 
 
 def _picture(timeline: str | None, output: Path) -> str | None:

@@ -82,7 +82,7 @@ def recommended_micro_batches(stages: int) -> int:
     return max(1, 2 * (stages - 1))
 
 
-def automatic(stages: int, micro_batches: int, optimizer: str) -> tuple[str, str | None]:
+def automatic(stages: int, micro_batches: int, optimizer: str, adapters: bool = False) -> tuple[str, str | None]:
     """What "auto" stands for: `delay_compensation` and `delay_compensation_args`.
 
     Where gradients are less than an update late it leaves the optimizer alone and adds weight prediction to it, rather than
@@ -96,10 +96,12 @@ def automatic(stages: int, micro_batches: int, optimizer: str) -> tuple[str, str
         stages: K; 1 for a synchronous run.
         micro_batches: M.
         optimizer: "adamw", or the name of another one, which is never exchanged and which the study did not have.
+        adapters: whether only adapters are trained, whose matrices are no case for Muon.
     """
     if stages == 1 or optimizer != "adamw":
         return "none", None
-    return WHOLE_UPDATES if longest_delay(stages, micro_batches) >= 1 else ("weight_prediction", None)
+    whole = longest_delay(stages, micro_batches) >= 1 and not adapters
+    return WHOLE_UPDATES if whole else ("weight_prediction", None)
 
 
 def warning(

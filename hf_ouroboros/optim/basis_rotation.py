@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..options import Checked, Number, Whole, option
+from ..options import Checked, Flag, Number, Whole, option
 from .compensation import GIVEN_BY
 from .matrices import MatricesAndAdamW, loss_of
 
@@ -136,12 +136,20 @@ class BasisRotation(Checked):
     Args:
         covariance_decay: how slowly the covariances forget.
         refresh: updates between new bases.
+        rotate_adapters: whether it trains the matrices of adapters, too, which otherwise are AdamW's.
     """
 
     name = "basis_rotation"
     given_by = GIVEN_BY
+    adapters_option = "rotate_adapters"
     covariance_decay: float = option(0.95, Number(0.0, 1.0, below=True))
     refresh: int = option(10, Whole(1, 10**9))
+    rotate_adapters: bool = option(False, Flag())
+
+    @property
+    def adapters(self) -> bool:
+        """Whether the matrices of adapters are trained by it."""
+        return self.rotate_adapters
 
     def optimizer(
         self, args: TrainingArguments, matrices: Iterable[nn.Parameter]

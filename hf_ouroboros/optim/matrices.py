@@ -89,16 +89,18 @@ def algorithm_of(group: Mapping[str, Any]) -> str | None:
     return group.get(_ALGORITHM)
 
 
-def hidden_matrices(stages: Iterable[Stage], decayed: Iterable[str]) -> list[nn.Parameter]:
+def hidden_matrices(stages: Iterable[Stage], decayed: Iterable[str], adapters: bool = False) -> list[nn.Parameter]:
     """The matrices inside the stages' layers by which hidden states are multiplied.
 
     They are the weights of linear modules. Not so embeddings and tables of relative positions that layers have, whose rows are
     looked up; routers of a mixture and other choices between a few; a matrix of one row, which is a vector; and experts that
-    are stacked in one tensor, which the optimizers of matrices don't take. Experts that are modules of their own are.
+    are stacked in one tensor, which the optimizers of matrices don't take. Experts that are modules of their own are. The
+    matrices of adapters (PEFT's LoRA A and B) are left alone: only their product means something.
 
     Args:
         stages: of the model.
         decayed: names of the parameters that weight decay is meant for.
+        adapters: whether those of adapters are taken, too.
     """
     names = set(decayed)
     return [
@@ -106,7 +108,7 @@ def hidden_matrices(stages: Iterable[Stage], decayed: Iterable[str]) -> list[nn.
         for stage in stages
         for layer, module in stage.layers.items()
         for name, parameter in layer_matrices(module).items()
-        if f"{layer}.{name}" in names
+        if f"{layer}.{name}" in names and (adapters or id(parameter) not in _adapters(module))
     ]
 
 
@@ -120,4 +122,15 @@ def layer_matrices(layer: nn.Module) -> dict[str, nn.Parameter]:
         and module.weight.ndim == 2
         and min(module.weight.shape) > 1
         and id(module.weight) not in routing
+    }
+
+
+def _adapters(layer: nn.Module) -> set[int]:
+    """Ids of the parameters that PEFT has added inside a layer; it names where they are."""
+    return {
+        id(parameter)
+        for module in layer.modules()
+        for name in getattr(type(module), "adapter_layer_names", ())
+        if name in module._modules and name != "modules_to_save"
+        for parameter in module._modules[name].parameters()
     }

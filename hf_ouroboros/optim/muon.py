@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..options import Checked, Number, OneOf, option
+from ..options import Checked, Flag, Number, OneOf, option
 from .compensation import GIVEN_BY
 from .matrices import MatricesAndAdamW, loss_of
 
@@ -194,12 +194,20 @@ class Muon(Checked):
         adjust_lr_fn: "match_rms_adamw", "measure_rms_adamw" or "original", see `MuonAdamW`. To take the size of a step from
             another optimizer is called grafting (Agarwal et al., "Disentangling Adaptive Gradient Methods from Learning
             Rates", 2020).
+        muon_adapters: whether it trains the matrices of adapters, too, which otherwise are AdamW's.
     """
 
     name = "muon"
     given_by = GIVEN_BY
+    adapters_option = "muon_adapters"
     momentum: float = option(0.95, Number(0.0, 1.0, below=True))
     adjust_lr_fn: str = option("match_rms_adamw", OneOf(*ADJUSTMENTS))
+    muon_adapters: bool = option(False, Flag())
+
+    @property
+    def adapters(self) -> bool:
+        """Whether the matrices of adapters are trained by it."""
+        return self.muon_adapters
 
     def optimizer(
         self, args: TrainingArguments, matrices: Iterable[nn.Parameter]

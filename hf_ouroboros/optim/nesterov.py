@@ -32,6 +32,7 @@ class Nesterov(Checked):
 
     name = "nesterov"
     given_by = GIVEN_BY
+    adapters = True  # it takes everything
     beta1: float = option(0.99, Number(0.0, 1.0, below=True))
     momentum_decay: float = option(4e-3, Number(0.0))
 

@@ -123,6 +123,10 @@ class Anatomy:
                     found.setdefault(extra.name, []).append((i, path))
         return found
 
+    def level(self, name: str) -> int:
+        """How many layers have run when what crosses boundaries by this name, besides the hidden state, is there."""
+        return next(e.level for call in self.calls for e in call.extras.values() if e.name == name)
+
     def trained(self, name: str) -> bool:
         """Whether a gradient flows back through what crosses boundaries by this name."""
         return name == HIDDEN or any(e.name == name and e.trained for call in self.calls for e in call.extras.values())

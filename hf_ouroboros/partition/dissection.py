@@ -259,7 +259,7 @@ class _Dissection(Recording):
         def foreign(name: str, module: nn.Module) -> bool:
             for sub, part in module.named_modules(prefix=name):
                 phases = self.phases.get(sub, set())
-                if part._parameters and phases and phases <= others:
+                if phases and phases <= others and next(part.parameters(), None) is not None:
                     return True
             return False
 

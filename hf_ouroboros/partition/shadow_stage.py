@@ -190,7 +190,11 @@ class ShadowStage(Stage):
 
     def trains(self, name: str, tensor: torch.Tensor) -> bool:
         """See `Stage.trains`."""
-        return tensor.is_floating_point() and (name == PROBABILITIES or self._anatomy.trained(name))
+        if name in (HIDDEN, PROBABILITIES):
+            units, trained = self.start, True
+        else:
+            units, trained = self._anatomy.level(name) + 1, self._anatomy.trained(name)
+        return tensor.is_floating_point() and trained and self.first_trained < units  # units: on which it depends
 
     def check_config(self) -> None:
         """See `Stage.check_config`."""

@@ -18,10 +18,11 @@ from .families import find_family
 from .mapping import check_module_names
 from .meta import call_options, logits_of
 from .module_hooks import carry_hooks
-from .ownership import Owned, check_each_owned_once, named_parts, release_foreign
+from .ownership import Owned, check_each_owned_once, release_foreign
 from .self_check import Run, Sample, compare, take_sample
 from .stage_plan import StagePlan, StageRow, torch_device
 from .stages import Stage, compose
+from .trained import copy_shared, refresh, shared_parameter_names
 from .units import StageSpan, Unit
 
 
@@ -50,6 +51,7 @@ class Partition:
         units: all units of the model.
         spans: which of them are which stage's.
         home: what this process runs; None for everything.
+        copies: (a frozen parameter of the model, its copy on the last stage's device).
     """
 
     model: PreTrainedModel
@@ -59,6 +61,7 @@ class Partition:
     units: tuple[Unit, ...]
     spans: tuple[StageSpan, ...]
     home: Home | None = None
+    copies: tuple[tuple[nn.Parameter, nn.Parameter], ...] = ()
 
     def is_here(self, stage: int) -> bool:
         """Whether this process runs a stage."""
@@ -109,14 +112,8 @@ class Partition:
 
 
 def tied_parameter_names(model: PreTrainedModel, units: Sequence[Unit]) -> tuple[str, ...]:
-    """Names, on the embedding side, of the matrices that embedding and head share."""
-    head = {id(p) for u in units if u.kind == "head" for name in u.modules for _, p in named_parts(model, name)}
-    found: dict[int, str] = {}  # several modules of the embeddings may hold the same one
-    for name in units[0].modules:
-        for full, parameter in named_parts(model, name):
-            if id(parameter) in head:
-                found.setdefault(id(parameter), full)
-    return tuple(found.values())
+    """Names, on the embedding side, of the matrices that embedding and head share and train."""
+    return tuple(n for n in shared_parameter_names(model, units) if model.get_parameter(n).requires_grad)
 
 
 def split_model(
@@ -195,6 +192,10 @@ def split_model(
                 f"{', '.join(replaced[:3])} can't be released in place: a view, a weak reference or an unfinished backward "
                 "holds them; create the trainer before anything else uses the model's parameters"
             )
+    copies = []
+    if home is None:
+        places = [torch_device(devices[span.device]) for span in spans]
+        copies = copy_shared(stages, places, [model.get_parameter(name) for name in tied_names])
     for stage, span in zip(stages, spans, strict=True):
         if home is None:
             stage.place(torch_device(devices[span.device]))
@@ -222,9 +223,9 @@ def split_model(
         compare(expected, _sample_stages(model, training, stages), model)
     for stage in stages:
         stage.train(model.training)
-    partition = Partition(model, stages, plan, tied_names, tuple(units), tuple(spans), home)
+    partition = Partition(model, stages, plan, tied_names, tuple(units), tuple(spans), home, tuple(copies))
     check_each_owned_once(model, [partition.owned(k) for k in range(len(stages))])
-    return partition
+    return refresh(partition)
 
 
 def _sample(model: PreTrainedModel, training: bool, failing: str, run: Run) -> Sample:
@@ -287,5 +288,6 @@ def _check_loaded(stage: Stage, model: PreTrainedModel) -> None:
         if parameter.is_meta:
             raise DeviceMapError(
                 f"{name} of this {type(model).__name__} has no values, but stage {stage.index}, which needs it, is this "
-                "process's; load the model with the same devices, device_map and num_stages as it is trained with"
+                "process's; load the model with the same devices, device_map and num_stages as it is trained with, and "
+                "frozen=True if it is to be frozen"
             )

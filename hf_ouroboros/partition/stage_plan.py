@@ -20,6 +20,8 @@ class StageRow:
         parameters: how many parameters it owns; a tied matrix belongs to stage 0.
         parameter_bytes: their size.
         cost: its compute time relative to the other stages.
+        trained_parameters: how many of its parameters are trained; None for all of them.
+        trained_bytes: their size.
     """
 
     stage: int
@@ -30,6 +32,13 @@ class StageRow:
     parameters: int
     parameter_bytes: int
     cost: float
+    trained_parameters: int | None = None
+    trained_bytes: int | None = None
+
+    @property
+    def frozen(self) -> int:
+        """How many of its parameters are not trained."""
+        return 0 if self.trained_parameters is None else self.parameters - self.trained_parameters
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,7 @@ class StagePlan:
 
     def __str__(self) -> str:
         header = ("stage", "device", "delay", "layers", "parameters", "MiB", "modules")
+        frozen = any(row.frozen for row in self.rows)
         lines = [
             (
                 str(row.stage),
@@ -89,16 +99,25 @@ class StagePlan:
             )
             for row in self.rows
         ]
+        if frozen:
+            trained = ("trained", *(f"{row.parameters - row.frozen:,}" for row in self.rows))
+            header, *lines = (
+                (*line[:5], cell, *line[5:]) for line, cell in zip([header, *lines], trained, strict=True)
+            )
         widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
         table = "\n".join(
             "  ".join(
-                cell.ljust(w) if i in (1, 6) else cell.rjust(w)
+                cell.ljust(w) if i in (1, len(header) - 1) else cell.rjust(w)
                 for i, (cell, w) in enumerate(zip(line, widths, strict=True))
             ).rstrip()
             for line in [header, *lines]
         )
         totals = ", ".join(f"{d}: {self.parameters_on(d):,} ({self.bytes_on(d) / 2**20:.1f} MiB)" for d in self.devices)
-        return f"{table}\nparameters per device: {totals}"
+        text = f"{table}\nparameters per device: {totals}"
+        if frozen:
+            count = sum(row.parameters - row.frozen for row in self.rows)
+            text += f"\ntrained: {count:,}; the others are frozen"
+        return text
 
 
 def torch_device(name: str) -> torch.device:

@@ -43,10 +43,12 @@ class Stage(nn.Module, ABC):
     Attributes:
         batch_keys: what of a batch the stage computes with.
         draws: whether its forward in training mode draws random numbers.
+        first_trained: the first unit of the model with a trained parameter.
     """
 
     batch_keys: frozenset[str]
     draws: bool
+    first_trained: int = 0
 
     def __init__(
         self, config: PretrainedConfig, family: Family, units: Sequence[Unit], span: StageSpan, num_stages: int
@@ -54,6 +56,8 @@ class Stage(nn.Module, ABC):
         super().__init__()
         own = units[span.start : span.stop]
         self.index = span.index
+        self.start = span.start
+        self.units = tuple(units)
         self.is_first = span.index == 0
         self.is_last = span.index == num_stages - 1
         self.family = family
@@ -73,7 +77,7 @@ class Stage(nn.Module, ABC):
 
     def trains(self, name: str, tensor: torch.Tensor) -> bool:
         """Whether a gradient flows back through what crosses a boundary by this name."""
-        return tensor.is_floating_point()
+        return tensor.is_floating_point() and self.first_trained < self.start
 
     def check_config(self) -> None:
         """Raises UnsupportedModelError if the configuration, by now, asks for what stages can't give."""

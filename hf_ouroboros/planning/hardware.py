@@ -45,7 +45,7 @@ class DeviceKind:
 
     def step_seconds(self, unit: UnitFacts) -> float:
         """An estimate for the optimizer step of a unit: bound by memory."""
-        return STEP_PASSES * unit.parameter_bytes / self.bandwidth
+        return STEP_PASSES * unit.trained / self.bandwidth
 
 
 def _preset(name: str, half: float, full: float, bandwidth: float, memory: float) -> DeviceKind:

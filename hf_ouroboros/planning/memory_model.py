@@ -6,7 +6,7 @@
     gradients: the update's sum, and those of one backward      2                    2
     output-side gradients of a tied matrix (last stage)         K - 1                K - 1, at most M
 
-Buffers of kernels and of the allocator are not counted: leave a margin.
+Versions, gradients and optimizer are of the parameters that are trained. Buffers of kernels and of the allocator are not counted: leave a margin.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ def stage_memory(
         options: of the run.
     """
     weights = float(sum(unit.parameter_bytes for unit in units))
+    trained = float(sum(unit.trained for unit in units))
     kept = sum(unit.activation_bytes for unit in units)
     flying = ticks_in_flight(stage, num_stages, options)
     last = stage == num_stages - 1
@@ -88,9 +89,9 @@ def stage_memory(
     tied = facts.tied_bytes * ticks_in_flight(0, num_stages, options) if last and num_stages > 1 else 0
     return StageMemory(
         weights,
-        weights * old_versions(stage, num_stages, options),
-        2 * weights + tied,
-        weights * OPTIMIZERS[options.optimizer],
+        trained * old_versions(stage, num_stages, options),
+        2 * trained + tied,
+        trained * OPTIMIZERS[options.optimizer],
         kept * flying,
     )
 

@@ -93,7 +93,9 @@ def estimated(facts: ModelFacts, kind: DeviceKind, margin: float = 0.9) -> Plann
     times = []
     for unit in facts.units:
         forward = kind.forward_seconds(unit, facts.dtype)
-        times.append(UnitTimes(forward, 2 * forward, kind.step_seconds(unit)))
+        # The gradients of the inputs take a forward's time, those of the weights another one's.
+        backward = forward * (1 + unit.trained / max(1, unit.parameter_bytes))
+        times.append(UnitTimes(forward, backward, kind.step_seconds(unit)))
     return PlannedDevice(kind.name, tuple(times), kind.memory * margin)
 
 

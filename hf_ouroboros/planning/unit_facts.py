@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig
 
+from ..adapters.wrapping import lora_on_meta
 from ..errors import UnsupportedModelError
 from ..partition.experts import find_experts
 from .outline import outline
@@ -27,6 +28,7 @@ class UnitFacts:
         output_bytes: size of the hidden state that it gives on.
         plan_cost: multiply-adds per token, by which the engine balances and interleaves on its own.
         idle_parameters: how many of the parameters are of experts that a token does not pass.
+        trained_bytes: size of the parameters that are trained; None for all.
     """
 
     modules: tuple[str, ...]
@@ -38,6 +40,12 @@ class UnitFacts:
     output_bytes: float
     plan_cost: float
     idle_parameters: int = 0
+    trained_bytes: int | None = None
+
+    @property
+    def trained(self) -> int:
+        """Bytes of the parameters that are trained."""
+        return self.parameter_bytes if self.trained_bytes is None else self.trained_bytes
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,13 @@ class ModelFacts:
         return replace(self, units=units, batch=batch)
 
 
-def model_facts(config: PretrainedConfig, batch: int, time: int, dtype: torch.dtype = torch.float32) -> ModelFacts:
+def model_facts(
+    config: PretrainedConfig,
+    batch: int,
+    time: int,
+    dtype: torch.dtype = torch.float32,
+    lora_rank: int | None = None,
+) -> ModelFacts:
     """Counts for a causal language model of this configuration.
 
     Args:
@@ -110,6 +124,7 @@ def model_facts(config: PretrainedConfig, batch: int, time: int, dtype: torch.dt
         batch: rows of a micro-batch.
         time: tokens per row.
         dtype: of weights and activations.
+        lora_rank: of adapters on all linear modules of the layers, which alone are trained; None to train the model.
 
     Raises:
         UnsupportedModelError: no causal language model, not a row of layers, or it does not run without data.
@@ -128,6 +143,8 @@ def model_facts(config: PretrainedConfig, batch: int, time: int, dtype: torch.dt
             f"{type(model).__name__} attends to a memory of mem_len={config.mem_len}, which is not counted; plan it without "
             "(--config_overrides mem_len=0: the layers weigh as much beside each other), or train with device_map=auto"
         )
+    if lora_rank is not None:
+        model = lora_on_meta(model, lora_rank)
     try:
         plan = outline(model)
     except UnsupportedModelError:
@@ -142,7 +159,8 @@ def model_facts(config: PretrainedConfig, batch: int, time: int, dtype: torch.dt
     owned = []
     for unit in plan.units:
         parameters = {id(p): p for name in unit.modules for p in model.get_submodule(name).parameters()}
-        owned.append([p for key, p in parameters.items() if key not in seen])
+        # A frozen matrix that embedding and head share is on both of their devices.
+        owned.append([p for key, p in parameters.items() if key not in seen or not p.requires_grad])
         seen |= parameters.keys()
     if missing := [name for name, p in model.named_parameters() if id(p) not in seen]:
         raise UnsupportedModelError(
@@ -175,6 +193,7 @@ def model_facts(config: PretrainedConfig, batch: int, time: int, dtype: torch.dt
             float(layers[0].output_size * dtype.itemsize),
             unit.cost,
             idle,
+            None if lora_rank is None else sum(p.numel() * p.element_size() for p in parameters if p.requires_grad),
         )
         for unit, parameters, part, idle in zip(plan.units, owned, counted, asleep, strict=True)
     )

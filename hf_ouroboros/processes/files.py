@@ -114,11 +114,14 @@ def save_weights(
     own: list[str] = []
     weight_map: dict[str, str] = {}
     part = directory / f".part-{grid.device_index}"
+    held = written_tensors(model, first=grid.device_index == 0)
+    # A frozen matrix that the first and the last stage share is in both of their processes.
+    before = together(grid, group, set(held) if grid.replica == 0 else set())[: grid.rank]
+    held = {name: value for name, value in held.items() if not any(name in names for names in before)}
     if grid.replica == 0:
         directory.mkdir(parents=True, exist_ok=True)
         part.mkdir(parents=True, exist_ok=True)
-        own_tensors = converted(model, written_tensors(model, first=grid.device_index == 0))
-        save_torch_state_dict(own_tensors, part, max_shard_size=SHARD_SIZE, metadata={"format": "pt"})
+        save_torch_state_dict(converted(model, held), part, max_shard_size=SHARD_SIZE, metadata={"format": "pt"})
         own = sorted(path.name for path in part.glob("*.safetensors"))
         for file in own:
             with safe_open(part / file, "pt") as opened:

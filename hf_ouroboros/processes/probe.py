@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,18 +38,31 @@ def boundary_specs(
         UnsupportedModelError: a shape depends on the batch in another way than its numbers of rows and tokens.
     """
     outputs = [_outputs(partition, grid, row, autocast_dtype, sizes) for sizes in SHAPES]
-    return [
+    specs = [
         BoundarySpec(
             {
                 name: TensorSpec(
                     _sizes(partition, name, tuple(small[name].shape), tuple(large[name].shape)),
                     small[name].dtype,
-                    partition.stages[0].trains(name, small[name]),
                 )
                 for name in small
             }
         )
         for small, large in zip(*outputs, strict=True)
+    ]
+    return with_gradients(specs, partition)
+
+
+def with_gradients(specs: Sequence[BoundarySpec], partition: Partition) -> list[BoundarySpec]:
+    """What stages put out, and of which of it a gradient is sent back, as the parameters are frozen now."""
+    return [
+        BoundarySpec(
+            {
+                name: replace(spec, trained=stage.trains(name, torch.empty((), dtype=spec.dtype, device="meta")))
+                for name, spec in boundary.tensors.items()
+            }
+        )
+        for boundary, stage in zip(specs, partition.stages[1:], strict=True)
     ]
 
 

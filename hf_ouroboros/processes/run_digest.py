@@ -20,6 +20,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from .. import __version__
+from ..adapters.describing import adapter_options
 from .handshake import options_to_compare
 
 SAMPLES = 16
@@ -104,6 +105,7 @@ def model(model: nn.Module) -> dict[str, Any]:
         name: f"{list(p.shape)} {p.dtype}{'' if p.requires_grad else ' frozen'}" for name, p in model.named_parameters()
     }
     facts["buffers"] = {name: f"{list(b.shape)} {b.dtype}" for name, b in model.named_buffers()}
+    facts |= {f"adapter {name}": options for name, options in adapter_options(model).items()}
     facts["dropout"] = {
         name: module.p for name, module in model.named_modules() if isinstance(module, nn.modules.dropout._DropoutNd)
     }

@@ -62,5 +62,22 @@ def test_completions_of_a_file(pretrained: tuple[Path, str], tmp_path: Path) -> 
     assert "24+" not in (tmp_path / "runs/finetune_lm/README.md").read_text()
 
 
+def test_lora(pretrained: tuple[Path, str], tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="needs the extra `peft`")
+    values = TINY | {"model_name_or_path": pretrained[0], "max_train_examples": 16, "num_train_epochs": 1}
+    done = recipe("finetune_lm.py", tmp_path, values | {"lora_rank": 4, "record_timeline": False})
+    assert "the others are frozen" in done.stdout and ">>>" in done.stdout
+    names = {path.name for path in (tmp_path / "runs/finetune_lm").iterdir()}
+    assert {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "README.md",
+    } <= names and "model.safetensors" not in names
+    card = ModelCard((tmp_path / "runs/finetune_lm/README.md").read_text())
+    assert card.data.library_name == "peft" and "PeftModel.from_pretrained" in card.text
+    refused = recipe("finetune_lm.py", tmp_path, values | {"lora_rank": 0}, fails=True).stderr
+    assert "lora_rank=0 must be at least 1" in refused
+
+
 def test_missing_checkpoint_is_named(tmp_path: Path) -> None:
     assert "run recipes/pretrain_lm.py first" in recipe("finetune_lm.py", tmp_path, fails=True).stderr

@@ -1,0 +1,40 @@
+"""TRL's SFTTrainer over two processes: the reference's weights, and the same metrics in both logs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rig import in_processes
+from sft_cases import options, rows, tiny, tokenizer
+from trainer_helpers import differing, logged, split_options
+from trainer_runs import held, whole
+
+from hf_ouroboros.trl import OuroborosSFTConfig, OuroborosSFTTrainer
+
+GIVEN = {"eval_strategy": "steps", "eval_steps": 2, "assistant_only_loss": True}
+
+
+def run(folder: str, **more: Any) -> OuroborosSFTTrainer:
+    args = OuroborosSFTConfig(**options(folder, **GIVEN, **more))
+    data = {"train_dataset": rows("chat"), "eval_dataset": rows("chat", 5, seed=1)}
+    trainer = OuroborosSFTTrainer(tiny(), args, processing_class=tokenizer(), **data)
+    trainer.train()
+    return trainer
+
+
+def train_part(rank: int, folder: str) -> dict[str, Any]:
+    return held(run(folder, num_stages=2))
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    expected = run(str(tmp_path / "here"), schedule="reference", **split_options(2, 2))
+    found = whole(in_processes(2, train_part, str(tmp_path / "there")))  # with equal logs
+    assert differing(held(expected)["weights"], found["weights"]) == []
+    for name in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy"):
+        values = [entry[name] for entry in found["log"] if name in entry]
+        assert values and values == pytest.approx(logged(expected, name), rel=1e-5), name
+    tokens = [entry["num_tokens"] for entry in found["log"] if "num_tokens" in entry]
+    assert tokens[-1] == logged(expected, "num_tokens")[-1]
+    assert any("mean_token_accuracy" in entry for entry in found["log"])
