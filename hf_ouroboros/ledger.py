@@ -51,6 +51,7 @@ class LossLedger:
         self._turns: deque[tuple[int, int] | DueLog] = deque()
         self._losses: dict[int, float] = {}
         self._norms: dict[int, Any] = {}
+        self._wanted: set[int | None] = set()
 
     def open_tick(self, tick: int, step: int) -> None:
         """A micro-batch was submitted after so many updates."""
@@ -61,17 +62,17 @@ class LossLedger:
         self._losses[tick] = loss
 
     def add_norm(self, update: int, norm: Any) -> None:
-        """The gradient norm of an update has come."""
-        self._norms[update] = norm
+        """The gradient norm of an update has come; of earlier ones, only those are wanted whose logs are due already."""
+        self._norms = {u: kept for u, kept in self._norms.items() if u in self._wanted} | {update: norm}
 
     def norm(self, update: int) -> float:
-        """The gradient norm of an update, which has come; those of earlier ones are forgotten."""
-        self._norms = {u: kept for u, kept in self._norms.items() if u >= update}
+        """The gradient norm of the newest update, which has come."""
         return self._norms[update].value
 
     def due(self, log: DueLog) -> None:
         """A log is due, about all micro-batches submitted so far."""
         self._turns.append(log)
+        self._wanted.add(log.update)
 
     @property
     def waiting(self) -> DueLog | None:
@@ -90,7 +91,7 @@ class LossLedger:
         self._total += total
         self._logged_at = log.step
         norm = self._norms.get(log.update)
-        self._norms = {update: kept for update, kept in self._norms.items() if update >= log.before}
+        self._wanted.discard(log.update)
         return log, total / log.steps, norm
 
     def finish(self) -> tuple[float, float]:

@@ -34,8 +34,16 @@ def test_a_norm_is_that_of_its_update() -> None:
         ledger.open_tick(update, update)
         ledger.add_loss(update, 1.0)
         ledger.add_norm(update, f"norm of {update}")
-    ledger.due(DueLog(step=3, steps=3, update=1, before=3))
+        if update == 1:
+            ledger.due(DueLog(step=2, steps=2, update=1, before=2))
     assert ledger.next_log()[2] == "norm of 1"
+
+
+def test_norms_that_nobody_logs_are_not_kept() -> None:
+    ledger = LossLedger()
+    for update in range(100):
+        ledger.add_norm(update, update)
+    assert len(ledger._norms) == 1
 
 
 @given(

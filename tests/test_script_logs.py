@@ -73,12 +73,12 @@ def test_it_does_not_depend_on_timing(tmp_path: Path) -> None:
     first = None
     for i in range(10):
         trainer = ouroboros(
-            tmp_path, {"callbacks": [Late()] if i % 2 else None}, num_train_epochs=4, **split_options(4, 3)
+            tmp_path, {"callbacks": [Late()] if i % 2 else None}, num_train_epochs=2, **split_options(4, 3)
         )
         trainer.train()
         first = first or history(trainer)
         assert history(trainer) == first
-    assert [entry["step"] for entry in first] == [*range(1, 13), 12]
+    assert [entry["step"] for entry in first] == [*range(1, 7), 6]
     assert all("loss" in entry and "grad_norm" in entry for entry in first[:-1])
 
 

@@ -1,1 +1,1 @@
-"""What OuroborosTrainer overrides of Trainer, by topic: batches, evaluation, checkpoints."""
+"""What OuroborosTrainer overrides of Trainer, by topic: batches, evaluation, checkpoints, logs, a script's own code."""

@@ -69,15 +69,14 @@ def run(name: str, schedule: str, trainer: dict[str, Any], options: dict[str, An
 def test_the_numbers_and_logs_of_one_process(tmp_path: Path) -> None:
     ragged = {"logging_strategy": "epoch", "num_train_epochs": 3, "clip_scope": "global"}
     runs = [
-        run("written", "pipelined", {"callbacks": [Clamps(), OnlyTheMainProcess()]}),
-        run("frozen", "lockstep", {"callbacks": [Freezes()]}),
+        run("written", "pipelined", {"callbacks": [Clamps(), Freezes(), OnlyTheMainProcess()]}),
         run("added", "pipelined", {"callbacks": [AddsGroup()]}),
         run("own step", "pipelined", {"cls": StepOfOnesOwn}, {"logging_steps": 2}),
         run("ragged", "1f1b", {"train_dataset": Stream(18)}, ragged),
     ]
     found = run_all(tmp_path, 2, runs)
     for given, result in zip(runs, found, strict=True):
-        schedule = {"pipelined": "reference", "lockstep": "reference"}.get(given["options"]["schedule"], "1f1b")
+        schedule = {"pipelined": "reference"}.get(given["options"]["schedule"], "1f1b")
         here = {**given["options"], "schedule": schedule, **split_options(3, 2)}
         expected = run_here(tmp_path, {**given, "name": f"{given['name']} here", "options": here})
         assert_equal(expected, result, "weights", "step", "scheduler")
