@@ -16,7 +16,6 @@ from transformers.utils import ModelOutput
 from .engine.streams import COLUMNS, SEGMENTS
 from .errors import EngineError
 from .partition import ModelCall
-from .partition.families import find_family
 
 
 class HeadModel(nn.Module):
@@ -25,18 +24,18 @@ class HeadModel(nn.Module):
     Args:
         model: the model it stands in for.
         call: what is left of a call of it.
-        needs_logits: whether logits are wanted even of a model that gives the loss without them.
+        without_labels: whether logits are wanted of a model that gives the loss without them.
         alone: whether there is only one stage; then everything that the model has may be looked at.
     """
 
-    def __init__(self, model: PreTrainedModel, call: ModelCall, needs_logits: bool, alone: bool = False):
+    def __init__(self, model: PreTrainedModel, call: ModelCall, without_labels: bool, alone: bool = False):
         super().__init__()
         self.config = model.config
         self._model = (model,)  # in a tuple: it must not be registered as a submodule
         self._alone = alone
         self._name = causal_name(model)
         self._call = call
-        self._without_labels = needs_logits and find_family(model).computes_loss
+        self._without_labels = without_labels
 
     def _get_name(self) -> str:
         return self._name

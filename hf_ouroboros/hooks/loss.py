@@ -38,7 +38,8 @@ class TrainerLoss(LossOfModel):
         """See `LossOfModel`."""
         trainer = self._trainer
         alone = trainer.stage_plan.num_stages == 1
-        head = HeadModel(trainer.model, model, needs_logits=not head_computes_loss(trainer), alone=alone)
+        without_labels = trainer._partition.stages[0].family.computes_loss and not head_computes_loss(trainer)
+        head = HeadModel(trainer.model, model, without_labels, alone)
         with contextlib.nullcontext() if alone else _refused_here(trainer.model):
             loss = trainer.compute_loss(head, inputs, num_items_in_batch=context.num_items)
         if trainer._counts_all_replicas and context.num_items is not None:
