@@ -64,6 +64,12 @@ def test_hook_on_a_tied_matrix(tmp_path: Path) -> None:
     assert_equal(tmp_path, Script(prepare, model=lambda: tiny_model(dropout=0.0)), exact=())
 
 
+def test_hook_on_two_halves_is_refused(tmp_path: Path) -> None:
+    prepare = on_parameter("transformer.wte.weight", lambda gradient: gradient.clamp(-1e-4, 1e-4))
+    script = Script(prepare, model=lambda: tiny_model(dropout=0.0), tied_gradient="paper")
+    assert_refused(tmp_path, script, "a hook is registered on transformer.wte.weight", ("lockstep", "reference"))
+
+
 def scaled(module: Any, inputs: Any, output: Any) -> Any:
     return (output[0] * 0.9, *output[1:]) if isinstance(output, tuple) else output * 0.9
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from script_runs import Script, assert_equal
 from torch import nn
 from torch.utils.data import Dataset
 from trainer_helpers import ExactTrainer, Rows, assert_same, logged, stock, tiny_model, trained
@@ -169,6 +170,15 @@ def penalty(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
 def hidden_states(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     """A loss of hidden states."""
     return model(**inputs, output_hidden_states=True).hidden_states[1].mean()
+
+
+@pytest.mark.parametrize("loss", [twice, other_tokens, penalty, hidden_states])
+def test_a_single_stage_can_do_it(loss: Callable[..., torch.Tensor], tmp_path: Path) -> None:
+    class Own:
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            return loss(model, inputs)
+
+    assert_equal(tmp_path, Script(mixin=Own), exact=("alone",), delayed=())
 
 
 @pytest.mark.parametrize("schedule", ["pipelined", "reference"])

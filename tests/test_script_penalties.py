@@ -13,6 +13,8 @@ from script_runs import Script, assert_equal, assert_refused
 from torch import nn
 from transformers import Trainer
 
+from hf_ouroboros.errors import WorkerError
+
 
 def squares(parameters: Any) -> torch.Tensor:
     return 0.1 * sum(parameter.square().sum() for parameter in parameters)
@@ -86,7 +88,7 @@ def test_a_penalty_that_begins_later(tmp_path: Path) -> None:
     script = Script(max_steps=6)
     trainer = script.trainer(tmp_path, "pipelined")
     with_closure(late)(trainer)
-    with pytest.raises(Exception, match="the loss reaches the parameter lm_head.weight past the model's outputs"):
+    with pytest.raises(WorkerError, match="the loss reaches the parameter lm_head.weight past the model's outputs"):
         trainer.train()
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
+import threading
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -21,12 +22,13 @@ import torch.utils.checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import UnsupportedModelError
-from .randomness import mask_seed, seeded_dropout
+from .randomness import seeded_dropout
 
 _GENERATORS = (random.Random, numpy.random.RandomState, numpy.random.Generator)
 _ADVICE = "which are not tied to a micro-batch; draw with torch"
 _SEEDING = ("manual_seed", "seed", "set_rng_state", "fork_rng")
 _SUSPICIONS = 3
+_allowed = threading.local()  # .here: whether what this thread draws in a backward is tied to a micro-batch
 
 
 class StageNoise:
@@ -89,16 +91,19 @@ class StageNoise:
 @contextlib.contextmanager
 def own_draws(seed: int, stage: int, tick: int, purpose: str, device: torch.device) -> Iterator[None]:
     """Within this context everything is drawn from (seed, stage, tick, purpose) alone."""
-    value = mask_seed(seed, stage, tick)
-    with seeded_dropout(value, stage, f"{tick}/{purpose}", device) as generator, _EveryDraw(generator):
-        yield
+    before, _allowed.here = getattr(_allowed, "here", False), True
+    try:
+        with seeded_dropout(seed, stage, f"{tick}/{purpose}", device) as generator, _EveryDraw(generator):
+            yield
+    finally:
+        _allowed.here = before
 
 
 class NoDraws(TorchDispatchMode):
     """Within this context, which surrounds a backward, drawing random numbers is refused."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if _draws(func, args, kwargs or {}):
+        if _draws(func, args, kwargs or {}) and not getattr(_allowed, "here", False):
             raise UnsupportedModelError(
                 f"random numbers ({func}) are drawn in a backward, in a hook on gradients for instance, where they are not "
                 "tied to a micro-batch; draw them in the forward, or register the hook on the parameter (p.register_hook)"
