@@ -126,6 +126,13 @@ def test_equal_to_the_reference(kind: str, tmp_path: Path) -> None:
     assert_same(*runs)
 
 
+def test_a_trainer_that_does_not_give_the_number_of_items(tmp_path: Path) -> None:
+    def prepare(trainer: Any) -> None:
+        trainer.model_accepts_loss_kwargs = False
+
+    assert_equal(tmp_path, Script(prepare), exact=("1f1b",), delayed=())
+
+
 class Embedded(Dataset):
     """Rows of embeddings instead of token ids."""
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from script_runs import Script, assert_equal, assert_refused
 from torch.utils.checkpoint import checkpoint
 from trainer_helpers import tiny_model
-from transformers import Trainer
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
 from hf_ouroboros.errors import WorkerError
 
@@ -37,6 +37,31 @@ def embedded(trainer: Trainer) -> None:
     trainer.model.transformer.wte.register_forward_hook(
         lambda m, i, o: o + torch.zeros_like(o).uniform_(-0.1, 0.1) if m.training else o
     )
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    """Whose attention has its dropout as a number, not as a module."""
+    sizes = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
+
+
+def rated(trainer: Trainer) -> None:
+    """Set when the model has been split."""
+    for layer in trainer.model.model.layers:
+        layer.self_attn.attention_dropout = 0.3
+    for stage in trainer._partition.stages:
+        for layer in stage.layers.values():
+            layer.self_attn.attention_dropout = 0.3
+
+
+def test_dropout_that_is_a_number(tmp_path: Path) -> None:
+    assert_equal(tmp_path, Script(rated, tiny_llama, recompute=True), exact=())
+    changed, plain = (
+        Script(prepare, tiny_llama).run(tmp_path, "pipelined") for prepare in (rated, lambda trainer: None)
+    )
+    assert any(not torch.equal(changed[name], plain[name]) for name in plain)
 
 
 def attention_dropout(trainer: Trainer) -> None:

@@ -61,12 +61,21 @@ class StageNoise:
             with self._watched(seed, tick, device):
                 yield
             return
-        before = torch.default_generator.get_state() if self._suspicions else None
+        before = self._states(device)
         with seeded_dropout(seed, self._stage, tick, device) if self._draws else contextlib.nullcontext():
             yield
-        if before is not None and not torch.equal(before, torch.default_generator.get_state()):
+        if any(not torch.equal(old, new) for old, new in zip(before, self._states(device), strict=True)):
             self._suspected = True  # or another thread has drawn
             self._suspicions -= 1
+
+    def _states(self, device: torch.device) -> list[torch.Tensor]:
+        """Of the generators from which nobody may draw in this stage."""
+        if not self._suspicions:
+            return []
+        states = [torch.default_generator.get_state()]
+        if device.type != "cpu" and not self._draws:
+            states.append(torch.get_device_module(device).get_rng_state(device))
+        return states
 
     @contextlib.contextmanager
     def _watched(self, seed: int, tick: int, device: torch.device) -> Iterator[None]:
@@ -79,13 +88,16 @@ class StageNoise:
             yield
         if found:
             raise UnsupportedModelError(f"the forward of stage {self._stage} {found[0]}")
-        if self._suspected and draws.drew:
+        known = draws.drew_as_dropout or draws.drew_on_device  # for which `seeded_dropout` is enough
+        drew = draws.drew or (None if self._draws else known)
+        if self._suspected and drew:
             raise UnsupportedModelError(
                 f"the forward of stage {self._stage} began to draw random numbers in the middle of training "
-                f"({draws.drew}); draw them from the first micro-batch on (and multiply by 0), so that they are tied to "
+                f"({drew}); draw them from the first micro-batch on (and multiply by 0), so that they are tied to "
                 "micro-batches from then on"
             )
         self._suspected, self._everything = False, bool(draws.drew)
+        self._draws |= known is not None
 
 
 @contextlib.contextmanager
@@ -115,13 +127,17 @@ class _EveryDraw(TorchDispatchMode):
     """Lets every operation on a CPU that draws use a generator; modes are local to a thread.
 
     Attributes:
-        drew: name of the first operation that drew on its own; None if none did.
+        drew: name of the first operation that drew on its own on the CPU; None if none did.
+        drew_on_device: the same of an accelerator, whose generator has been seeded.
+        drew_as_dropout: the same of dropout, which has been given the generator.
     """
 
     def __init__(self, generator: torch.Generator):
         super().__init__()
         self.generator = generator
         self.drew: str | None = None
+        self.drew_on_device: str | None = None
+        self.drew_as_dropout: str | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -134,10 +150,13 @@ class _EveryDraw(TorchDispatchMode):
                 f"{func} draws from a generator of its own in the forward of a stage, which is neither tied to a micro-batch "
                 "nor saved; leave the generator out: it is then drawn from the run's seed, stage by stage"
             )
-        if own is None:
+        if own is not None:
+            self.drew_as_dropout = self.drew_as_dropout or str(func)
+        elif _device(args, kwargs).type == "cpu":
             self.drew = self.drew or str(func)
-            if _device(args, kwargs).type == "cpu":
-                return self._drawn(func, args, kwargs)
+            return self._drawn(func, args, kwargs)
+        else:
+            self.drew_on_device = self.drew_on_device or str(func)
         return func(*args, **kwargs)
 
     def _drawn(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
