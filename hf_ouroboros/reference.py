@@ -34,7 +34,7 @@ import torch
 from torch.func import functional_call
 
 from .engine.exposed import own_threads
-from .engine.gradient_hooks import accumulated, calls_backward_hooks, hooked, silenced
+from .engine.gradient_hooks import accumulated, calls_backward_hooks, hooked, refuse_on_halves, silenced
 from .engine.graph import GraphCheck, nodes_of
 from .engine.losses import LossFunction, finishing
 from .engine.noise import NoDraws, StageNoise
@@ -84,6 +84,7 @@ class Reference:
         self._output_side: dict[int, Gradients] = {}  # tied_gradient="paper": tick -> gradients of the head's side
         self._noise = [StageNoise(k, s.draws or has_dropout(s)) for k, s in enumerate(partition.stages)]
         self._checks = [GraphCheck(partition.model, k) for k in range(len(self._owned))]
+        refuse_on_halves(partition.tied, settings)
         self._streams, self._memories = Streams(), [Memories() for _ in self._owned]
         self._finished: list[FinishedLoss] = []
         self._norms: list[FinishedNorm] = []
@@ -143,7 +144,9 @@ class Reference:
         with ExitStack() as scopes:
             if self._alone:
                 scopes.enter_context(silenced(self._owned[0].values()))
-            if tick < self.settings.micro_batches or any(map(calls_backward_hooks, self.partition.stages)):
+            if tick < self.settings.micro_batches or any(
+                calls_backward_hooks(s.modules()) for s in self.partition.stages
+            ):
                 scopes.enter_context(NoDraws())
             loss.backward()
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from script_runs import Script, assert_equal
 from torch import nn
 from torch.utils.data import Dataset
 from trainer_helpers import ExactTrainer, Rows, assert_same, logged, stock, tiny_model, trained
@@ -125,6 +126,13 @@ def test_equal_to_the_reference(kind: str, tmp_path: Path) -> None:
     assert_same(*runs)
 
 
+def test_a_trainer_that_does_not_give_the_number_of_items(tmp_path: Path) -> None:
+    def prepare(trainer: Any) -> None:
+        trainer.model_accepts_loss_kwargs = False
+
+    assert_equal(tmp_path, Script(prepare), exact=("1f1b",), delayed=())
+
+
 class Embedded(Dataset):
     """Rows of embeddings instead of token ids."""
 
@@ -169,6 +177,15 @@ def penalty(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
 def hidden_states(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     """A loss of hidden states."""
     return model(**inputs, output_hidden_states=True).hidden_states[1].mean()
+
+
+@pytest.mark.parametrize("loss", [twice, other_tokens, penalty, hidden_states])
+def test_a_single_stage_can_do_it(loss: Callable[..., torch.Tensor], tmp_path: Path) -> None:
+    class Own:
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            return loss(model, inputs)
+
+    assert_equal(tmp_path, Script(mixin=Own), exact=("alone",), delayed=())
 
 
 @pytest.mark.parametrize("schedule", ["pipelined", "reference"])

@@ -92,7 +92,7 @@ def test_head_model() -> None:
         calls.append(inputs)
         return CausalLMOutput(loss=logits.sum(), logits=logits)
 
-    stand_in = HeadModel(model, call, needs_logits=True)
+    stand_in = HeadModel(model, call, without_labels=False)
     assert stand_in._get_name() == "GPT2LMHeadModel" and stand_in.config is model.config
     output = stand_in(**batch(), stream_columns=torch.arange(4))
     assert output.logits is logits and torch.equal(output.loss, logits.sum())

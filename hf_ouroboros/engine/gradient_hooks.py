@@ -16,7 +16,9 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from ..errors import UnsupportedOptionError
 from .noise import NoDraws, own_draws
+from .settings import EngineSettings
 
 
 def hooked(
@@ -75,13 +77,28 @@ def silenced(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             found.update(before)
 
 
-def calls_backward_hooks(module: nn.Module) -> bool:
+def refuse_on_halves(tied: Mapping[str, nn.Parameter], settings: EngineSettings) -> None:
+    """Refuses hooks on matrices whose two sides come at different ticks.
+
+    Raises:
+        UnsupportedOptionError: there is one, and tied_gradient="paper".
+    """
+    for name, parameter in tied.items() if settings.tied_gradient == "paper" else ():
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            raise UnsupportedOptionError(
+                f"a hook is registered on {name}, whose gradient comes in two halves at different micro-batches with "
+                "tied_gradient='paper'; use tied_gradient='joint'"
+            )
+
+
+def calls_backward_hooks(modules: Iterable[nn.Module]) -> bool:
     """Whether a backward calls hooks that are on modules."""
-    return any(part._backward_hooks or part._backward_pre_hooks for part in module.modules())
+    return any(part._backward_hooks or part._backward_pre_hooks for part in modules)
 
 
 def stage_backward(
     stage: nn.Module,
+    modules: Sequence[nn.Module],
     weights: Mapping[str, torch.Tensor],
     outputs: Sequence[torch.Tensor],
     gradients: Sequence[torch.Tensor | None],
@@ -92,13 +109,14 @@ def stage_backward(
 
     Args:
         stage: the stage.
+        modules: all modules in it.
         weights: of the forward, which a hook sees that looks at its module.
         outputs: of the forward.
         gradients: of the loss with respect to them.
         silent: parameters that are leaves themselves, whose hooks are called later.
         watched: whether to find out if random numbers are drawn; where there are hooks, that is always found out.
     """
-    has_hooks = calls_backward_hooks(stage)
+    has_hooks = calls_backward_hooks(modules)
     with ExitStack() as scopes:
         scopes.enter_context(silenced(silent))
         if has_hooks or watched:

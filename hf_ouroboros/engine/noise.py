@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
+import threading
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -21,12 +22,13 @@ import torch.utils.checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import UnsupportedModelError
-from .randomness import mask_seed, seeded_dropout
+from .randomness import seeded_dropout
 
 _GENERATORS = (random.Random, numpy.random.RandomState, numpy.random.Generator)
 _ADVICE = "which are not tied to a micro-batch; draw with torch"
 _SEEDING = ("manual_seed", "seed", "set_rng_state", "fork_rng")
 _SUSPICIONS = 3
+_allowed = threading.local()  # .here: whether what this thread draws in a backward is tied to a micro-batch
 
 
 class StageNoise:
@@ -59,12 +61,21 @@ class StageNoise:
             with self._watched(seed, tick, device):
                 yield
             return
-        before = torch.default_generator.get_state() if self._suspicions else None
+        before = self._states(device)
         with seeded_dropout(seed, self._stage, tick, device) if self._draws else contextlib.nullcontext():
             yield
-        if before is not None and not torch.equal(before, torch.default_generator.get_state()):
+        if any(not torch.equal(old, new) for old, new in zip(before, self._states(device), strict=True)):
             self._suspected = True  # or another thread has drawn
             self._suspicions -= 1
+
+    def _states(self, device: torch.device) -> list[torch.Tensor]:
+        """Of the generators from which nobody may draw in this stage."""
+        if not self._suspicions:
+            return []
+        states = [torch.default_generator.get_state()]
+        if device.type != "cpu" and not self._draws:
+            states.append(torch.get_device_module(device).get_rng_state(device))
+        return states
 
     @contextlib.contextmanager
     def _watched(self, seed: int, tick: int, device: torch.device) -> Iterator[None]:
@@ -77,28 +88,34 @@ class StageNoise:
             yield
         if found:
             raise UnsupportedModelError(f"the forward of stage {self._stage} {found[0]}")
-        if self._suspected and draws.drew:
+        known = draws.drew_as_dropout or draws.drew_on_device  # for which `seeded_dropout` is enough
+        drew = draws.drew or (None if self._draws else known)
+        if self._suspected and drew:
             raise UnsupportedModelError(
                 f"the forward of stage {self._stage} began to draw random numbers in the middle of training "
-                f"({draws.drew}); draw them from the first micro-batch on (and multiply by 0), so that they are tied to "
+                f"({drew}); draw them from the first micro-batch on (and multiply by 0), so that they are tied to "
                 "micro-batches from then on"
             )
         self._suspected, self._everything = False, bool(draws.drew)
+        self._draws |= known is not None
 
 
 @contextlib.contextmanager
 def own_draws(seed: int, stage: int, tick: int, purpose: str, device: torch.device) -> Iterator[None]:
     """Within this context everything is drawn from (seed, stage, tick, purpose) alone."""
-    value = mask_seed(seed, stage, tick)
-    with seeded_dropout(value, stage, f"{tick}/{purpose}", device) as generator, _EveryDraw(generator):
-        yield
+    before, _allowed.here = getattr(_allowed, "here", False), True
+    try:
+        with seeded_dropout(seed, stage, f"{tick}/{purpose}", device) as generator, _EveryDraw(generator):
+            yield
+    finally:
+        _allowed.here = before
 
 
 class NoDraws(TorchDispatchMode):
     """Within this context, which surrounds a backward, drawing random numbers is refused."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if _draws(func, args, kwargs or {}):
+        if _draws(func, args, kwargs or {}) and not getattr(_allowed, "here", False):
             raise UnsupportedModelError(
                 f"random numbers ({func}) are drawn in a backward, in a hook on gradients for instance, where they are not "
                 "tied to a micro-batch; draw them in the forward, or register the hook on the parameter (p.register_hook)"
@@ -110,13 +127,17 @@ class _EveryDraw(TorchDispatchMode):
     """Lets every operation on a CPU that draws use a generator; modes are local to a thread.
 
     Attributes:
-        drew: name of the first operation that drew on its own; None if none did.
+        drew: name of the first operation that drew on its own on the CPU; None if none did.
+        drew_on_device: the same of an accelerator, whose generator has been seeded.
+        drew_as_dropout: the same of dropout, which has been given the generator.
     """
 
     def __init__(self, generator: torch.Generator):
         super().__init__()
         self.generator = generator
         self.drew: str | None = None
+        self.drew_on_device: str | None = None
+        self.drew_as_dropout: str | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -129,10 +150,13 @@ class _EveryDraw(TorchDispatchMode):
                 f"{func} draws from a generator of its own in the forward of a stage, which is neither tied to a micro-batch "
                 "nor saved; leave the generator out: it is then drawn from the run's seed, stage by stage"
             )
-        if own is None:
+        if own is not None:
+            self.drew_as_dropout = self.drew_as_dropout or str(func)
+        elif _device(args, kwargs).type == "cpu":
             self.drew = self.drew or str(func)
-            if _device(args, kwargs).type == "cpu":
-                return self._drawn(func, args, kwargs)
+            return self._drawn(func, args, kwargs)
+        else:
+            self.drew_on_device = self.drew_on_device or str(func)
         return func(*args, **kwargs)
 
     def _drawn(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:

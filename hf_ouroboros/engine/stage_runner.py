@@ -15,7 +15,7 @@ from torch.nn.utils import get_total_norm
 
 from ..partition import Boundary, Finish, Memory, Partition, select, to_device
 from .averaging import BucketedMean, ReplicaMean
-from .gradient_hooks import accumulated, hooked, stage_backward
+from .gradient_hooks import accumulated, hooked, refuse_on_halves, stage_backward
 from .graph import GraphCheck
 from .in_flight import BufferCheck, InFlight, detached, roots_of
 from .losses import LossFunction, finishing
@@ -79,7 +79,8 @@ class StageRunner:
         self._meeting = [name for name in link.names if uses[name] > 1] if self._lends else []
         self._noise = StageNoise(stage, self.stage.draws or has_dropout(self.stage))
         self._buffers = BufferCheck(self.stage, replayed=settings.recompute and not self.stage.is_last)
-        self._backwards = 0
+        self._backwards, self._modules = 0, list(self.stage.modules())
+        refuse_on_halves(partition.tied, settings)
 
     @property
     def borrows(self) -> bool:
@@ -208,7 +209,7 @@ class StageRunner:
                 watched = self._backwards <= self.settings.micro_batches
                 weights = {name: item.leaves[source] for name, source in self._bindings}
                 alone = self._versions.parameters.values() if self._num_stages == 1 else ()
-                stage_backward(self.stage, weights, outputs, output_gradients, alone, watched)
+                stage_backward(self.stage, self._modules, weights, outputs, output_gradients, alone, watched)
         gradients: Gradients = {}
         for name, leaf in item.leaves.items():
             if leaf.requires_grad and leaf.grad is not None:
