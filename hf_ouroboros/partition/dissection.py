@@ -75,6 +75,8 @@ def _key(model: PreTrainedModel) -> str:
     numbers: dict[int, int] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         digest.update(f"{name} {type(module)!r} {getattr(module, 'p', None)} {'forward' in vars(module)}".encode())
+        # Of PEFT's layers: which of their adapters are used.
+        digest.update(f"{vars(module).get('_active_adapter')} {vars(module).get('_disable_adapters')}".encode())
         for own, parameter in module._parameters.items():
             if parameter is not None:
                 number = numbers.setdefault(id(parameter), len(numbers))
