@@ -103,11 +103,11 @@ NOISE = {
 }
 
 
-@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("kind", NOISE)
-def test_noise_is_the_reference_s(kind: str, recompute: bool, tmp_path: Path) -> None:
-    script = Script(NOISE[kind], model=lambda: tiny_model(dropout=0.1 * recompute), recompute=recompute)
-    assert_equal(tmp_path, script, exact=(), delayed=("pipelined",))
+def test_noise_is_the_reference_s(kind: str, tmp_path: Path) -> None:
+    """In a replay, and beside dropout in half of the cases."""
+    dropout = 0.1 * (list(NOISE).index(kind) % 2)
+    assert_equal(tmp_path, Script(NOISE[kind], lambda: tiny_model(dropout=dropout), recompute=True), exact=())
 
 
 def test_lockstep_and_two_equal_runs(tmp_path: Path) -> None:
