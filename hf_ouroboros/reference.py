@@ -319,7 +319,9 @@ class Reference:
         """Between micro-batches, weights may be written and frozen by anybody."""
 
     def take_weights(self) -> None:
-        """The parameters are always used as they are."""
+        """The parameters are always used as they are; what draws random numbers may have changed."""
+        for noise, stage in zip(self._noise, self.partition.stages, strict=True):
+            noise.look_again(stage.draws or has_dropout(stage))
 
     def synchronize(self) -> None:
         """Nothing is ever in flight."""

@@ -46,6 +46,14 @@ class StageNoise:
         self._suspected = False
         self._suspicions = _SUSPICIONS
 
+    def look_again(self, draws: bool) -> None:
+        """A script may have switched dropout on or off.
+
+        Args:
+            draws: whether the stage is known to have dropout now.
+        """
+        self._draws = draws
+
     @contextlib.contextmanager
     def scope(self, seed: int, tick: int, device: torch.device) -> Iterator[None]:
         """Surrounds the stage's forward of a tick, or its replay.

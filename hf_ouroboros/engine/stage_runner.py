@@ -331,7 +331,7 @@ class StageRunner:
         """Takes weights, and what may have been changed about modules, as they are now."""
         self._versions.look_again()
         self.stage.train()
-        self._draws = self.stage.draws or has_dropout(self.stage)
+        self._noise.look_again(self.stage.draws or has_dropout(self.stage))
 
     def expose(self) -> None:
         """Hands the open update's gradients over to the parameters."""
