@@ -46,6 +46,7 @@ from .engine.streams import Memories, Segment, Streams, memories_on
 from .errors import EngineError
 from .optim import compensated_step, predictions
 from .partition import Partition, select, torch_device
+from .partition.ownership import parameter_places
 
 Gradients = dict[str, torch.Tensor]
 
@@ -168,7 +169,7 @@ class Reference:
                 tied = self.partition.tied
                 heads = {name: p.detach().requires_grad_(p.requires_grad) for name, p in tied.items()}
                 source = {**leaves, **{id(p): heads[name] for name, p in tied.items()}}
-            replaced = {name: source[id(p)] for name, p in stage.named_parameters(remove_duplicate=False)}
+            replaced = {name: source.get(id(p), p) for name, p in parameter_places(stage)}  # some are frozen copies
             check = None
             if not self._alone:  # the last stage may end in its own weights and in what it has received
                 received, own = nodes_of(state), list(replaced.values())

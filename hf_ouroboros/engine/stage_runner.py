@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.nn.utils import get_total_norm
 
 from ..partition import Boundary, Finish, Memory, Partition, select, to_device
+from ..partition.ownership import parameter_places
 from .averaging import BucketedMean, ReplicaMean
 from .gradient_hooks import accumulated, hooked, refuse_on_halves, stage_backward
 from .graph import GraphCheck
@@ -73,7 +74,7 @@ class StageRunner:
         leaf_names = {id(p): name for name, p in self._versions.parameters.items()}
         if link is not None:
             leaf_names |= {id(parameter): name for name, parameter in partition.tied.items()}
-        self._bindings = [(name, leaf_names[id(p)]) for name, p in self.stage.named_parameters(remove_duplicate=False)]
+        self._bindings = [(name, leaf_names[id(p)]) for name, p in parameter_places(self.stage)]
         # A tied matrix that the embeddings use several times: what the head adds to its gradient comes first.
         uses = Counter(source for _, source in self._bindings)
         self._meeting = [name for name in link.names if uses[name] > 1] if self._lends else []

@@ -86,17 +86,19 @@ class _Visit:
     def __init__(self, trainer: Any, callback: TrainerCallback, event: str):
         self._trainer, self._event = trainer, event
         self._who = f"{type(callback).__name__}.{event}"
+        self._begun = False
         self._before: Structure | None = None
 
     def begin(self) -> None:
         """The callback touches the model."""
-        if self._before is not None:
+        if self._begun:
             return
-        self._before = Structure.of(self._trainer.model)
+        self._begun = True
         engine = self._trainer.engine
         if self._event == "on_pre_optimizer_step" and self._trainer._grid is None:
             engine.expose_gradients()
         engine.open_weights()
+        self._before = Structure.of(self._trainer.model)  # workers at work put hooks on the model for a moment
 
     def want_gradient(self) -> None:
         """The callback looks at the gradient of something.
@@ -130,9 +132,11 @@ class _Visit:
                 f"{self._who} has changed {change} while the stages are training; change it before train(), which then "
                 "takes the model as it is"
             )
+        partition = self._trainer._partition
+        within = next(f"{name}." if name else "" for name, m in model.named_modules() if m is partition.model)
         for name, attribute, value in now.settings_since(before):
-            for stage in self._trainer._partition.stages:
-                _tell(stage, name, attribute, value)
+            for stage in partition.stages if name.startswith(within) else ():  # not what is wrapped around the model
+                _tell(stage, name.removeprefix(within), attribute, value)
         self._trainer.engine.take_weights()
 
 

@@ -73,7 +73,7 @@ class Structure:
     def change_of_hooks_since(self, before: Structure) -> str | None:
         """Which module has other hooks than before, in words; None for none."""
         found = _differing(before.hooks, self.hooks, lambda a, b: len(a) == len(b) and all(map(_same, a, b)))
-        return f"hooks of {found}" if found else None
+        return (f"hooks {found}" if found == "of the model" else f"hooks of {found}") if found else None
 
     def change_of_parts_since(self, before: Structure) -> str | None:
         """What is another module or parameter than before, in words; None for nothing."""
@@ -85,8 +85,12 @@ class Structure:
 
     def settings_since(self, before: Structure) -> list[tuple[str, str, Any]]:
         """Settings that are others than before: name of the module, of the attribute, and its value now."""
-        known, missing = before.settings, object()
-        return [(*key, value) for key, value in self.settings.items() if not _same(value, known.get(key, missing))]
+        missing = object()
+
+        def former(name: str, attribute: str) -> Any:  # what the class says counts where the module said nothing
+            return before.settings.get((name, attribute), getattr(self.modules[name][1], attribute, missing))
+
+        return [(*key, value) for key, value in self.settings.items() if not _same(value, former(*key))]
 
 
 def _without_bookkeeping(config: Any) -> Any:

@@ -29,6 +29,19 @@ def names_of_parameters(model: nn.Module) -> list[tuple[nn.Parameter, tuple[str,
     return [(parameter, tuple(names)) for parameter, names in found.values()]
 
 
+def parameter_places(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Every place that holds a parameter, under one name: a tied matrix has several, a module with several names one.
+
+    What is put into a place by two names would not be taken out again by both.
+    """
+    return [
+        (f"{prefix}.{name}" if prefix else name, parameter)
+        for prefix, part in module.named_modules()
+        for name, parameter in part._parameters.items()
+        if parameter is not None
+    ]
+
+
 def release_foreign(model: nn.Module, owned: Owned) -> tuple[str, ...]:
     """Turns the parameters that are not owned into meta parameters and drops their values and gradients.
 
