@@ -66,7 +66,8 @@ class StreamLoss(LossOfModel):
         self.replicas = replicas
 
     def __call__(self, model: Any, inputs: dict[str, Any], context: Any) -> torch.Tensor:
-        output = model(shift_labels=inputs["shift_labels"], num_items_in_batch=context)
+        given = {key: inputs[key] for key in ("input_ids", "attention_mask") if key in inputs}
+        output = model(**given, shift_labels=inputs["shift_labels"], num_items_in_batch=context)
         assert output.logits is None, "the head computes the loss"
         return output.loss * self.replicas
 

@@ -44,15 +44,17 @@ class WeightVersions:
         if self._leaves is None:
             # `.data`, unlike `.detach()`, has a version counter of its own: the optimizer's writes to fresh
             # storage must not invalidate graphs on the old one.
-            # A frozen parameter has one version, itself.
-            self._leaves = {
-                name: parameter
-                if not parameter.requires_grad or (self._direct and name not in self._predicted)
-                else self._predicted.get(name, parameter.data).requires_grad_()
-                for name, parameter in self.parameters.items()
-            }
+            self._leaves = {name: self._leaf(name, parameter) for name, parameter in self.parameters.items()}
             self._lent |= self._leaves.keys() - self._predicted.keys()
         return self._leaves
+
+    def _leaf(self, name: str, parameter: nn.Parameter) -> torch.Tensor:
+        if self._direct and name not in self._predicted:
+            return parameter
+        if parameter.requires_grad:
+            return self._predicted.get(name, parameter.data).requires_grad_()
+        # A frozen parameter has one version; of a kind of its own (packed weights, for example) it stays the object.
+        return parameter.data if type(parameter) is nn.Parameter else parameter
 
     def advance(self, in_use: bool, stepping: Collection[str] = ()) -> None:
         """To be called before an in-place step.

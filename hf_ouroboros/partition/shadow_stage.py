@@ -23,7 +23,7 @@ from transformers.utils import ModelOutput
 
 from ..errors import EngineError, UnsupportedModelError
 from .anatomy import HIDDEN, Anatomy
-from .balancing import PROBABILITIES, RouterLogits
+from .balancing import CHOSEN, PROBABILITIES, RouterLogits
 from .meta import call_options, is_encoder_decoder
 from .one_call import OneCall
 from .ownership import named_parts
@@ -191,10 +191,10 @@ class ShadowStage(Stage):
     def trains(self, name: str, tensor: torch.Tensor) -> bool:
         """See `Stage.trains`."""
         if name in (HIDDEN, PROBABILITIES):
-            units, trained = self.start, True
-        else:
-            units, trained = self._anatomy.level(name) + 1, self._anatomy.trained(name)
-        return tensor.is_floating_point() and trained and self.first_trained < units  # units: on which it depends
+            return tensor.is_floating_point() and self.first_trained < self.start
+        if name == CHOSEN or not self._anatomy.trained(name):
+            return False
+        return tensor.is_floating_point() and self.first_trained <= self._anatomy.level(name)  # on which it depends
 
     def check_config(self) -> None:
         """See `Stage.check_config`."""
