@@ -11,45 +11,25 @@ layers only has to have the right shapes; what comes after them never runs.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers import PreTrainedModel
 
 from ..errors import EngineError, UnsupportedModelError
 from .anatomy import HIDDEN, Anatomy
 from .balancing import CHOSEN, PROBABILITIES, RouterLogits
-from .meta import call_options, is_encoder_decoder
+from .meta import call_options
+from .model_inputs import batch_keys, check_config, foreign_outputs, of_last_stage, token_count, without_unused_labels
 from .one_call import OneCall
 from .ownership import named_parts
 from .shadow import Path, hollow, hook_dicts, leaf, leaves, map_leaves, on_meta, shadow, with_leaf
 from .stages import Boundary, Finish, Memory, Stage
 from .stand_ins import identity, nothing, output_on_meta, without_values
 from .units import StageSpan, Unit
-
-NOT_OF_A_BATCH = frozenset(
-    {"labels", "past_key_values", "use_cache", "return_dict", "logits_to_keep", "num_items_in_batch", "cache_position"}
-)
-"""Arguments of a model's forward that stages are not given from a batch, besides those that begin with `output_`."""
-
-
-DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
-"""What the decoder of an encoder-decoder model reads; if a batch has none of it, the model makes it of the labels."""
-
-OF_ALL_LAYERS = {
-    "output_hidden_states": "returns what every layer puts out, but layers of other stages keep it to themselves",
-    "output_attentions": "returns every layer's attention, but layers of other stages keep it to themselves",
-}
-"""Options of a configuration that ask for something of all layers at once, and why stages can't give it."""
-
-
-NOT_HERE = frozenset({"router_logits", "encoder_last_hidden_state"})
-"""What a model returns of layers that are in other stages."""
 
 
 class _EndReached(Exception):
@@ -79,12 +59,7 @@ class ShadowStage(Stage):
     ):
         super().__init__(model.config, family, units, span, num_stages)
         self.check_config()
-        parameters = inspect.signature(type(model).forward).parameters
-        self.batch_keys = frozenset(n for n in parameters if not n.startswith("output_")) - NOT_OF_A_BATCH - {"self"}
-        if is_encoder_decoder(model):
-            self.batch_keys |= {"labels"}  # of which the decoder's inputs are made, where a batch has none
-        self.foreign_outputs = frozenset(n for n in parameters if n.startswith("output_"))
-        self.foreign_outputs |= OF_ALL_LAYERS.keys()
+        self.batch_keys, self.foreign_outputs = batch_keys(model), foreign_outputs(model)
         self.draws = anatomy.draws
         self._options = call_options(model)
         self._anatomy = anatomy
@@ -135,10 +110,7 @@ class ShadowStage(Stage):
         if tokens is None:
             raise EngineError(f"a batch needs input_ids (or inputs_embeds), but has {', '.join(batch) or 'nothing'}")
         self._stub_device = tokens.device
-        keys = self.batch_keys
-        if "labels" in batch and any(batch.get(key) is not None for key in DECODER_INPUTS):
-            keys -= {"labels"}
-            batch = {key: value for key, value in batch.items() if key in keys}
+        batch, keys = without_unused_labels(batch, self.batch_keys)
         if not self.is_last:
             return self._attempt(batch, received)
         run = partial(self._attempt, received=received)
@@ -181,12 +153,9 @@ class ShadowStage(Stage):
             output = self._core(**{**self._options, **inputs})
         else:
             self._routers.begin()
-            tokens = inputs["input_ids"].numel() if "input_ids" in inputs else inputs["inputs_embeds"].shape[:2].numel()
-            with self._routers.finishing(received, tokens):
+            with self._routers.finishing(received, token_count(inputs)):
                 output = self._core(**{**self._options, **inputs})
-        if received is not None and isinstance(output, ModelOutput) and NOT_HERE & output.keys():
-            output = type(output)(**{name: value for name, value in output.items() if name not in NOT_HERE})
-        return output
+        return output if received is None else of_last_stage(output)
 
     def trains(self, name: str, tensor: torch.Tensor) -> bool:
         """See `Stage.trains`."""
@@ -199,7 +168,7 @@ class ShadowStage(Stage):
     def check_config(self) -> None:
         """See `Stage.check_config`."""
         if not (self.is_first and self.is_last):
-            _check_config(self.config)
+            check_config(self.config)
 
     def completes(self, unit: int) -> bool:
         """See `Stage.completes`."""
@@ -356,9 +325,3 @@ class ShadowStage(Stage):
     def _stand_in(self, like: torch.Tensor) -> torch.Tensor:
         stand_in = nothing(like, self._stub_device)
         return stand_in.contiguous() if self._stubs_have_memory else stand_in
-
-
-def _check_config(config: PretrainedConfig) -> None:
-    for name, why in OF_ALL_LAYERS.items():
-        if getattr(config, name, False):
-            raise UnsupportedModelError(f"config.{name}=True {why}; set it to False (the default) to train in stages")
