@@ -24,7 +24,7 @@ from trainer_helpers import (
     trained,
 )
 
-import hf_ouroboros.trainer
+import hf_ouroboros.hooks.logs
 from hf_ouroboros import OuroborosTrainer
 from hf_ouroboros.ledger import LossLedger
 
@@ -32,18 +32,18 @@ from hf_ouroboros.ledger import LossLedger
 class Hearing(LossLedger):
     """Remembers every loss that comes back."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self.heard: list[tuple[int, float]] = []
 
-    def add(self, tick: int, loss: float) -> None:
+    def add_loss(self, tick: int, loss: float) -> None:
         self.heard.append((tick, loss))
-        super().add(tick, loss)
+        super().add_loss(tick, loss)
 
 
 @pytest.fixture(autouse=True)
 def _hear(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf_ouroboros.trainer, "LossLedger", Hearing)
+    monkeypatch.setattr(hf_ouroboros.hooks.logs, "LossLedger", Hearing)
 
 
 def assert_schedules_agree(
