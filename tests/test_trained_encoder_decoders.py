@@ -145,6 +145,18 @@ def test_evaluation_and_card(tmp_path: Path) -> None:
     assert "AutoModelForSeq2SeqLM.from_pretrained(" in text and "Causal" not in text
 
 
+def test_the_card_of_an_adapter(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="needs the extra `peft`: pip install -e '.[peft]'")
+    model = peft.get_peft_model(made("t5"), peft.LoraConfig(r=2, target_modules=["q", "v"]))
+    trainer = trained(tmp_path, {**given("t5"), "model": model}, max_steps=1, **split_options(4, 2))
+    trainer.create_model_card()
+    text = (tmp_path / "README.md").read_text()
+    assert (
+        "adapter of a `t5` encoder-decoder language model" in text
+        and "= AutoModelForSeq2SeqLM.from_pretrained(" in text
+    )
+
+
 def test_generating_while_evaluating_is_refused(tmp_path: Path) -> None:
     args = Seq2SeqTrainingArguments(str(tmp_path), predict_with_generate=True, use_cpu=True, report_to=[])
     with pytest.raises(UnsupportedOptionError, match=r"predict_with_generate=True is not supported.*generate\(\)"):

@@ -193,25 +193,18 @@ def held_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value for name, value in model.state_dict().items() if not value.is_meta and name not in tied}
 
 
-def written_tensors(model: nn.Module, first: bool) -> dict[str, torch.Tensor]:
-    """What this process writes of a model: what it holds, but a buffer only where its module's parameters are.
-
-    Args:
-        model: the model.
-        first: whether this is the process that writes the buffers of modules that are in several processes.
-    """
+def written_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What this process can write of a model: what it holds, but a buffer only where parameters of its module are."""
     buffers = {name for name, _ in model.named_buffers()}
-    held = held_tensors(model)
-    return {name: value for name, value in held.items() if name not in buffers or _writes_buffer(model, name, first)}
+    return {name: v for name, v in held_tensors(model).items() if name not in buffers or _uses_buffer(model, name)}
 
 
-def _writes_buffer(model: nn.Module, name: str, first: bool) -> bool:
+def _uses_buffer(model: nn.Module, name: str) -> bool:
     while name:
         name = name.rpartition(".")[0]
         if parameters := list(model.get_submodule(name).parameters()):
-            foreign = sum(p.is_meta for p in parameters)
-            return foreign == 0 or (foreign < len(parameters) and first)
-    return first
+            return not all(p.is_meta for p in parameters)
+    return True
 
 
 def _saved_names(model: nn.Module) -> tuple[dict[str, torch.Tensor], set[str]]:

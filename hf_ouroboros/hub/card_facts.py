@@ -53,7 +53,7 @@ def collect_facts(trainer: OuroborosTrainer, **given: Any) -> CardFacts:
         "model_name": trainer.hub_model_id or output.absolute().name,
         "repo_id": trainer.hub_model_id,
         "model_type": model.config.model_type,
-        "encoder_decoder": is_encoder_decoder(model),
+        "encoder_decoder": is_encoder_decoder(trainer._partition.model),  # within what may be wrapped around it
         "num_parameters": model.num_parameters(),
         "schedule": args.schedule,
         "num_stages": plan.num_stages,

@@ -114,8 +114,8 @@ def save_weights(
     own: list[str] = []
     weight_map: dict[str, str] = {}
     part = directory / f".part-{grid.device_index}"
-    held = written_tensors(model, first=grid.device_index == 0)
-    # A frozen matrix that the first and the last stage share is in both of their processes.
+    held = written_tensors(model)
+    # A frozen matrix that the first and the last stage share, and a buffer beside several stages, are in several processes.
     before = together(grid, group, set(held) if grid.replica == 0 else set())[: grid.rank]
     held = {name: value for name, value in held.items() if not any(name in names for names in before)}
     if grid.replica == 0:

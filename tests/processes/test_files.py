@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rig import Ended, ends_of, in_processes
+from torch import nn
 from trainer_helpers import differing, split_options
 from trainer_runs import made, run_here
 from transformers import AutoModelForCausalLM
@@ -15,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import hf_ouroboros.processes.files
 from hf_ouroboros import CheckpointError
 from hf_ouroboros.checkpoint import load_run_state
+from hf_ouroboros.checkpoint.weights import written_tensors
 
 OPTIONS = {"num_stages": 3, "save_strategy": "steps", "save_steps": 2}
 
@@ -87,3 +90,23 @@ def test_damaged_for_one_process_only(tmp_path: Path) -> None:
     for end in ends:
         assert "ouroboros_state-replica0-device1.safetensors is missing" in end.text
         assert "The checkpoint before it is complete" in end.text
+
+
+def test_a_buffer_is_written_where_its_module_is() -> None:
+    """Also one beside the modules of the second and the third of three processes, of which the first one has nothing."""
+
+    def held(part: int) -> nn.Module:
+        model = nn.Module()
+        model.layers = nn.ModuleList(nn.Linear(2, 2, device="cpu" if k == part else "meta") for k in (0, 1, 2))
+        model.layers[1].register_buffer("own", torch.zeros(2))
+        model.pair = nn.Module()
+        model.pair.layers = model.layers[1:]
+        model.pair.register_buffer("shared", torch.zeros(2))
+        return model
+
+    written = [{name for name in written_tensors(held(part)) if name.endswith(("own", "shared"))} for part in range(3)]
+    assert [name in found for found in written for name in ("layers.1.own", "pair.shared")] == [
+        *(False, False),
+        *(True, True),
+        *(False, True),
+    ]
