@@ -13,11 +13,9 @@ from transformers.utils import ModelOutput
 
 from .engine.streams import Reading
 from .errors import CheckpointError, EngineError, UnsupportedOptionError
-from .head_model import HeadModel, call_model, causal_lm_output, causal_name
+from .head_model import call_model, causal_name
 from .partition import Finish, ModelCall, Partition, compose, to_device
 from .processes.relay import Relay
-
-__all__ = ["HeadModel", "StagedModel", "StagedOptimizer", "causal_lm_output", "refuse_forward"]
 
 
 class StagedModel(nn.Module):

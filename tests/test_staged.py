@@ -11,7 +11,8 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from hf_ouroboros import split_model
 from hf_ouroboros.errors import EngineError
-from hf_ouroboros.staged import HeadModel, StagedModel, StagedOptimizer, causal_lm_output
+from hf_ouroboros.head_model import HeadModel, causal_lm_output
+from hf_ouroboros.staged import StagedModel, StagedOptimizer
 
 
 def batch(count: int = 4) -> dict[str, torch.Tensor]:

@@ -98,8 +98,7 @@ def calls_backward_hooks(modules: Iterable[nn.Module]) -> bool:
 
 def stage_backward(
     stage: nn.Module,
-    modules: Sequence[nn.Module],
-    weights: Mapping[str, torch.Tensor],
+    weights: Mapping[str, torch.Tensor] | None,
     outputs: Sequence[torch.Tensor],
     gradients: Sequence[torch.Tensor | None],
     silent: Iterable[nn.Parameter],
@@ -109,19 +108,17 @@ def stage_backward(
 
     Args:
         stage: the stage.
-        modules: all modules in it.
-        weights: of the forward, which a hook sees that looks at its module.
+        weights: of the forward, which hooks on modules see that look at theirs; None where there are no such hooks.
         outputs: of the forward.
         gradients: of the loss with respect to them.
         silent: parameters that are leaves themselves, whose hooks are called later.
         watched: whether to find out if random numbers are drawn; where there are hooks, that is always found out.
     """
-    has_hooks = calls_backward_hooks(modules)
     with ExitStack() as scopes:
         scopes.enter_context(silenced(silent))
-        if has_hooks or watched:
+        if weights is not None or watched:
             scopes.enter_context(NoDraws())
-        if has_hooks:
+        if weights is not None:
             weights = {f"stage.{name}": weight for name, weight in weights.items()}
             functional_call(_Backward(stage), weights, (outputs, gradients), tie_weights=False)
         else:

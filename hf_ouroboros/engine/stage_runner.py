@@ -16,7 +16,7 @@ from torch.nn.utils import get_total_norm
 from ..partition import Boundary, Finish, Memory, Partition, select, to_device
 from ..partition.ownership import parameter_places
 from .averaging import BucketedMean, ReplicaMean
-from .gradient_hooks import accumulated, hooked, refuse_on_halves, stage_backward
+from .gradient_hooks import accumulated, calls_backward_hooks, hooked, refuse_on_halves, stage_backward
 from .graph import GraphCheck
 from .in_flight import BufferCheck, InFlight, detached, roots_of
 from .losses import LossFunction, finishing
@@ -208,9 +208,11 @@ class StageRunner:
             with self._averaging_meanwhile(tick, item.leaves) if averaging else contextlib.nullcontext():
                 self._backwards += 1
                 watched = self._backwards <= self.settings.micro_batches
-                weights = {name: item.leaves[source] for name, source in self._bindings}
+                weights = None
+                if calls_backward_hooks(self._modules):
+                    weights = {name: item.leaves[source] for name, source in self._bindings}
                 alone = self._versions.parameters.values() if self._num_stages == 1 else ()
-                stage_backward(self.stage, self._modules, weights, outputs, output_gradients, alone, watched)
+                stage_backward(self.stage, weights, outputs, output_gradients, alone, watched)
         gradients: Gradients = {}
         for name, leaf in item.leaves.items():
             if leaf.requires_grad and leaf.grad is not None:

@@ -24,6 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
+from .dissection import architecture_of
 from .meta import Answers, batched_experts, call_options
 from .shadow import on_meta
 
@@ -213,7 +214,7 @@ def find_balancing(model: PreTrainedModel) -> Balancing:
     Raises:
         UnsupportedModelError: it does so by another formula, or of other values, than can be added up over layers.
     """
-    key = f"{type(model)!r} {model.config.to_json_string(use_diff=False)}"
+    key = architecture_of(model)
     if key not in _KNOWN:
         try:
             _KNOWN[key] = _found(model)

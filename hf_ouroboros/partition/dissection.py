@@ -22,7 +22,7 @@ from .shadow import Path, detached, leaf, leaves, on_meta
 
 FIRST_ARGUMENTS = ((0, 0), (1, "hidden_states"), (1, "x"), (1, "hidden"))
 
-# By what `_key` tells apart. Without weights where that is possible.
+# By what `architecture_of` tells apart. Without weights where that is possible.
 _KNOWN: dict[str, Anatomy | UnsupportedModelError] = {}
 
 
@@ -32,7 +32,7 @@ def find_anatomy(model: PreTrainedModel) -> Anatomy:
     Raises:
         UnsupportedModelError: the model is no row of layers that can be cut; the message says why.
     """
-    key = _key(model)
+    key = architecture_of(model)
     if key not in _KNOWN:
         try:
             _KNOWN[key] = _record(model)
@@ -68,7 +68,8 @@ class _OtherStacks(Exception):
     """Not all modules of the heaviest lists run."""
 
 
-def _key(model: PreTrainedModel) -> str:
+def architecture_of(model: PreTrainedModel) -> str:
+    """A digest of everything about a model but the values of its weights."""
     config = model.config
     attention = getattr(config, "_attn_implementation", None)
     digest = hashlib.blake2b(f"{type(model)!r} {attention} {config.to_json_string(use_diff=False)}".encode())

@@ -6,11 +6,12 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.utils import ModelOutput
 
-from ..errors import UnsupportedModelError
+from ..errors import EngineError, UnsupportedModelError
 from .meta import is_encoder_decoder
 
 NOT_OF_A_BATCH = frozenset(
@@ -59,9 +60,16 @@ def of_last_stage(output: Any) -> Any:
     return type(output)(**{name: value for name, value in output.items() if name not in NOT_HERE})
 
 
-def token_count(inputs: Mapping[str, Any]) -> int:
-    """How many tokens a batch has, padding included."""
-    return inputs["input_ids"].numel() if "input_ids" in inputs else inputs["inputs_embeds"].shape[:2].numel()
+def tokens_of(batch: Mapping[str, Any]) -> torch.Tensor:
+    """The tokens of a batch: [batch, time] or, embedded, [batch, time, width].
+
+    Raises:
+        EngineError: it has none.
+    """
+    for key in ("input_ids", "inputs_embeds"):
+        if key in batch:
+            return batch[key]
+    raise EngineError(f"a batch needs input_ids (or inputs_embeds), but has {', '.join(batch) or 'nothing'}")
 
 
 def check_config(config: PretrainedConfig) -> None:

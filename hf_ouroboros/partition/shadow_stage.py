@@ -19,11 +19,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import EngineError, UnsupportedModelError
+from ..errors import UnsupportedModelError
 from .anatomy import HIDDEN, Anatomy
 from .balancing import CHOSEN, PROBABILITIES, RouterLogits
 from .meta import call_options
-from .model_inputs import batch_keys, check_config, foreign_outputs, of_last_stage, token_count, without_unused_labels
+from .model_inputs import batch_keys, check_config, foreign_outputs, of_last_stage, tokens_of, without_unused_labels
 from .one_call import OneCall
 from .ownership import named_parts
 from .shadow import Path, hollow, hook_dicts, leaf, leaves, map_leaves, on_meta, shadow, with_leaf
@@ -106,10 +106,7 @@ class ShadowStage(Stage):
             EngineError: the batch has no tokens.
             UnsupportedModelError: the forward did not come by the stage's beginning or end.
         """
-        tokens = next((batch[key] for key in ("input_ids", "inputs_embeds") if key in batch), None)
-        if tokens is None:
-            raise EngineError(f"a batch needs input_ids (or inputs_embeds), but has {', '.join(batch) or 'nothing'}")
-        self._stub_device = tokens.device
+        self._stub_device = tokens_of(batch).device
         batch, keys = without_unused_labels(batch, self.batch_keys)
         if not self.is_last:
             return self._attempt(batch, received)
@@ -153,7 +150,7 @@ class ShadowStage(Stage):
             output = self._core(**{**self._options, **inputs})
         else:
             self._routers.begin()
-            with self._routers.finishing(received, token_count(inputs)):
+            with self._routers.finishing(received, tokens_of(inputs).shape[:2].numel()):
                 output = self._core(**{**self._options, **inputs})
         return output if received is None else of_last_stage(output)
 
