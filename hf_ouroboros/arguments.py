@@ -331,6 +331,12 @@ class OuroborosArguments(TrainingArguments):
             return
         if len(set(self.devices)) < len(self.devices):
             raise UnsupportedOptionError(f"devices={self.devices} must be different names, e.g. cpu:0 cpu:1")
+        kinds = {name.partition(":")[0] for name in self.devices}
+        if len(kinds) > 1:
+            raise UnsupportedOptionError(
+                f"devices={self.devices} mixes {' and '.join(sorted(kinds))}: what crosses from one to the other is copied "
+                "while both go on, which only devices of one kind can do; name devices of one kind"
+            )
         for name in self.devices:
             if not is_here(name):
                 raise UnsupportedOptionError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 
@@ -49,7 +49,8 @@ class LossLedger:
         self._logged_at = step
         self._total = 0.0
         self._turns: deque[tuple[int, int] | DueLog] = deque()
-        self._losses: dict[int, float] = {}
+        self._losses: dict[int, SupportsFloat] = {}
+        self._unread: deque[int] = deque()  # ticks whose losses may still be on their way from a device
         self._norms: dict[int, Any] = {}
         self._wanted: set[int | None] = set()
 
@@ -57,9 +58,14 @@ class LossLedger:
         """A micro-batch was submitted after so many updates."""
         self._turns.append((tick, step))
 
-    def add_loss(self, tick: int, loss: float) -> None:
-        """The loss of a micro-batch has come."""
+    def add_loss(self, tick: int, loss: SupportsFloat) -> None:
+        """The loss of a micro-batch has come, or is on its way; it is read when that waits for nothing, or is needed."""
         self._losses[tick] = loss
+        self._unread.append(tick)
+        while self._unread and getattr(self._losses.get(self._unread[0]), "is_there", True):
+            tick = self._unread.popleft()
+            if tick in self._losses:
+                self._losses[tick] = float(self._losses[tick])
 
     def add_norm(self, update: int, norm: Any) -> None:
         """The gradient norm of an update has come; of earlier ones, only those are wanted whose logs are due already."""
@@ -102,7 +108,7 @@ class LossLedger:
     def _advance(self) -> None:
         while self._turns and not isinstance(self._turns[0], DueLog) and self._turns[0][0] in self._losses:
             tick, step = self._turns.popleft()
-            loss = np.float32(self._losses.pop(tick))
+            loss = np.float32(float(self._losses.pop(tick)))
             with np.errstate(over="ignore", invalid="ignore"):
                 if self._without_nan and not np.isfinite(loss):
                     loss = self._sum / np.float32(1 + step - self._logged_at)

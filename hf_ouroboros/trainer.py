@@ -32,6 +32,7 @@ from .hooks.moments import LateState, LossAtItsStep, MomentContext
 from .hooks.optimizer import OptimizerHooks
 from .hooks.preemption import SaveOnSigterm
 from .hooks.timeline import TimelineHooks
+from .hooks.touching import is_foreign
 from .hub.card_facts import TAG
 from .partition import Home, Partition, StagePlan, split_model, torch_device
 from .partition.finite import check_finite
@@ -321,16 +322,19 @@ class OuroborosTrainer(
             )
         if not self.model.training:  # nothing is in flight between modules: they were switched by an evaluation
             model.train()
-        inputs = self._prepare_inputs(inputs)
+        if self._grid is not None or is_foreign(self, "_prepare_inputs") or is_foreign(self, "_prepare_input"):
+            inputs = self._prepare_inputs(inputs)  # else the stages fetch what they need from the host's memory
         steps = getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
         context = MomentContext(num_items_in_batch, steps)
         context.moment = self.state.global_step, self.state.epoch
         tick = self.engine.submit(inputs, context)
         if self._step_is_own:
             self.engine.account_for_open()
-            return self.engine.collect()[-1].loss.detach().to(self.args.device)
+            return torch.tensor(float(self.engine.collect()[-1].loss), device=self.args.device)
         if self._rests_each_time:
             self.engine.rest()
+        if self._tr_loss.device != self._nothing.device:  # Trainer looks at every loss that it is given
+            self._tr_loss = self._tr_loss.to(self._nothing.device)
         self._ledger.open_tick(tick, self.state.global_step)
         self._take_reports()
         return self._nothing

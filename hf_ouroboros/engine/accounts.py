@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
+from typing import SupportsFloat
 
 from .settings import FinishedLoss, FinishedNorm
 
@@ -19,7 +18,7 @@ class Accounts:
     def __init__(self, stages: int):
         self._stages = stages
         self._losses: list[FinishedLoss] = []
-        self._open: dict[int, dict[int, torch.Tensor | None]] = {}
+        self._open: dict[int, dict[int, SupportsFloat | None]] = {}
         self._norms: list[FinishedNorm] = []
         self.newest: FinishedNorm | None = None
         self.complete = 0
@@ -29,7 +28,7 @@ class Accounts:
         """Losses have come, in tick order."""
         self._losses += losses
 
-    def add_step(self, stage: int, update: int, norm: torch.Tensor | None) -> None:
+    def add_step(self, stage: int, update: int, norm: SupportsFloat | None) -> None:
         """A stage has closed an update; `norm` of its gradients before clipping, None if it had none."""
         norms = self._open.setdefault(update, {})
         norms[stage] = norm

@@ -16,6 +16,7 @@ from ..simulate.timeline import Timeline
 from .accounts import Accounts
 from .at_rest import AtRest
 from .averaging import ReplicaMean
+from .device_queue import handed_over, queue_of
 from .exposed import ExposedUpdate
 from .interleave import device_programs, engine_costs
 from .losses import LossFunction
@@ -74,8 +75,14 @@ class Engine(AtRest):
         num_stages, placement = plan.num_stages, plan.placement
         if site is None:
             devices = {index: torch_device(name) for index, name in enumerate(plan.devices)}
-            site = Site(devices, InProcessTransport(num_stages, len(devices)))
-        self._site = site
+            queues = {index: queue_of(device) for index, device in devices.items()}
+            accelerated = any(device.type != "cpu" for device in devices.values())
+            by_stage = [queues[index] for index in placement] if accelerated else None
+            site = Site(devices, InProcessTransport(num_stages, len(devices), by_stage))
+        else:
+            queues = {index: queue_of(device) for index, device in site.devices.items()}
+            accelerated = any(device.type != "cpu" for device in site.devices.values())
+        self._site, self._accelerated = site, accelerated
         self.partition = partition
         self.settings = settings
         self.timeline = timeline
@@ -112,7 +119,7 @@ class Engine(AtRest):
             Worker(
                 index,
                 plan.devices[index],
-                device,
+                queues[index],
                 {k: self._runners[k] for k in held[index]},
                 programs[index],
                 site.transport,
@@ -122,7 +129,7 @@ class Engine(AtRest):
                 self._events,
                 timeline,
             )
-            for index, device in site.devices.items()
+            for index in site.devices
         ]
         self.attach(optimizer)
         for worker in self._workers:
@@ -147,6 +154,7 @@ class Engine(AtRest):
         segment = self._streams.enter(batch) if self.partition.remembers else None
         if self.settings.predicts and not self.update_open:
             self._opened = self._clock.update, snapshot_hyperparameters(self.optimizer)
+        batch, made = handed_over(batch, self._accelerated)
         tick, slots = self._clock.next_tick()
         self._work[tick] = {
             "delayed": not self.settings.is_synchronous(self._clock.update),
@@ -154,6 +162,7 @@ class Engine(AtRest):
             "batch": batch,
             "context": context,
             "segment": segment,
+            "made": made,
         }
         self._release(slots)
         return tick

@@ -43,7 +43,7 @@ def seeded_dropout(seed: int, stage: int, tick: int | str, device: torch.device)
     with _device_lock(device):
         state = module.get_rng_state(device)
         try:
-            with torch.device(device):
+            with module.device(device):  # it is the current one's generator that is seeded
                 module.manual_seed(value)
             yield generator
         finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 
@@ -69,11 +69,11 @@ class FinishedLoss:
 
     Args:
         tick: the micro-batch.
-        loss: detached scalar on the last stage's device, in the normalisation of its own update.
+        loss: a scalar, in the normalisation of its own update; `float` waits for it where it has to be.
     """
 
     tick: int
-    loss: torch.Tensor
+    loss: SupportsFloat
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class FinishedNorm:
     """
 
     update: int
-    stages: tuple[torch.Tensor | float, ...]
+    stages: tuple[SupportsFloat, ...]
 
     @property
     def value(self) -> float:

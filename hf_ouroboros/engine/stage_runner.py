@@ -326,6 +326,14 @@ class StageRunner:
         """Whether a pending forward or backward needs the present weights."""
         return bool(self.in_flight) or (self._lends and bool(self._link.weights))
 
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """What this stage uses, and others may have made while it rested."""
+        yield from (p.data for p in self._versions.parameters.values())
+        yield from self.stage.buffers()
+        yield from (g for gradients in self.settled.values() for g in gradients.values())
+        yield from self.window.values()
+        yield from (t for memory in self.memories.groups.values() for t in memory.values())
+
     def let_go(self) -> None:
         """Lets others write the weights; what is in flight keeps those of its forward."""
         self._versions.let_go(self._in_use)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from ..partition import Boundary
+from .device_queue import DeviceQueue
 
 
 class Aborted(Exception):
@@ -47,9 +48,11 @@ class InProcessTransport:
     Args:
         num_stages: K.
         num_devices: number of workers, for the meetings of all of them.
+        queues: of each stage's device; None where all are CPUs.
     """
 
-    def __init__(self, num_stages: int, num_devices: int):
+    def __init__(self, num_stages: int, num_devices: int, queues: Sequence[DeviceQueue] | None = None):
+        self._queues = queues
         self._channels: dict[tuple[str, int], queue.SimpleQueue[Any]] = {
             (direction, stage): queue.SimpleQueue()
             for direction in ("hidden", "gradient")
@@ -67,6 +70,9 @@ class InProcessTransport:
 
     def send(self, direction: str, stage: int, tick: int, tensors: Boundary | None) -> None:
         """Sends `direction` ("hidden" or "gradient") of a tick to a stage."""
+        if self._queues is not None:
+            sender = self._queues[stage - 1 if direction == "hidden" else stage + 1]
+            tensors = sender.send(tensors, self._queues[stage])
         self._channels[direction, stage].put((tick, tensors))
 
     def receive(self, direction: str, stage: int, tick: int) -> Boundary | None:
@@ -82,7 +88,7 @@ class InProcessTransport:
         sent_tick, tensors = item
         if sent_tick != tick:
             raise RuntimeError(f"stage {stage} expected the {direction} of tick {tick} but got tick {sent_tick}")
-        return tensors
+        return tensors if self._queues is None else self._queues[stage].receive(tensors)
 
     def rendezvous(self) -> None:
         """Waits until all devices are here."""

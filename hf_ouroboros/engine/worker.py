@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
+from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, SupportsFloat
 
 import torch
 
 from ..errors import WorkerError
 from ..simulate.timeline import Event, Timeline
+from .device_queue import DeviceQueue, Moment
 from .schedule import (
     Backward,
     Exchange,
@@ -37,7 +38,8 @@ class Work:
     """A slot with what it carries: the micro-batch that enters, the hyper-parameters of the update that closes.
 
     `delayed` tells whether the micro-batch belongs to an update with delays; `opened` is that update with its
-    hyper-parameters when it opened, where forwards use predicted weights; `segment` is its place in a stream.
+    hyper-parameters when it opened, where forwards use predicted weights; `segment` is its place in a stream; `made` are the
+    events of `handed_over`.
     """
 
     slot: Slot
@@ -46,6 +48,7 @@ class Work:
     batch: Mapping[str, Any] | None = None
     context: Any = None
     segment: Segment | None = None
+    made: Mapping[torch.device, Any] = field(default_factory=dict)
     hyperparameters: Hyperparameters | None = None
 
 
@@ -62,7 +65,7 @@ class StepDone:
 
     stage: int
     update: int
-    norm: torch.Tensor | None
+    norm: SupportsFloat | None
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class Worker(threading.Thread):
     Args:
         index: device index.
         name: device name, for messages.
-        device: where it computes.
+        device_queue: of the device where it computes.
         runners: the device's stages by index.
         program: yields instructions for the slots it is fed.
         transport: to and from other stages.
@@ -93,7 +96,7 @@ class Worker(threading.Thread):
         self,
         index: int,
         name: str,
-        device: torch.device,
+        device_queue: DeviceQueue,
         runners: dict[int, StageRunner],
         program: Program,
         transport: Transport,
@@ -108,7 +111,8 @@ class Worker(threading.Thread):
         self.device_name = name
         self.inbox: queue.SimpleQueue[Work | Pause | None] = queue.SimpleQueue()
         self.runners = runners
-        self._device = device
+        self._queue = device_queue
+        self._device = device_queue.device
         self._program = program
         self._transport = transport
         self._settings = settings
@@ -123,6 +127,8 @@ class Worker(threading.Thread):
         self._shared_norm: torch.Tensor | None = None
         self._output_side_first: set[int] = set()
         self._closing: dict[int, set[int]] = {stage: set() for stage in runners}  # the last ticks of updates
+        self._rested = False
+        self._spans: deque[tuple[str, int, int, Moment, Moment]] = deque()  # executed, on an accelerator not for sure
         self._averaging: dict[int, int] = {}  # stage -> update whose step waits for the mean over replicas
 
     def run(self) -> None:
@@ -131,12 +137,13 @@ class Worker(threading.Thread):
             # Thread counts and current devices are per thread in torch.
             if self._settings.threads is not None and self._device.type == "cpu":
                 torch.set_num_threads(self._settings.threads)
-            if self._device.type == "cuda":
-                torch.cuda.set_device(self._device)
+            self._queue.begin()
             for instruction in self._program(self._slots()):
                 if self._transport.aborted.is_set():
                     raise Aborted
                 self.instruction = instruction
+                if self._rested:
+                    self._go_on()
                 self._execute(instruction)
                 self.instruction = None
         except Aborted:
@@ -183,18 +190,29 @@ class Worker(threading.Thread):
             case Report():
                 for stage in self.runners:
                     self._finish_step(stage)
+                self._queue.come_to_rest()
+                self._record_passed()
+                self._rested = True
                 self._events.put(Paused(self.index))
+
+    def _go_on(self) -> None:
+        """Takes what others may have written while this worker rested."""
+        self._rested = False
+        for runner in self.runners.values():
+            self._queue.go_on(runner.tensors())
 
     def _forward(self, runner: StageRunner, tick: int) -> None:
         work = self._work[runner.index].pop(tick)
         received = None if runner.index == 0 else self._transport.receive("hidden", runner.index, tick)
-        start = time.perf_counter()
+        self._queue.accept(work.batch, work.made)
+        self._queue.keep_pace()
+        start = self._queue.moment()
         if work.opened is not None:
             runner.predict(*work.opened)
         output = runner.forward(tick, work.batch, work.context, received, work.segment)
         self._record("forward", runner, tick, start)
         if runner.index == self._num_stages - 1:
-            self._events.put(FinishedLoss(tick, output))
+            self._events.put(FinishedLoss(tick, self._queue.reading(output)))
             if self._settings.tied_gradient == "paper" and work.delayed and runner.borrows:
                 self._output_side_first.add(tick)
         else:
@@ -223,7 +241,7 @@ class Worker(threading.Thread):
     ) -> dict[str, torch.Tensor]:
         last = runner.index == self._num_stages - 1
         gradient = None if last else self._transport.receive("gradient", runner.index, tick)
-        start = time.perf_counter()
+        start = self._queue.moment()
         gradients, upstream = runner.backward(tick, gradient, closing)
         self._record(kind, runner, tick, start)
         if runner.index > 0:
@@ -260,7 +278,7 @@ class Worker(threading.Thread):
             self._apply(self.runners[stage], update)
 
     def _apply(self, runner: StageRunner, update: int) -> None:
-        start = time.perf_counter()
+        start = self._queue.moment()
         if self._settings.clip_scope == "global":
             norm = self._norms[runner.index]
             if self._settings.max_grad_norm is not None and norm is not None:
@@ -269,11 +287,17 @@ class Worker(threading.Thread):
             norm = runner.clip(self._settings.stage_norm_bound(self._num_stages))
         runner.step(self._hyperparameters[runner.index].pop(update), update)
         self._record("step", runner, update, start)
-        self._events.put(StepDone(runner.index, update, norm))
+        self._events.put(StepDone(runner.index, update, None if norm is None else self._queue.reading(norm)))
 
-    def _record(self, kind: str, runner: StageRunner, index: int, start: float) -> None:
-        if self._timeline is None:
-            return
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # a picture of the kernels, not of their launches
-        self._timeline.record(Event(self.index, runner.index, kind, index, start, time.perf_counter()))
+    def _record(self, kind: str, runner: StageRunner, index: int, start: Moment) -> None:
+        if self._timeline is not None:
+            self._spans.append((kind, runner.index, index, start, self._queue.moment()))
+            self._record_passed()
+
+    def _record_passed(self) -> None:
+        """Writes down what the device has done by now, when it did it."""
+        while self._spans and self._queue.has_passed(self._spans[0][-1]):
+            kind, stage, index, start, end = self._spans.popleft()
+            self._timeline.record(
+                Event(self.index, stage, kind, index, self._queue.seconds(start), self._queue.seconds(end))
+            )

@@ -25,6 +25,8 @@ class BatchHooks(AgreementHooks):
         """As in Trainer; where devices are processes, data and metrics follow the replicas."""
         super().create_accelerator_and_postprocess()
         self._agree("the creation of the trainer's accelerator")  # where all are, before a group is formed
+        if self._grid is None and self.args.device.type != "cpu":
+            self.accelerator.device_placement = False  # each stage fetches what it needs from the host's memory
         if self._grid is not None:
             self.accelerator = ReplicaAccelerator.over(self.accelerator, self._grid)
             self.gather_function = self.accelerator.gather_for_metrics
@@ -43,7 +45,10 @@ class BatchHooks(AgreementHooks):
             target_labels(batch["labels"], self.model) if batch.get("shift_labels") is None else batch["shift_labels"]
             for batch in batch_samples
         ]
-        count = sum(target.ne(-100).sum() for target in targets).to(device)
+        count = sum(target.ne(-100).sum() for target in targets)
+        if self._grid is None and self._eval_sums is None and count.device.type == "cpu" != device.type:
+            return count.pin_memory()  # where the last stage fetches it
+        count = count.to(device)
         if self._counts_all_replicas and self._eval_sums is None:  # a batch of an evaluation stands for itself
             return self.accelerator.gather(count).sum()
         return count

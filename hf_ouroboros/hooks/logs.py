@@ -40,7 +40,7 @@ class LogHooks(Trainer):
     def _start_ledger(self) -> None:
         """When the engine was made."""
         self._ledger = LossLedger(self.state.global_step, self.args.logging_nan_inf_filter)
-        self._nothing = torch.zeros((), device=self.args.device)
+        self._nothing = torch.zeros(())
         own = any(is_foreign(callback, "on_log") for callback in self.callback_handler.callbacks)
         self._logs_wait = own or is_foreign(self, "log")
         self._step_is_own = is_foreign(self, "training_step")
@@ -48,7 +48,7 @@ class LogHooks(Trainer):
     def _take_reports(self) -> None:
         """Takes in what is known of losses and norms."""
         for finished in self.engine.collect():
-            self._ledger.add_loss(finished.tick, finished.loss.float().item())
+            self._ledger.add_loss(finished.tick, finished.loss)
         for finished in self.engine.collect_norms():
             self._ledger.add_norm(finished.update, finished)
 

@@ -40,8 +40,11 @@ class TrainerLoss(LossOfModel):
         alone, partition = trainer.stage_plan.num_stages == 1, trainer._partition
         without_labels = partition.stages[-1].family.computes_loss and not head_computes_loss(trainer)
         head = HeadModel(partition.model, model, without_labels, alone=alone)
+        count = context.num_items
+        if torch.is_tensor(count):  # from memory of the host that no accelerator has to wait for
+            count = count.to(trainer._partition.stages[-1].device, non_blocking=True)
         with contextlib.nullcontext() if alone else _refused_here(trainer.model):
-            loss = trainer.compute_loss(head, inputs, num_items_in_batch=context.num_items)
+            loss = trainer.compute_loss(head, inputs, num_items_in_batch=count)
         if trainer._counts_all_replicas and context.num_items is not None:
             loss = loss * trainer._grid.replicas  # gradients and losses are averaged over the replicas
         return loss if self._is_scaled(context) else loss / context.accumulation_steps

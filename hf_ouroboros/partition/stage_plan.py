@@ -121,5 +121,8 @@ class StagePlan:
 
 
 def torch_device(name: str) -> torch.device:
-    """The torch device behind a device name; `cpu:0`, `cpu:1`, ... are workers of their own on one CPU."""
-    return torch.device("cpu") if name.startswith("cpu") else torch.device(name)
+    """The torch device behind a device name.
+
+    `cpu:0`, `cpu:1`, ... are workers of their own on one CPU, and so are `cuda:0/0`, `cuda:0/1`, ... on one GPU.
+    """
+    return torch.device("cpu") if name.startswith("cpu") else torch.device(name.partition("/")[0])

@@ -112,8 +112,15 @@ def parse_devices(items: Sequence[str]) -> list[DeviceKind | str]:
 
 
 def is_here(name: str) -> bool:
-    """Whether this machine has a device with an index; any number of cpu:i is here, they are threads."""
+    """Whether this machine has a device with an index.
+
+    Any number of cpu:i is here, they are threads; and any number of cuda:0/i where cuda:0 is, workers that share it.
+    """
     kind, _, index = name.partition(":")
+    if kind != "cpu" and "/" in index:
+        index, _, worker = index.partition("/")
+        if not worker.isdecimal() or len(worker) > 6:
+            return False
     if not index.isdecimal() or len(index) > 6:
         return False
     if kind == "cpu":
