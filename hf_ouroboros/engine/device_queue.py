@@ -190,8 +190,8 @@ class AcceleratorQueue(DeviceQueue):
         copies = {}
         with backend.using(out), backend.using(into):
             for name, tensor in tensors.items():
-                copies[name] = backend.copy(tensor, receiver.device)
                 backend.record(tensor, out)
+                copies[name] = backend.copy(tensor, receiver.device)
         return Parcel(copies, backend.event(into))
 
     def receive(self, parcel: Parcel) -> Boundary | None:

@@ -18,6 +18,7 @@ from ..partition.ownership import parameter_places
 from .averaging import BucketedMean, ReplicaMean
 from .gradient_hooks import accumulated, calls_backward_hooks, hooked, refuse_on_halves, stage_backward
 from .graph import GraphCheck
+from .host_copies import known, plain_positions
 from .in_flight import BufferCheck, InFlight, detached, roots_of
 from .losses import LossFunction, finishing
 from .noise import StageNoise
@@ -141,7 +142,8 @@ class StageRunner:
                 for name, tensor in to_device(received, self.device).items()
             }
         memory = self.memories.recall(segment)
-        item = InFlight(tick, select(self.stage, batch, self.device), leaves, received, memory)
+        selected = known(select(self.stage, batch, self.device), batch)
+        item = InFlight(tick, selected, leaves, received, memory)
         if self.stage.is_last:
             item.full_batch, item.context = batch, context
         self.in_flight[tick] = item
@@ -161,6 +163,7 @@ class StageRunner:
             self.stage.train()
         with contextlib.ExitStack() as scopes:
             scopes.enter_context(self._noise.scope(self.seed, item.tick, self.device))
+            scopes.enter_context(plain_positions(item.batch, self.device))
             if self.settings.autocast_dtype is not None:
                 scopes.enter_context(torch.autocast(self.device.type, dtype=self.settings.autocast_dtype))
             item.meeting = {name: item.leaves[name].view_as(item.leaves[name]) for name in self._meeting}

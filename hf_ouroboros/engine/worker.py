@@ -112,7 +112,7 @@ class Worker(threading.Thread):
         self.inbox: queue.SimpleQueue[Work | Pause | None] = queue.SimpleQueue()
         self.runners = runners
         self._queue = device_queue
-        self._device = device_queue.device
+        self._device = next(iter(runners.values())).device
         self._program = program
         self._transport = transport
         self._settings = settings
@@ -254,7 +254,9 @@ class Worker(threading.Thread):
             runner.start_mean()
             runner.finish_mean()
         self._norms = {stage: runner.norm() for stage, runner in self.runners.items()}
+        self._queue.come_to_rest()  # others read them, in queues of their own
         norms = self._transport.share(update, self._norms)
+        self._queue.go_on(norm for norm in norms.values() if norm is not None)
         present = [norms[stage].to(self._device) for stage in sorted(norms) if norms[stage] is not None]
         self._shared_norm = torch.linalg.vector_norm(torch.stack(present)) if present else None
 

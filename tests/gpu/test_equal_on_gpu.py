@@ -83,6 +83,7 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, schedule: str) -> 
 
 def test_model_is_whole_afterwards(tmp_path: Path) -> None:
     trainer = run(tmp_path / "run", "llama")
+    trainer.model.eval()
     ids = torch.arange(12)[None].to(trainer.model.device)
     with torch.no_grad():
         logits = trainer.model(input_ids=ids).logits
