@@ -56,7 +56,7 @@ def test_nothing_waits_between_logs(tmp_path: Path, model: str, masks: bool, com
             )
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchron" in str(w.message))
+    waits = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message))
     assert not waits, waits
 
 
