@@ -182,7 +182,7 @@ class StageRunner:
     # ---- backward ----
 
     def backward(
-        self, tick: int, gradient: Boundary | None, closing: bool = False
+        self, tick: int, gradient: Boundary | None, closing: bool = False, adding: bool = False
     ) -> tuple[Gradients, Boundary | None]:
         """Backward of a micro-batch with the weights and masks of its forward.
 
@@ -191,9 +191,12 @@ class StageRunner:
             gradient: of the loss with respect to this stage's output, by name; None on the last stage.
             closing: whether the open update ends with this micro-batch. Where there are replicas, its gradients then go
                 straight to the window, and their mean begins layer by layer while the backward is still running.
+            adding: whether the gradients are going to be accumulated at once. Those of the open update may then be added
+                to while they are computed, so that no second set of them exists.
 
         Returns:
-            The stage's parameter gradients as far as they are not in the window yet, and the gradient for the stage
+            The stage's parameter gradients as far as they are not in the window yet, of an update that is added to with
+            what was in the window, and the gradient for the stage
             before (None on the first stage).
         """
         item = self.in_flight.pop(tick)
@@ -206,6 +209,8 @@ class StageRunner:
         for name in tied.keys() & item.meeting.keys():
             outputs.append(item.meeting[name])
             output_gradients.append(tied.pop(name))
+        if adding:
+            self._add_to_window(item.leaves)
         if outputs:
             averaging = closing and self.has_replicas
             with self._averaging_meanwhile(tick, item.leaves) if averaging else contextlib.nullcontext():
@@ -235,6 +240,17 @@ class StageRunner:
             for name, t in item.received.items()
             if t.requires_grad
         }
+
+    def _add_to_window(self, leaves: Gradients) -> None:
+        """Lets a backward add to the open update's gradients, as far as nothing else has to be done with its own before."""
+        if self._num_stages == 1:
+            return  # leaves are the parameters, whose gradients scripts see
+        tied = () if self._link is None else self._link.names  # the other side's gradient is added first
+        for name, leaf in leaves.items():
+            if name in self.window and name not in tied and leaf.requires_grad:
+                parameter = self._versions.parameters[name]
+                if not parameter._backward_hooks and not parameter._post_accumulate_grad_hooks:
+                    leaf.grad = self.window.pop(name)
 
     @contextlib.contextmanager
     def _averaging_meanwhile(self, tick: int, leaves: Gradients) -> Iterator[None]:

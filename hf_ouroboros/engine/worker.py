@@ -242,7 +242,7 @@ class Worker(threading.Thread):
         last = runner.index == self._num_stages - 1
         gradient = None if last else self._transport.receive("gradient", runner.index, tick)
         start = self._queue.moment()
-        gradients, upstream = runner.backward(tick, gradient, closing)
+        gradients, upstream = runner.backward(tick, gradient, closing, adding=kind == "backward")
         self._record(kind, runner, tick, start)
         if runner.index > 0:
             self._transport.send("gradient", runner.index - 1, tick, upstream)

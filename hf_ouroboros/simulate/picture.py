@@ -33,6 +33,7 @@ IDLE, INK = "#e9e9ec", "#1c1c22"
 TINTS = (0.0, 0.55, 0.78)  # towards white: a device's first, second, third and further stages
 Ranks = dict[tuple[int, int | None], int]
 FONT_SIZES = (9.0, 8.0, 7.0)  # of the numbers in the boxes: the largest that fits
+NUMBERED_ROWS = 32  # with more devices, nobody reads thousands of numbers, which take most of the time
 
 
 def draw(
@@ -119,7 +120,7 @@ def _gantt(
         boxes[e.device].append((x0, x1 - x0))
         faces[e.device].append(_tint(COLOURS[e.kind], rank))
         size, rotation = _fit(str(e.index), (x1 - x0) / span * width_points)
-        if e.kind != "step" and size:
+        if e.kind != "step" and size and timeline.num_devices <= NUMBERED_ROWS:
             text = {"fontsize": size, "rotation": rotation, "color": "white" if rank == 0 else INK}
             valign = "center" if rotation else "center_baseline"
             axes.text((x0 + x1) / 2, e.device, str(e.index), ha="center", va=valign, **text)
