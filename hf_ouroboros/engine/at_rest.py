@@ -117,7 +117,7 @@ class AtRest:
         self.synchronize()
         for runner in self._runners.values():
             runner.settled = {
-                tick: {name: g.to(runner.device, copy=True) for name, g in gradients.items()}
+                tick: {name: g.to("cpu", copy=True) for name, g in gradients.items()}
                 for tick, gradients in state.pending.get(runner.index, {}).items()
             }
             runner.memories.groups = memories_on(runner.device, state.memories.get(runner.index, {}))

@@ -115,6 +115,14 @@ class DeviceQueue:
         """Starts to bring a scalar to where it can be read: by `float`, which waits for it where it has to be."""
         return tensor
 
+    def put_away(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors that are not needed for a while, where they take none of the device's memory."""
+        return dict(tensors)
+
+    def take_out(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors that were put away, on the device."""
+        return dict(tensors)
+
     def moment(self) -> Moment:
         """Now, in the queue."""
         return time.perf_counter()
@@ -205,6 +213,14 @@ class AcceleratorQueue(DeviceQueue):
     def reading(self, tensor: torch.Tensor) -> Reading:
         """See `DeviceQueue`."""
         return Reading(self._backend.to_host(tensor), self._backend.event(self._compute))
+
+    def put_away(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See `DeviceQueue`; the copies are there when the queue has come to rest."""
+        return {name: self._backend.to_host(tensor) for name, tensor in tensors.items()}
+
+    def take_out(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See `DeviceQueue`."""
+        return {name: self._backend.copy(tensor, self.device) for name, tensor in tensors.items()}
 
     def moment(self) -> Moment:
         """See `DeviceQueue`."""

@@ -349,7 +349,6 @@ class StageRunner:
         """What this stage uses, and others may have made while it rested."""
         yield from (p.data for p in self._versions.parameters.values())
         yield from self.stage.buffers()
-        yield from (g for gradients in self.settled.values() for g in gradients.values())
         yield from self.window.values()
         yield from (t for memory in self.memories.groups.values() for t in memory.values())
 

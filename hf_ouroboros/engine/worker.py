@@ -225,7 +225,7 @@ class Worker(threading.Thread):
         closing = tick in self._closing[runner.index]
         self._closing[runner.index].discard(tick)
         if tick in runner.settled:
-            runner.accumulate(runner.settled.pop(tick), tick)
+            runner.accumulate(self._queue.take_out(runner.settled.pop(tick)), tick)
             return
         runner.accumulate(self._run_backward(runner, tick, "backward", closing), tick)
         if runner.index == self._num_stages - 1 and tick in self._output_side_first:
@@ -234,7 +234,7 @@ class Worker(threading.Thread):
 
     def _settle(self, runner: StageRunner) -> None:
         for tick in sorted(runner.in_flight):
-            runner.settled[tick] = self._run_backward(runner, tick, "settle")
+            runner.settled[tick] = self._queue.put_away(self._run_backward(runner, tick, "settle"))
 
     def _run_backward(
         self, runner: StageRunner, tick: int, kind: str, closing: bool = False

@@ -100,10 +100,10 @@ class RacingBackend:
 
     @contextmanager
     def using(self, stream: Stream) -> Any:
-        before, self._here.stream = getattr(self._here, "stream", None), stream
-        self._here.outer = before
+        before = getattr(self._here, "stream", None), getattr(self._here, "outer", None)
+        self._here.stream, self._here.outer = stream, before[0]
         yield
-        self._here.stream = before
+        self._here.stream, self._here.outer = before
 
     def event(self, stream: Stream, timing: bool = False) -> Event:
         with self._lock:
@@ -127,7 +127,9 @@ class RacingBackend:
 
     def copy(self, tensor: torch.Tensor, device: Any) -> torch.Tensor:
         """As torch: made by the source's stream, after what the target's was asked for; that one waits for it."""
-        out, into = self._here.outer, self._here.stream
+        out, into = getattr(self._here, "outer", None), self._here.stream
+        if out is None:  # from the host's memory
+            return tensor.clone()
         self.log.append(("copy", out, into))
         self.wait(out, self.event(into))
         with torch._C._DisableTorchDispatch():
