@@ -242,6 +242,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"devices": []}, r"devices=\[\]"),
     ({"devices": ["cpu:0", "cpu:0"]}, "devices=.*different names"),
     ({"devices": ["cpu"]}, "devices names 'cpu'.*cpu:0"),
+    ({"devices": ["cuda:0", "cpu:0"]}, "mixes cpu and cuda"),
+    ({"devices": ["cuda:99/0", "cuda:99/1"]}, "devices names 'cuda:99/0'"),
     ({"devices": ["cpu:x"]}, "devices names 'cpu:x'"),
     ({"devices": ["cuda:99"]}, "devices names 'cuda:99'"),
     ({"devices": ["tpu:0"]}, "devices names 'tpu:0'"),

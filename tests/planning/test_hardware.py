@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hf_ouroboros.errors import DeviceMapError, UnsupportedOptionError
+from hf_ouroboros.partition import torch_device
 from hf_ouroboros.planning.hardware import GIB, PRESETS, STEP_PASSES, DeviceKind, is_here, parse_devices
 from hf_ouroboros.planning.unit_facts import UnitFacts
 
@@ -53,8 +54,17 @@ def test_devices_that_nobody_has(item: str, message: str) -> None:
 def test_devices_that_are_here() -> None:
     assert is_here("cpu:0") and is_here("cpu:7")
     assert not any(
-        is_here(name) for name in ("cpu", "cpu:", "cpu:x", "cpu:\u00b2", "cuda:99", "tpu:0", f"cpu:{'9' * 5000}")
+        is_here(name)
+        for name in ("cpu", "cpu:", "cpu:x", "cpu:\u00b2", "cuda:99", "cuda:99/0", "tpu:0", f"cpu:{'9' * 5000}")
     )
+
+
+def test_workers_may_share_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    assert is_here("cuda:0") and is_here("cuda:0/0") and is_here("cuda:0/7")
+    assert not any(is_here(name) for name in ("cuda:1/0", "cuda:0/", "cuda:0/x", "cuda:/0", "cpu:0/1"))
+    assert torch_device("cuda:0/7") == torch.device("cuda:0")
 
 
 def test_estimates() -> None:
