@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,13 @@ from ..errors import ConnectionLostError
 from ..partition import Boundary
 from .grid import ProcessGrid
 from .wires import DIRECTIONS, BoundarySpec, PostedBoundary, Wires
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What will be received, {name: (shape, dtype)}, where that is posted only when it is needed."""
+
+    shapes: dict[str, Any]
 
 
 class ProcessTransport:
@@ -51,20 +59,22 @@ class ProcessTransport:
         }
 
     def expect_hidden(self, stage: int, tick: int, batch: Mapping[str, Any]) -> None:
-        """Posts the receive of a hidden state."""
+        """Posts the receive of a hidden state, or takes note of it."""
         if not self._wires.is_local("hidden", stage):
             self._post("hidden", stage, tick, self._specs[stage - 1].shapes(batch))
 
     def expect_gradient(self, stage: int, tick: int, output: Boundary) -> None:
-        """Posts the receive of an output's gradients."""
+        """Posts the receive of an output's gradients, or takes note of it."""
         if not self._wires.is_local("gradient", stage):
             spec = self._specs[stage]
             self._post("gradient", stage, tick, {n: (t.shape, t.dtype) for n, t in output.items() if spec.trained(n)})
 
     def _post(self, direction: str, stage: int, tick: int, shapes: Mapping[str, Any]) -> None:
-        with self._talking(f"{direction} of tick {tick} for stage {stage}", self._wires.peer(direction, stage)):
-            posted = self._wires.post_all(direction, stage, shapes)
-        self._arriving[direction, stage].append((tick, posted))
+        expected: Any = Expected(dict(shapes))
+        if self._wires.posts_early:
+            with self._talking(f"{direction} of tick {tick} for stage {stage}", self._wires.peer(direction, stage)):
+                expected = self._wires.post_all(direction, stage, shapes)
+        self._arriving[direction, stage].append((tick, expected))
 
     def send(self, direction: str, stage: int, tick: int, tensors: Boundary | None) -> None:
         """Sends `direction` of a tick to a stage; never waits."""
@@ -86,9 +96,11 @@ class ProcessTransport:
         expected, item = self._arriving[direction, stage].popleft()
         if expected != tick:
             raise RuntimeError(f"stage {stage} expected the {direction} of tick {tick} but got tick {expected}")
-        if not isinstance(item, PostedBoundary):
+        if not isinstance(item, (PostedBoundary, Expected)):
             return item
         with self._talking(f"{direction} of tick {tick} for stage {stage}", self._wires.peer(direction, stage)):
+            if isinstance(item, Expected):
+                item = self._wires.post_all(direction, stage, item.shapes)
             return item.wait()
 
     def rendezvous(self) -> None:

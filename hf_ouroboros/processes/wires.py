@@ -149,6 +149,29 @@ class Wires:
                 self._leases.append(lease)
                 if grid.rank in ends:
                     self._groups[direction, stage] = lease.group, 0
+                    self._connect(direction, stage)
+
+    def _connect(self, direction: str, stage: int) -> None:
+        """Sends one number over a channel.
+
+        At the first message of a communicator NCCL makes both threads wait for each other. Here all processes go through
+        the channels in one order; in the middle of a run, one could wait in one channel and its neighbour in another.
+        """
+        number = torch.zeros(1, device=self._grid.device)
+        group, tag = self._groups[direction, stage]
+        if self._grid.rank_of(self._placement[stage]) == self._grid.rank:
+            dist.irecv(number, self.peer(direction, stage), group=group, tag=tag).wait()
+        else:
+            dist.isend(number, self._grid.rank_of(self._placement[stage]), group=group, tag=tag).wait()
+
+    @property
+    def posts_early(self) -> bool:
+        """Whether a receive is posted as soon as it is known of, so that messages come while the worker computes.
+
+        NCCL's receives are kernels, which would sit on the device until the message comes, and age in its watchdog; there,
+        a receive is posted when it is needed, and messages come as soon as their senders' streams are there.
+        """
+        return self._grid.tensor_backend == "gloo"
 
     @property
     def max_sending(self) -> int:
@@ -203,6 +226,8 @@ class Wires:
         for sending in self._sending.values():
             while sending:
                 sending.popleft()[0].wait()
+        if self._grid.device.type != "cpu":  # there, only the stream has waited
+            torch.get_device_module(self._grid.device).current_stream(self._grid.device).synchronize()
 
     def close(self, drained: bool = False) -> None:
         """Lets go of the groups.
