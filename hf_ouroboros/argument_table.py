@@ -119,6 +119,7 @@ OWN: dict[str, Rule] = {
     "data_parallel_replicas": Whole(1, 2**20),
     "tied_gradient": OneOf("joint", "paper"),
     "clip_scope": OneOf("stage", "global"),
+    "fused_head": OneOf("auto", "on", "off"),
     "resume_changed": OneOf("refuse", "accept"),
     "delay_warmup_steps": Whole(0, LONG),
     "delay_compensation": Joined(),

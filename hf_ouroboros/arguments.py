@@ -137,6 +137,14 @@ class OuroborosArguments(TrainingArguments):
             "and dropout masks of then.",
         },
     )
+    fused_head: str = field(
+        default="auto",
+        metadata={
+            "help": "Compute the loss from hidden states chunk by chunk, without building logits, where the head is a plain matrix "
+            "and nobody looks at logits: 'on', 'off', or 'auto', which does so from a vocabulary of 16,384 on.",
+            "choices": words_of("fused_head"),
+        },
+    )
     resume_changed: str = field(
         default="refuse",
         metadata={

@@ -10,13 +10,14 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from ..partition.late_logits import only_loss_wanted
 from ..partition.meta import target_labels
 from ..processes import ProcessGrid
 from ..processes.relay import AheadLoader
 from ..processes.same_batches import SameBatches
 from ..staged import StagedModel
 from .agreement import AgreementHooks
-from .loss import head_computes_loss
+from .loss import has_late_logits, head_computes_loss
 
 
 class EvaluationHooks(AgreementHooks):
@@ -70,7 +71,8 @@ class EvaluationHooks(AgreementHooks):
         count = self._get_target_count(inputs)
         self._staged.loss_only = prediction_loss_only and head_computes_loss(self)
         try:
-            result = super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+            with only_loss_wanted(self._staged.loss_only and has_late_logits(self)):
+                result = super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         finally:
             self._staged.loss_only = False
         # A custom loss need not be a mean over tokens; then Trainer's mean over rows stays.

@@ -15,6 +15,7 @@ from ..engine.losses import LossOfModel
 from ..errors import EngineError
 from ..head_model import HeadModel
 from ..partition import ModelCall
+from ..partition.late_logits import LARGE_VOCABULARY, only_loss_wanted
 
 
 class LossContext(NamedTuple):
@@ -43,7 +44,8 @@ class TrainerLoss(LossOfModel):
         count = context.num_items
         if torch.is_tensor(count):  # from memory of the host that no accelerator has to wait for
             count = count.to(trainer._partition.stages[-1].device, non_blocking=True)
-        with contextlib.nullcontext() if alone else _refused_here(trainer.model):
+        late = head_computes_loss(trainer) and has_late_logits(trainer)
+        with contextlib.nullcontext() if alone else _refused_here(trainer.model), only_loss_wanted(late):
             loss = trainer.compute_loss(head, inputs, num_items_in_batch=count)
         if trainer._counts_all_replicas and context.num_items is not None:
             loss = loss * trainer._grid.replicas  # gradients and losses are averaged over the replicas
@@ -77,6 +79,13 @@ def _refused_here(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def has_late_logits(trainer: Any) -> bool:
+    """Whether the head is not to build logits where nobody looks at them."""
+    if trainer.options.fused_head == "auto":
+        return trainer._partition.model.config.get_text_config().vocab_size >= LARGE_VOCABULARY
+    return trainer.options.fused_head == "on"
 
 
 def head_computes_loss(trainer: Any) -> bool:

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from ..errors import UnsupportedModelError
 from .anatomy import HIDDEN, Anatomy
 from .balancing import CHOSEN, PROBABILITIES, RouterLogits
+from .late_logits import with_late_logits, without_late
 from .meta import call_options
 from .model_inputs import batch_keys, check_config, foreign_outputs, of_last_stage, tokens_of, without_unused_labels
 from .one_call import OneCall
@@ -88,6 +89,8 @@ class ShadowStage(Stage):
         self._modules, self._parameters, self._buffers = core._modules, core._parameters, core._buffers
         self._drop_foreign_parameters(core)
         self._open(core)
+        if self.is_last and (head := model.get_output_embeddings()) is not None:
+            with_late_logits(core.get_submodule(next(name for name, m in model.named_modules() if m is head)))
         self._routers: RouterLogits | None = None
         if num_stages > 1 and getattr(model.config, "output_router_logits", False):
             before = anatomy.layers[: self._own.start]
@@ -152,6 +155,7 @@ class ShadowStage(Stage):
             self._routers.begin()
             with self._routers.finishing(received, tokens_of(inputs).shape[:2].numel()):
                 output = self._core(**{**self._options, **inputs})
+        output = without_late(output)
         return output if received is None else of_last_stage(output)
 
     def trains(self, name: str, tensor: torch.Tensor) -> bool:
