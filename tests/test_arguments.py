@@ -44,6 +44,7 @@ def test_defaults(tmp_path: Path) -> None:
         "eval_mem_len": None,
         "eval_clamp_len": None,
         "recompute": False,
+        "fused_head": "auto",
         "resume_changed": "refuse",
         "timeline": None,
     }

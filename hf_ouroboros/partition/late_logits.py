@@ -89,9 +89,7 @@ class LateLogits(torch.Tensor):
             bias: [vocabulary], or None.
             dtype: what they are converted to; None for none.
         """
-        computed = hidden.dtype
-        if torch.is_autocast_enabled(hidden.device.type):
-            computed = torch.get_autocast_dtype(hidden.device.type)
+        computed = _autocast_dtype(hidden.device) or hidden.dtype
         shape = (*hidden.shape[:-1], weight.shape[0])
         empty = torch.empty(1, dtype=dtype or computed, device=hidden.device).expand(shape)  # the size of one number
         late = empty.as_subclass(LateLogits)
@@ -173,13 +171,20 @@ def _loss(
     if late.dtype != torch.float32:
         return None  # a sum of rounded losses would be worth nothing
     hidden, matrix, bias = late.hidden, late.weight, late.bias
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        hidden, matrix, bias = hidden.to(dtype), matrix.to(dtype), None if bias is None else bias.to(dtype)
-    with torch.autocast(kind, enabled=False):
+    if (dtype := _autocast_dtype(hidden.device)) is None:
         total = ChunkedCrossEntropy.apply(hidden, matrix, bias, target, ignore_index)
+    else:
+        hidden, matrix, bias = hidden.to(dtype), matrix.to(dtype), None if bias is None else bias.to(dtype)
+        with torch.autocast(hidden.device.type, enabled=False):
+            total = ChunkedCrossEntropy.apply(hidden, matrix, bias, target, ignore_index)
     return total if reduction == "sum" else total / (target != ignore_index).sum()
+
+
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What matrices are computed in under autocast; None without."""
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from ..partition.late_logits import LARGE_VOCABULARY, LateLogits
 from ..partition.meta import Answers, batched_experts, call_options
 from .kinds import layer_kinds
 
@@ -60,6 +61,13 @@ def trace(model: PreTrainedModel, layer_names: Sequence[str], batch: int, time: 
     return [before, *(parts[kind] for kind in kinds), after]
 
 
+class _LateHead(nn.Linear):
+    """A head that gives late logits past the hooks of modules: the counter's look at what modules return."""
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        return LateLogits.of(hidden, self.weight, self.bias)
+
+
 class _Tracer:
     """Runs a model and books what happens on the part that is running."""
 
@@ -83,13 +91,32 @@ class _Tracer:
         try:
             fused = _FusedAttention(self._book)
             weights = _GatheredWeights(self._know)
-            with batched_experts(self.model.config), self._counter, Answers(), fused, weights, saving:
-                self.model(input_ids=ids, labels=ids, **call_options(self.model))
+            late = self._late_head()
+            with (
+                batched_experts(self.model.config),
+                self._counter,
+                Answers(),
+                fused,
+                weights,
+                saving,
+            ):
+                # Past the hooks of the whole, with which the counter would look at logits that are late.
+                self.model.forward(input_ids=ids, labels=ids, **call_options(self.model))
         finally:
             for handle in handles:
                 handle.remove()
         self._go_on_to(self._running)
+        if late:  # the backward, which is taken for twice a forward, computes the logits once more
+            self.parts[-1].flops *= 4 / 3
         return self.parts
+
+    def _late_head(self) -> bool:
+        """Whether training, left to itself, will not build logits."""
+        head = self.model.get_output_embeddings()
+        if type(head) is not nn.Linear or self.model.config.get_text_config().vocab_size < LARGE_VOCABULARY:
+            return False
+        head.__class__ = _LateHead
+        return True
 
     def _enter(self, part: int) -> Callable[[nn.Module, Any], None]:
         return lambda module, inputs: self._go_on_to(part)
