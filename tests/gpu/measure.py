@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--micro_batches", type=int, default=4)
     parser.add_argument("--updates", type=int, default=24)
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--fused_head", choices=["on", "off"], nargs="+", default=["on"])
     options = parser.parse_args()
     config = LlamaConfig(
         vocab_size=options.vocabulary,
@@ -112,8 +113,9 @@ def main() -> None:
     lines = [("stock Trainer, whole model", *measure(Trainer))]
     for stages in options.stages:
         for schedule in ("1f1b", "pipelined") if stages > 1 else ("pipelined",):
-            found = measure(OuroborosTrainer, num_stages=stages, devices=workers(stages), schedule=schedule)
-            lines.append((f"{schedule}, K = {stages}", *found))
+            for fused in options.fused_head:
+                split = {"num_stages": stages, "devices": workers(stages), "schedule": schedule, "fused_head": fused}
+                lines.append((f"{schedule}, K = {stages}, fused head {fused}", *measure(OuroborosTrainer, **split)))
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {count / 1e6:.0f} million parameters, bfloat16,")
     print(f"{options.rows} x {options.length} tokens, M = {options.micro_batches}, {last - first} updates measured")
     print("| run | tokens/s | beside stock | peak bytes per parameter | last loss |\n|---|---|---|---|---|")
