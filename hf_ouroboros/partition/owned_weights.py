@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from ..errors import UnsupportedOptionError
 from .ownership import Owned, check_owned, names_of_parameters, release_foreign
+from .packed_loading import Packing
 
 # They place, shard or rewrite the parameters themselves.
 REFUSED = (
@@ -32,6 +33,7 @@ def load_owned(
     model_name_or_path: str | PathLike[str],
     owned: Owned,
     model_class: Any = AutoModelForCausalLM,
+    packing: Packing | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Builds a pretrained model of which only the owned parameters have values; the others are on the meta device.
@@ -49,6 +51,7 @@ def load_owned(
         owned: whether this process owns the parameter of that name, as in `model.named_parameters()`; a tied matrix
             is owned if it is under any of its names.
         model_class: what `from_pretrained` is called on: an Auto class or a model class.
+        packing: how linear modules are packed, one after the other, while they are loaded; None for not at all.
         kwargs: passed on: `dtype`, `revision`, `subfolder`, `config`, values of the configuration, ...
 
     Returns:
@@ -75,9 +78,15 @@ def load_owned(
         if not any(owned(name) or name in lacking for name in names)
         for name in names
     ]
-    del skeleton
     # Names that the map does not hold go to the CPU. Naming them would make two devices, and accelerate's hooks.
-    model = model_class.from_pretrained(model_name_or_path, device_map=dict.fromkeys(foreign, "meta") or None, **kwargs)
+    places = dict.fromkeys(foreign, "meta") or None
+    if packing is not None:
+        kwargs["quantization_config"], exceptions = packing.of_own(skeleton, foreign), packing.exceptions(skeleton)
+        places = places or {"": "cpu"}
+    del skeleton
+    model = model_class.from_pretrained(model_name_or_path, device_map=places, **kwargs)
+    if packing is not None:
+        packing.complete(model, exceptions)
     release_foreign(model, owned)
     check_owned(model, owned)
     return model

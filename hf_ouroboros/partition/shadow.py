@@ -7,7 +7,7 @@ original, but the same Parameter objects under the same names.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from types import MethodType
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedModelError
+from .packed import packed_linears, unpacked
 
 Path = tuple[Any, ...]
 """Where a tensor is in nested containers: keys and positions from the outside in."""
@@ -102,7 +103,7 @@ def hollow(module: nn.Module, known: dict[int, nn.Module] | None = None) -> nn.M
     twin = known[id(module)] = _copy(module)
     for name in hook_dicts(twin):
         twin.__dict__[name] = type(twin.__dict__[name])()
-    for name in ("forward", "_hf_hook", "_old_forward", "_compiled_call_impl"):
+    for name in ("forward", "_hf_hook", "_old_forward", "_compiled_call_impl", "quant_state"):
         twin.__dict__.pop(name, None)
     twin._parameters, twin._buffers = {}, {}
     twin._modules = {n: child if child is None else hollow(child, known) for n, child in module._modules.items()}
@@ -116,7 +117,8 @@ def on_meta(module: nn.Module, hooks: bool = True) -> nn.Module:
         module: the original.
         hooks: whether it has the original's.
     """
-    twin = _with_parameters(module, lambda parameter: torch.empty_like(parameter.data, device="meta"))
+    stands_for = {id(part): unpacked for _, part in packed_linears(module)}
+    twin = _with_parameters(module, lambda parameter: torch.empty_like(parameter.data, device="meta"), stands_for)
     for part in twin.modules():
         part._buffers = {name: None if b is None else b.to("meta") for name, b in part._buffers.items()}
         for name in () if hooks else hook_dicts(part):
@@ -125,16 +127,25 @@ def on_meta(module: nn.Module, hooks: bool = True) -> nn.Module:
 
 
 def detached(module: nn.Module) -> nn.Module:
-    """A shadow with parameters of its own, all to be trained, that have the original's values and memory."""
-    return _with_parameters(module, lambda parameter: parameter.data)
+    """A shadow with parameters of its own, all to be trained, that have the original's values and memory.
+
+    Packed matrices, which are more than their values, are the original's.
+    """
+    packed = {id(part.weight) for _, part in packed_linears(module)}
+    return _with_parameters(module, lambda parameter: parameter.data, kept=packed)
 
 
-def _with_parameters(module: nn.Module, values: Callable[[nn.Parameter], torch.Tensor]) -> nn.Module:
-    twin = shadow(module, own_hooks=True)
+def _with_parameters(
+    module: nn.Module,
+    values: Callable[[nn.Parameter], torch.Tensor],
+    replacements: Mapping[int, Replacement] | None = None,
+    kept: Collection[int] = (),
+) -> nn.Module:
+    twin = shadow(module, replacements, own_hooks=True)
     parameters: dict[int, nn.Parameter] = {}
     for part in twin.modules():
         for name, parameter in part._parameters.items():
-            if parameter is not None:
+            if parameter is not None and id(parameter) not in kept:
                 if id(parameter) not in parameters:
                     trained = parameter.is_floating_point()
                     parameters[id(parameter)] = nn.Parameter(values(parameter), requires_grad=trained)
