@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
-from types import MethodType
+from types import CellType, MethodType
 from typing import Any
 
 import torch
@@ -66,12 +66,14 @@ def _shadow(module: nn.Module, replacements: Mapping[int, Replacement], known: d
         del twin._hf_hook
     # accelerate leaves an instance attribute `forward` behind when it removes its hooks; bound to the original, it
     # would compute with the original's weights instead of the shadow's.
-    if getattr(forward, "__self__", None) is module:
+    if getattr(forward, "__self__", None) is module and not _holds_method_of(forward, module):
         twin.forward = MethodType(forward.__func__, twin)
     elif forward is not None:
+        shown = " ".join(repr(forward).split())
         raise UnsupportedModelError(
-            f"the forward of a {type(module).__name__} of this model was replaced by {forward!r:.80}, which would "
-            "compute with the model's weights of now; undo the replacement before the model is split"
+            f"the forward of a {type(module).__name__} of this model was replaced by {shown:.80}, which would "
+            "compute with the model's weights of now; undo the replacement (del module.forward) before the model is split. "
+            "Trainers of TRL leave one behind: give the model to OuroborosTrainer, or to hf_ouroboros.trl, before"
         )
     twin._parameters = dict(module._parameters)
     twin._buffers = dict(module._buffers)
@@ -79,6 +81,12 @@ def _shadow(module: nn.Module, replacements: Mapping[int, Replacement], known: d
         name: child if child is None else _shadow(child, replacements, known) for name, child in module._modules.items()
     }
     return twin
+
+
+def _holds_method_of(forward: Any, module: nn.Module) -> bool:
+    """Whether a forward is a function around another one that is bound to the module."""
+    cells = getattr(forward.__func__, "__closure__", None) or ()
+    return any(getattr(cell.cell_contents, "__self__", None) is module for cell in cells if cell != CellType())
 
 
 def _copy(module: nn.Module) -> nn.Module:
