@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from adapter_cases import peft, trained_state
 from quantized_cases import KINDS, packed, quantization, saved, wrapped
-from trainer_helpers import differing, ouroboros, outcome, split_options, stock, trained
+from trainer_helpers import EVERY, differing, ouroboros, outcome, split_options, stock, trained
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPTQConfig
 
 from hf_ouroboros import UnsupportedModelError, UnsupportedOptionError
@@ -21,7 +20,6 @@ from hf_ouroboros.partition.packed_loading import Packing
 RUN: dict[str, Any] = {"max_steps": 4, "gradient_accumulation_steps": 1, **split_options(3, 2)}
 SYNCHRONOUS: dict[str, Any] = {"max_steps": 2, "schedule": "1f1b", "max_grad_norm": 0.0, **split_options(3, 2)}
 # All together with HF_OUROBOROS_EVERY_CASE=1; each kind and each model is in either way.
-EVERY = bool(os.environ.get("HF_OUROBOROS_EVERY_CASE"))
 BOTH = [(case, kind) for case in ("lora on llama", "lora on gpt2") for kind in KINDS]
 MORE = [("lora on qwen3", "double"), ("lora on gemma3", "nf4"), ("ia3", "int8"), ("vera", "nf4"), ("rslora", "int8")]
 PIPELINED = [*BOTH, ("dora", "nf4"), *MORE] if EVERY else [BOTH[0], BOTH[4], BOTH[2], ("dora", "nf4")]
@@ -84,6 +82,7 @@ def test_other_ways_to_run_are_the_reference(kind: str, given: dict[str, Any], t
 def test_resumes_and_loads(kind: str, tmp_path: Path) -> None:
     case, folder = "lora on llama", tmp_path / "base"
     options = {**RUN, "save_strategy": "steps", "save_steps": 2}
+    options |= {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
     trainer = trained(tmp_path / "run", {"model": wrapped(case, kind, folder)}, **options)
     checkpoint = tmp_path / "run" / "checkpoint-2"
     assert not [path for path in checkpoint.iterdir() if path.name.startswith("model")]

@@ -10,7 +10,7 @@ import torch
 from adapter_cases import peft
 from quantized_cases import packed, quantization, saved, wrapped
 from rig import in_processes
-from trainer_helpers import differing, split_options, trained
+from trainer_helpers import EVERY, differing, split_options, trained
 from trainer_runs import held, whole
 from transformers import GPTQConfig
 
@@ -18,8 +18,8 @@ from hf_ouroboros import AutoStagedModelForCausalLM, OuroborosArguments, Unsuppo
 from hf_ouroboros.partition.packed import packed_linears, scales
 
 RUN: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "num_stages": 2}
-KINDS = {"double": "lora on gpt2", "int8": "lora on llama"}
-"""Of GPT-2, whose matrices lie the other way round and have biases."""
+# Of GPT-2, whose matrices lie the other way round and have biases.
+KINDS = {"double": "lora on gpt2", **({"int8": "lora on llama", "nf4": "lora on llama"} if EVERY else {})}
 
 
 def in_parts(folder: Path, case: str, kind: str) -> Any:

@@ -10,6 +10,7 @@ import pytest
 from huggingface_hub import ModelCard
 from loopback_hub import running_hub
 from running import PLAIN_LOAD, recipe, run
+from trainer_helpers import EVERY
 
 from hf_ouroboros.data import Document, default_corpus
 
@@ -80,6 +81,7 @@ def test_lora(pretrained: tuple[Path, str], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not EVERY, reason="differs little from test_lora: HF_OUROBOROS_EVERY_CASE=1 runs it")
 def test_lora_on_packed_matrices(pretrained: tuple[Path, str], tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes", reason="needs the extra `bnb`")
     values = TINY | {"model_name_or_path": pretrained[0], "max_train_examples": 8, "num_train_epochs": 1}

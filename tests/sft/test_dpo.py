@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from sft_cases import options, preferences, tiny, tokenizer
-from trainer_helpers import differing, logged, outcome, split_options
+from trainer_helpers import EVERY, differing, logged, outcome, split_options
 from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
@@ -18,16 +18,17 @@ from hf_ouroboros.trl import OuroborosDPOConfig, OuroborosDPOTrainer
 
 CASES: dict[str, dict[str, Any]] = {
     "sigmoid": {},
-    "weighted": {"use_weighting": True},
-    "ipo": {"loss_type": ["ipo"]},
     "two losses": {"loss_type": ["sigmoid", "sft"], "loss_weights": [0.8, 0.5]},
-    "length": {"ld_alpha": 0.5},
+    "exo": {"loss_type": ["exo_pair"], "label_smoothing": 0.1, "ld_alpha": 0.5, "use_weighting": True},
+}
+MORE: dict[str, dict[str, Any]] = {
+    **{name: {"loss_type": [name]} for name in ("hinge", "ipo", "nca_pair", "bco_pair", "sppo_hard", "aot", "sft")},
+    **{name: {"loss_type": [name]} for name in ("aot_unpaired", "apo_zero", "apo_down", "discopop", "sigmoid_norm")},
     "divergence": {"f_divergence_type": "js_divergence"},
     "smoothed": {"loss_type": ["robust"], "label_smoothing": 0.1},
-    "exo": {"loss_type": ["exo_pair"], "label_smoothing": 0.1},
-    "sorted": {"loss_type": ["aot"]},
     "end kept": {"truncation_mode": "keep_end", "max_length": 12},
 }
+CASES |= MORE if EVERY else {}
 METRICS = (
     *("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected"),
     *("logits/chosen", "logits/rejected", "mean_token_accuracy", "entropy", "num_tokens", "loss"),
