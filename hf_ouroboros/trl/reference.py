@@ -67,7 +67,7 @@ def adapters_off(stages: Any, off: bool) -> Iterator[None]:
         for stage in stages
         if off
         for module in stage.modules()
-        if vars(module).get("_disable_adapters") is False
+        if getattr(module, "_disable_adapters", None) is False
     ]
     for module in switched:
         module._disable_adapters = True

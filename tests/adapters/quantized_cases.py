@@ -17,14 +17,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "nf4": NF4,
     "double": {**NF4, "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.float32},
     "int8": {"load_in_8bit": True},
+    "fp4": {"load_in_4bit": True},
 }
 OPTIONS = {"lora on gpt2": {"fan_in_fan_out": False}}
 """Transformers turns GPT-2's matrices round when it packs them."""
 
 
-def quantization(kind: str) -> BitsAndBytesConfig:
+def quantization(kind: str, **options: Any) -> BitsAndBytesConfig:
     """How matrices are packed."""
-    return BitsAndBytesConfig(**KINDS[kind])
+    return BitsAndBytesConfig(**KINDS[kind], **options)
 
 
 def saved(case: str, folder: Path) -> Path:
@@ -34,9 +35,9 @@ def saved(case: str, folder: Path) -> Path:
     return folder
 
 
-def packed(case: str, kind: str, folder: Path) -> Any:
+def packed(case: str, kind: str, folder: Path, **options: Any) -> Any:
     """The quantized model without adapters, as a script loads it."""
-    model = AutoModelForCausalLM.from_pretrained(saved(case, folder), quantization_config=quantization(kind))
+    model = AutoModelForCausalLM.from_pretrained(saved(case, folder), quantization_config=quantization(kind, **options))
     for (
         module
     ) in model.modules():  # as our trainer does: stock Trainer, too, can't train what was evaluated on some CPUs

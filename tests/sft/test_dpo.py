@@ -15,6 +15,7 @@ from trl import DPOConfig, DPOTrainer
 
 from hf_ouroboros import UnsupportedOptionError
 from hf_ouroboros.trl import OuroborosDPOConfig, OuroborosDPOTrainer
+from hf_ouroboros.trl.fused_head import fused_output
 
 CASES: dict[str, dict[str, Any]] = {
     "sigmoid": {},
@@ -154,6 +155,21 @@ def test_adapters(adapted: str, tmp_path: Path) -> None:
     else:
         with pytest.raises(UnsupportedOptionError, match="the model is no reference any more"):
             found.evaluate(preferences(4, seed=2))
+
+
+def test_reference_is_the_model_below_the_adapters(tmp_path: Path) -> None:
+    """Also when they have been trained; they are on again afterwards, and are trained as before."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"], task_type="CAUSAL_LM")
+    trainer = ours(tmp_path, trainer={"peft_config": config})
+    trainer.train()
+    ids = torch.randint(5, 20, (2, 8), generator=torch.Generator().manual_seed(0))
+    below = fused_output(tiny()(input_ids=ids).logits, {"labels": ids}).log_probs
+    before = fused_output(trainer.model(input_ids=ids).logits, {"labels": ids}).log_probs
+    found = trainer._reference(ids, input_ids=ids).log_probs
+    after = fused_output(trainer._staged.eval()(input_ids=ids).logits, {"labels": ids}).log_probs
+    assert torch.equal(found, below) and torch.equal(after, before) and not torch.equal(before, below)
+    assert all(p.requires_grad == ("lora" in n or "modules_to_save" in n) for n, p in trainer.model.named_parameters())
 
 
 def test_refusals(tmp_path: Path) -> None:
