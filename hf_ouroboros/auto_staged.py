@@ -62,6 +62,10 @@ class AutoStagedModelForCausalLM:
             UnsupportedOptionError: an argument that places or rewrites parameters.
         """
         if args.world_size == 1:
+            if (
+                kwargs.get("quantization_config") is not None
+            ):  # else Transformers would pack all of it on one accelerator
+                kwargs.setdefault("device_map", {"": "cpu"})
             return _kept(cls._auto.from_pretrained(model_name_or_path, **kwargs), frozen)
         config = kwargs.pop("config", None)
         if config is None:

@@ -12,10 +12,15 @@ from quantized_cases import KINDS, adapted, packed, quantization, saved, wrapped
 from trainer_helpers import EVERY, differing, ouroboros, outcome, split_options, stock, trained
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPTQConfig
 
-from hf_ouroboros import UnsupportedModelError, UnsupportedOptionError
+from hf_ouroboros import (
+    AutoStagedModelForCausalLM,
+    OuroborosArguments,
+    UnsupportedModelError,
+    UnsupportedOptionError,
+)
 from hf_ouroboros.errors import CheckpointMismatchError
 from hf_ouroboros.partition.finite import check_finite
-from hf_ouroboros.partition.packed import packed_linears, scales, sizes
+from hf_ouroboros.partition.packed import packed_linears, place, scales, sizes
 from hf_ouroboros.partition.packed_loading import Packing
 
 RUN: dict[str, Any] = {"max_steps": 4, "gradient_accumulation_steps": 1, **split_options(3, 2)}
@@ -125,6 +130,40 @@ def test_sizes_are_those_of_what_is_packed(tmp_path: Path) -> None:
         assert sum(size.elements for size in real.values()) == sum(
             p.numel() for p in AutoModelForCausalLM.from_pretrained(tmp_path / "base").parameters()
         )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scales_follow_their_weights(kind: str, tmp_path: Path) -> None:
+    """To a device without memory, before and after the first forward, which puts the scales of 8-bit elsewhere."""
+    for forwards in (0, 1):
+        model = packed("lora on llama", kind, tmp_path / "base")
+        for _ in range(forwards):
+            model(input_ids=torch.zeros(1, 4, dtype=torch.long))
+        modules = [module for _, module in packed_linears(model)]
+        assert all(scales(module) for module in modules)
+        for module in modules:
+            weight = torch.nn.Parameter(module.weight.data.to("meta"), requires_grad=False)
+            vars(weight).update(vars(module.weight))
+            module._parameters["weight"] = weight
+        place(model, torch.device("meta"))
+        assert modules and not any(scales(module) for module in modules)
+        if kind == "int8":
+            assert all(module.state.CB is None or module.state.CB.is_meta for module in modules)
+        else:
+            assert all(module.quant_state is module.weight.quant_state for module in modules)
+
+
+@pytest.mark.parametrize("kind", ["double", "int8"])
+def test_a_checkpoint_that_was_saved_packed(kind: str, tmp_path: Path) -> None:
+    packed("lora on llama", kind, tmp_path / "base").save_pretrained(tmp_path / "packed")
+    runs = []
+    for folder, schedule in (("base", "reference"), ("packed", "pipelined")):
+        args = OuroborosArguments(output_dir=str(tmp_path), use_cpu=True, **split_options(3, 2))
+        given = {"quantization_config": quantization(kind)} if folder == "base" else {}
+        model = AutoStagedModelForCausalLM.from_pretrained(tmp_path / folder, args=args, frozen=True, **given)
+        model = adapted(model, "lora on llama")
+        runs.append(trained(tmp_path / schedule, {"model": model}, **{**RUN, "schedule": schedule}))
+    assert differing(*(trained_state(run.model) for run in runs)) == []
 
 
 def test_plan_and_card_count_whole_matrices(tmp_path: Path) -> None:
