@@ -35,7 +35,7 @@ STOCK = [*BOTH, ("dora", "nf4"), *MORE] if EVERY else [("lora on gpt2", "double"
 WAYS: list[tuple[str, dict[str, Any]]] = [
     ("double", {"recompute": True}),
     ("int8", {"bf16": True}),
-    ("nf4", {"delay_compensation": "auto"}),
+    ("nf4", {"delay_compensation": "auto", "optim": "paged_adamw_8bit"}),
 ]
 
 
@@ -175,6 +175,26 @@ def test_plan_and_card_count_whole_matrices(tmp_path: Path) -> None:
     ).num_parameters()
     assert sum(row.parameters for row in trainer.stage_plan.rows) == whole
     assert f"of {whole:,} parameters trained" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "paged_adamw_32bit", "lion_8bit"] if EVERY else ["adamw_bnb_8bit"])
+def test_optimizers_that_pack_moments(optim: str, tmp_path: Path) -> None:
+    case, folder = "lora on llama", tmp_path / "base"
+    runs = []
+    for schedule in ("reference", "pipelined"):
+        model = wrapped(case, "double", folder, r=64)
+        given = {**RUN, "schedule": schedule, "optim": optim, "delay_compensation": "error_feedback"}
+        runs.append(trained(tmp_path / schedule, {"model": model}, **given))
+    assert differing(outcome(runs[0]), outcome(runs[1])) == []
+    if EVERY:
+        expected = stock(tmp_path / "stock", {"model": wrapped(case, "double", folder, r=64)}, max_steps=2, optim=optim)
+        expected.args.max_grad_norm = 0.0
+        expected.train()
+        found = trained(tmp_path / "1f1b", {"model": wrapped(case, "double", folder, r=64)}, **SYNCHRONOUS, optim=optim)
+        assert differing(trained_state(expected.model), trained_state(found.model)) == []
+    given = {**RUN, "optim": optim, "delay_compensation": "weight_prediction"}
+    with pytest.raises(UnsupportedOptionError, match="not (AdamW|Lion) of bitsandbytes"):
+        trained(tmp_path / "predicted", {"model": wrapped(case, "double", folder)}, **given)
 
 
 def test_refusals(tmp_path: Path) -> None:
