@@ -15,9 +15,8 @@ from transformers import (
 )
 
 from .arguments import OuroborosArguments
-from .errors import UnsupportedModelError
 from .partition.initialising import initialise_owned
-from .partition.owned_weights import load_owned
+from .partition.owned_weights import load_owned, load_owned_packed
 from .partition.ownership import Owned
 from .partition.packed_loading import Packing
 from .partition.split import plan_ownership
@@ -55,7 +54,8 @@ class AutoStagedModelForCausalLM:
             frozen: whether nothing of it will be trained, only adapters on top of it (`get_peft_model`): tied embeddings then
                 may be on two devices.
             kwargs: as for the `from_pretrained` of transformers' own Auto class; with a `BitsAndBytesConfig` as
-                `quantization_config` every process packs its own matrices, one after the other.
+                `quantization_config` every process packs its own matrices, one after the other. A checkpoint that was saved
+                packed stays as it is.
 
         Raises:
             UnsupportedModelError, DeviceMapError: the model can't be split as `args` say, or is quantized in another way.
@@ -70,12 +70,11 @@ class AutoStagedModelForCausalLM:
         config = kwargs.pop("config", None)
         if config is None:
             config, kwargs = AutoConfig.from_pretrained(model_name_or_path, return_unused_kwargs=True, **kwargs)
-        if getattr(config, "quantization_config", None) is not None:
-            raise UnsupportedModelError(
-                f"{model_name_or_path} was saved quantized, and can't be loaded in parts; name the unquantized checkpoint, and "
-                "give a quantization_config, or load it whole in every process (AutoModelForCausalLM.from_pretrained)"
-            )
-        quantization = kwargs.pop("quantization_config", None)
+        saved, quantization = getattr(config, "quantization_config", None), kwargs.pop("quantization_config", None)
+        if saved is not None:
+            owned = cls._ownership(config, args, frozen, Packing(saved))
+            model = load_owned_packed(model_name_or_path, owned, cls._auto, quantization, config=config, **kwargs)
+            return _kept(model, frozen)
         packing = None if quantization is None else Packing(quantization)
         owned = cls._ownership(config, args, frozen, packing)
         return _kept(load_owned(model_name_or_path, owned, cls._auto, packing, config=config, **kwargs), frozen)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from typing import Any
@@ -61,12 +61,7 @@ def load_owned(
         UnsupportedOptionError: an argument that places or rewrites parameters (`device_map`, quantization, ...).
         UnsupportedModelError: an owned parameter was left without values.
     """
-    for key in REFUSED:
-        if kwargs.get(key) is not None:
-            raise UnsupportedOptionError(
-                f"{key}={kwargs[key]!r} can't be combined with loading only the owned parameters, which are placed by "
-                "the stages' devices; leave it out"
-            )
+    _check_given(kwargs)
     with _quietly():
         skeleton, report = model_class.from_pretrained(
             model_name_or_path, device_map={"": "meta"}, output_loading_info=True, **kwargs
@@ -90,6 +85,46 @@ def load_owned(
     release_foreign(model, owned)
     check_owned(model, owned)
     return model
+
+
+def load_owned_packed(
+    model_name_or_path: str | PathLike[str],
+    owned: Owned,
+    model_class: Any = AutoModelForCausalLM,
+    quantization_config: Any = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """As `load_owned`, of a checkpoint that was saved packed, whose files Transformers maps.
+
+    Nothing is read before it is used, and what is foreign is let go before.
+
+    Args:
+        model_name_or_path: local folder or Hub name.
+        owned: whether this process owns the parameter of that name.
+        model_class: what `from_pretrained` is called on.
+        quantization_config: options for loading, which Transformers adds to those that were saved; None for none.
+        kwargs: passed on.
+
+    Raises:
+        UnsupportedOptionError: an argument that places or rewrites parameters.
+        UnsupportedModelError: an owned parameter was left without values.
+    """
+    _check_given(kwargs)
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+    model = model_class.from_pretrained(model_name_or_path, device_map={"": "cpu"}, **kwargs)
+    release_foreign(model, owned)
+    check_owned(model, owned)
+    return model
+
+
+def _check_given(given: Mapping[str, Any]) -> None:
+    for key in REFUSED:
+        if given.get(key) is not None:
+            raise UnsupportedOptionError(
+                f"{key}={given[key]!r} can't be combined with loading only the owned parameters, which are placed by "
+                "the stages' devices; leave it out"
+            )
 
 
 def _undecided(skeleton: PreTrainedModel) -> set[str]:

@@ -1,4 +1,4 @@
-"""Packed matrices over two processes: loaded in parts, none of which anybody else packs, with the reference's numbers.
+"""Packed matrices over two processes: packed in parts, whole, or before they were saved, with the reference's numbers.
 
 With bitsandbytes' own optimizer, which packs moments, as such models are usually trained.
 """
@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from adapter_cases import peft
-from quantized_cases import packed, quantization, saved, wrapped
+from quantized_cases import packed, quantization, wrapped
+from quantized_cases import saved as saved_base
 from rig import in_processes
 from trainer_helpers import EVERY, differing, split_options, trained
 from trainer_runs import held, whole
@@ -41,7 +42,7 @@ def in_parts(folder: Path, case: str, kind: str) -> Any:
     bitsandbytes.nn.Params4bit._quantize = lambda self, device: count.append(1) or quantize(self, device)
     try:
         model = AutoStagedModelForCausalLM.from_pretrained(
-            saved(case, folder), args=args, frozen=True, quantization_config=quantization(kind)
+            saved_base(case, folder), args=args, frozen=True, quantization_config=quantization(kind)
         )
     finally:
         bitsandbytes.nn.Params4bit._quantize = quantize
@@ -78,7 +79,12 @@ def train_part(rank: int, folder: str) -> list[dict[str, Any]]:
     for kind, case in KINDS.items():
         base = Path(folder, case)
         loaded = with_values(in_parts(base, case, kind), case, kind, base)
-        for name, model in {"parts": loaded, "whole": wrapped(case, kind, base, r=RANK)}.items():
+        args = OuroborosArguments(output_dir=folder, use_cpu=True, num_stages=2)
+        saved = AutoStagedModelForCausalLM.from_pretrained(f"{base} {kind}", args=args, frozen=True)
+        assert sum(p.is_meta for p in saved.parameters()) > 1
+        saved = with_values(saved, case, kind, base)
+        models = {"parts": loaded, "whole": wrapped(case, kind, base, r=RANK), "saved": saved}
+        for name, model in models.items():
             trainer = trained(f"{folder}/{kind}/{name}", {"model": model}, **RUN)
             trainer.save_model(f"{folder}/{kind}/{name}/saved")
             trainer.evaluate()
@@ -93,11 +99,8 @@ def train_part(rank: int, folder: str) -> list[dict[str, Any]]:
             **RUN,
         )
         found.append(held(again))
-    args = OuroborosArguments(output_dir=folder, use_cpu=True, num_stages=2)
     with pytest.raises(UnsupportedModelError, match="quantization by 'gptq'"):
         AutoStagedModelForCausalLM.from_pretrained(base, args=args, quantization_config=GPTQConfig(bits=4))
-    with pytest.raises(UnsupportedModelError, match="was saved quantized, and can't be loaded in parts"):
-        AutoStagedModelForCausalLM.from_pretrained(f"{folder}/packed", args=args)
     return found
 
 
@@ -107,16 +110,16 @@ def test_two_processes(tmp_path: Path) -> None:
     for kind, case in KINDS.items():
         options = {**RUN, **split_options(2, 2), "schedule": "reference"}
         folder = tmp_path / f"{kind} here"
+        packed(case, kind, tmp_path / case).save_pretrained(tmp_path / f"{case} {kind}")
         expected.append(trained(folder, {"model": wrapped(case, kind, tmp_path / case, r=RANK)}, **options))
-    packed("lora on gpt2", "nf4", tmp_path / "lora on gpt2").save_pretrained(tmp_path / "packed")
     parts = in_processes(2, train_part, str(tmp_path), limit=300)
     found = [whole([{**part[i], "log": []} for part in parts]) for i in range(len(parts[0]))]
     for i, (kind, case) in enumerate(KINDS.items()):
         here = held(expected[i])
         assert any(state["state1"].dtype is torch.uint8 for state in here["optimizer"].values())
-        for run in found[3 * i : 3 * i + 3]:
+        for run in found[4 * i : 4 * i + 4]:
             assert differing(trained_only(here), trained_only(run)) == []
-        assert found[3 * i]["parameters"] == [row.parameters for row in expected[i].stage_plan.rows]
+        assert found[4 * i]["parameters"] == [row.parameters for row in expected[i].stage_plan.rows]
         base = packed(case, kind, tmp_path / case)
         loaded = peft.PeftModel.from_pretrained(base, tmp_path / kind / "parts" / "saved").state_dict()
         assert differing(expected[i].model.state_dict(), dict(loaded)) == []
