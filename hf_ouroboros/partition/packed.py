@@ -127,15 +127,20 @@ def forget_foreign(module: nn.Module) -> None:
         if not weight.is_meta:
             continue
         notes = {key: value for key, value in vars(weight).items() if key not in _OF_VALUES}
+        bitsandbytes = sys.modules["bitsandbytes"]
         if _bits(part) == 8:
             part.state.reset_grads()
-            shape, dtype = (part.out_features, part.in_features), torch.int8
+            kind, shape, dtype = bitsandbytes.nn.Int8Params, (part.out_features, part.in_features), torch.int8
+            notes |= {"CB": None, "SCB": None}
         else:
             part.quant_state = None
-            dtype = part.quant_storage
+            kind, dtype = bitsandbytes.nn.Params4bit, part.quant_storage
             shape = (math.ceil(part.in_features * part.out_features / 2 / dtype.itemsize), 1)
-        if tuple(weight.shape) != shape or weight.dtype != dtype or type(weight) is not nn.Parameter:
-            weight = part.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
+            notes |= {"quant_state": None, "module": part}
+        if tuple(weight.shape) != shape or weight.dtype != dtype:
+            empty = torch.empty(shape, dtype=dtype, device="meta")
+            weight = part.weight = torch.Tensor._make_subclass(kind, empty, False)
+        weight.__class__ = kind  # of the same object, where it was released
         vars(weight).clear()
         vars(weight).update(notes)
 

@@ -153,7 +153,7 @@ def test_scales_follow_their_weights(kind: str, tmp_path: Path) -> None:
             assert all(module.quant_state is module.weight.quant_state for module in modules)
 
 
-@pytest.mark.parametrize("kind", ["double", "int8"])
+@pytest.mark.parametrize("kind", list(KINDS) if EVERY else ["double"])
 def test_a_checkpoint_that_was_saved_packed(kind: str, tmp_path: Path) -> None:
     packed("lora on llama", kind, tmp_path / "base").save_pretrained(tmp_path / "packed")
     runs = []
