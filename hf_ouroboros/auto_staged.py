@@ -16,8 +16,9 @@ from transformers import (
 
 from .arguments import OuroborosArguments
 from .partition.initialising import initialise_owned
-from .partition.owned_weights import load_owned
+from .partition.owned_weights import load_owned, load_owned_packed
 from .partition.ownership import Owned
+from .partition.packed_loading import Packing
 from .partition.split import plan_ownership
 
 
@@ -52,19 +53,31 @@ class AutoStagedModelForCausalLM:
             args: what the model will be trained with: devices, device_map, num_stages, replicas.
             frozen: whether nothing of it will be trained, only adapters on top of it (`get_peft_model`): tied embeddings then
                 may be on two devices.
-            kwargs: as for the `from_pretrained` of transformers' own Auto class.
+            kwargs: as for the `from_pretrained` of transformers' own Auto class; with a `BitsAndBytesConfig` as
+                `quantization_config` every process packs its own matrices, one after the other. A checkpoint that was saved
+                packed stays as it is.
 
         Raises:
-            UnsupportedModelError, DeviceMapError: the model can't be split as `args` say.
+            UnsupportedModelError, DeviceMapError: the model can't be split as `args` say, or is quantized in another way.
             UnsupportedOptionError: an argument that places or rewrites parameters.
         """
         if args.world_size == 1:
+            if (
+                kwargs.get("quantization_config") is not None
+            ):  # else Transformers would pack all of it on one accelerator
+                kwargs.setdefault("device_map", {"": "cpu"})
             return _kept(cls._auto.from_pretrained(model_name_or_path, **kwargs), frozen)
         config = kwargs.pop("config", None)
         if config is None:
             config, kwargs = AutoConfig.from_pretrained(model_name_or_path, return_unused_kwargs=True, **kwargs)
-        owned = cls._ownership(config, args, frozen)
-        return _kept(load_owned(model_name_or_path, owned, cls._auto, config=config, **kwargs), frozen)
+        saved, quantization = getattr(config, "quantization_config", None), kwargs.pop("quantization_config", None)
+        if saved is not None:
+            owned = cls._ownership(config, args, frozen, Packing(saved))
+            model = load_owned_packed(model_name_or_path, owned, cls._auto, quantization, config=config, **kwargs)
+            return _kept(model, frozen)
+        packing = None if quantization is None else Packing(quantization)
+        owned = cls._ownership(config, args, frozen, packing)
+        return _kept(load_owned(model_name_or_path, owned, cls._auto, packing, config=config, **kwargs), frozen)
 
     @classmethod
     def from_config(cls, config: PretrainedConfig, *, args: OuroborosArguments, **kwargs: Any) -> PreTrainedModel:
@@ -83,10 +96,14 @@ class AutoStagedModelForCausalLM:
         return initialise_owned(config, cls._ownership(config, args), cls._auto.from_config, **kwargs)
 
     @classmethod
-    def _ownership(cls, config: PretrainedConfig, args: OuroborosArguments, frozen: bool = False) -> Owned:
+    def _ownership(
+        cls, config: PretrainedConfig, args: OuroborosArguments, frozen: bool = False, packing: Packing | None = None
+    ) -> Owned:
         """Which parameters this process will own, found on a model without memory."""
         with torch.device("meta"):
             skeleton = _kept(cls._auto.from_config(config), frozen)
+        if packing is not None:
+            packing.of_meta(skeleton, packing.exceptions(skeleton))
         index = args.process_index % len(args.device_names)
         return plan_ownership(skeleton, args.device_names, args.device_map, args.num_stages, args.max_memory, index)
 

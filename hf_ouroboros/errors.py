@@ -19,6 +19,10 @@ class UnsupportedOptionError(OuroborosError, ValueError):
     """A training option, or combination of options, that has no meaning with the chosen schedule."""
 
 
+class UnsupportedTrainerError(OuroborosError, ImportError):
+    """A trainer of TRL that has no counterpart over stages; says why."""
+
+
 class InputFileError(OuroborosError, ValueError):
     """A file that a user names and that can't be read, or isn't what it should be."""
 

@@ -139,7 +139,9 @@ class Reference:
         parameters = [p for owned in self._owned for p in owned.values()]
         if self._alone:
             return {id(p): p for p in parameters}
-        return {id(p): p.detach().requires_grad_(p.requires_grad) for p in parameters}
+        # What is frozen and of a kind of its own (a packed matrix) is more than its values.
+        kept = {id(p): p for p in parameters if not p.requires_grad and type(p) is not torch.nn.Parameter}
+        return {id(p): p.detach().requires_grad_(p.requires_grad) for p in parameters} | kept
 
     def _backward(self, loss: torch.Tensor, tick: int) -> None:
         with ExitStack() as scopes:

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 
-from .adapters import base_of, check_adapters
+from .adapters import base_of, check_adapters, check_quantized
 from .arguments import OuroborosArguments
 from .engine.core import Engine
 from .engine.optimizers import check_optimizer, check_trainable
@@ -173,6 +173,7 @@ class OuroborosTrainer(
     def _split(self, model: nn.Module, args: OuroborosArguments) -> None:
         self._agree_on_model(model, args)
         check_adapters(model, processes=self._grid is not None)
+        check_quantized(model)
         if self._grid is not None:
             check_finite(model)  # in one process, the comparison of logits finds out
         outer, model = model, base_of(model)

@@ -3,6 +3,7 @@
     python recipes/finetune_lm.py                                    # continues the default run of pretrain_lm.py
     python recipes/finetune_lm.py --model_name_or_path Qwen/Qwen3-0.6B-Base --train_file pairs.jsonl
     python recipes/finetune_lm.py --lora_rank 16                     # trains LoRA adapters only
+    python recipes/finetune_lm.py --lora_rank 16 --quantization nf4  # on matrices of 4 bits (QLoRA)
 
 Rows of a .jsonl file have a `text`, or a `prompt` and a `completion`; then only completions count in the loss. Without
 data it makes pairs from Python's standard library: a function's name, and the first line of its documentation.
@@ -14,9 +15,11 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from architectures import positions_of
 from common import (
     OptionError,
@@ -33,7 +36,14 @@ from common import (
     whole_model,
 )
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 
 from hf_ouroboros import AutoStagedModelForCausalLM, OuroborosTrainer
 from hf_ouroboros.data import CompletionCollator, CompletionDataset, Document, default_corpus, load_texts, pack_texts
@@ -90,6 +100,13 @@ class ScriptArguments:
             "the extra `peft`). Default: the whole model."
         },
     )
+    quantization: str | None = field(
+        default=None,
+        metadata={
+            "help": "Pack the matrices below the adapters: nf4 (with double quantization) or int8 (needs the extra `bnb`). "
+            "Default: as they are."
+        },
+    )
     sample_tokens: int = field(default=80, metadata={"help": "Length of the sample completion; 0 for none."})
     record_timeline: bool = field(
         default=True, metadata={"help": "Record what each device does, in <output_dir>/timeline.json and .png."}
@@ -144,6 +161,30 @@ def read_datasets(
     return *made, validation[0], described
 
 
+def packing(script: ScriptArguments, bf16: bool) -> dict[str, Any]:
+    """What `from_pretrained` is told about packed matrices; nothing where there are none.
+
+    Raises:
+        OptionError: no such kind, nothing that could be trained, or bitsandbytes is not installed.
+    """
+    kind = script.quantization
+    if kind is None:
+        return {}
+    if kind not in ("nf4", "int8"):
+        raise OptionError(f"quantization={kind!r} must be nf4 or int8")
+    if script.lora_rank is None:
+        raise OptionError(
+            f"quantization={kind!r}: packed matrices can't be trained; add lora_rank, which adds adapters"
+        )
+    if find_spec("bitsandbytes") is None:
+        raise OptionError(f"quantization={kind!r} needs bitsandbytes: pip install -e '.[bnb]'")
+    if kind == "int8":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **options)}
+
+
 def with_lora(model: PreTrainedModel, rank: int) -> Any:
     """The model with LoRA adapters of a rank, twice which is their scale, on all linear modules of its layers.
 
@@ -166,7 +207,8 @@ def tuned_model(trainer: OuroborosTrainer, script: ScriptArguments) -> Any:
         return whole_model(trainer)
     from peft import PeftModel
 
-    base = AutoModelForCausalLM.from_pretrained(script.model_name_or_path, dtype="float32")
+    packed = packing(script, trainer.args.bf16)
+    base = AutoModelForCausalLM.from_pretrained(script.model_name_or_path, dtype="float32", **packed)
     return PeftModel.from_pretrained(base, trainer.args.output_dir)
 
 
@@ -180,9 +222,10 @@ def main() -> None:
         raise OptionError(
             f"model_name_or_path={DEFAULT_MODEL!r} does not exist: run recipes/pretrain_lm.py first, or name a checkpoint"
         )
+    packed = packing(script, args.bf16)
     tokenizer = AutoTokenizer.from_pretrained(script.tokenizer_name or script.model_name_or_path)
     model = AutoStagedModelForCausalLM.from_pretrained(
-        script.model_name_or_path, args=args, frozen=script.lora_rank is not None, dtype="float32"
+        script.model_name_or_path, args=args, frozen=script.lora_rank is not None, dtype="float32", **packed
     )
     check_vocabulary(model, tokenizer)
     positions = positions_of(model.config) or 1024

@@ -21,6 +21,8 @@ VOCABULARY = 61
 LENGTH = 10
 TRANSFORMERS = Version(transformers.__version__)
 TESTS = Path(__file__).parent
+EVERY = bool(os.environ.get("HF_OUROBOROS_EVERY_CASE"))
+"""Whether tests run all of their cases, also those that differ little from others."""
 
 
 def tiny_model(tied: bool = True, dropout: float = 0.1, layers: int = 5) -> GPT2LMHeadModel:

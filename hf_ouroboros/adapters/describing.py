@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointMismatchError
+from ..partition.packed import packed_linears, scales
 from .wrapping import is_adapted
 
 SAMPLES = 16
@@ -34,11 +35,14 @@ def frozen_digests(model: Any) -> dict[str, str]:
     if not is_adapted(model):
         return {}
     found = {}
+    packed = {id(module.weight): scales(module) for _, module in packed_linears(model)}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad and not parameter.is_meta:
-            flat = parameter.detach().reshape(-1)
-            chosen = flat[:: max(1, len(flat) // SAMPLES)].double().cpu()
-            found[name] = hashlib.sha256(chosen.numpy().tobytes()).hexdigest()[:12]
+            digest = hashlib.sha256()
+            for tensor in (parameter.detach(), *packed.get(id(parameter), ())):
+                flat = tensor.reshape(-1)
+                digest.update(flat[:: max(1, len(flat) // SAMPLES)].double().cpu().numpy().tobytes())
+            found[name] = digest.hexdigest()[:12]
     return found
 
 

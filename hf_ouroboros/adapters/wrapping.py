@@ -25,6 +25,8 @@ REASONS = {
     "ADAPTION_PROMPT": "puts virtual tokens into the attention of the whole model's forward",
     "OSF": "changes gradients by hooks that look at the weights of now",
 }
+INPUT_GRADIENTS = ("make_inputs_require_grads", "make_inputs_require_grad")
+"""What Transformers and PEFT call the hook."""
 USE = "use an adapter inside the layers, such as LoraConfig"
 
 
@@ -70,6 +72,7 @@ def check_adapters(model: Any, processes: bool = False) -> None:
         if why := _refusal(kind, config):
             raise UnsupportedModelError(f"the adapter {name!r} ({kind}) {why}, which stages can't reproduce; {USE}")
     _check_tied(model)
+    _without_input_gradients(base_of(model))
 
 
 def lora_on_meta(model: Any, rank: int) -> Any:
@@ -110,6 +113,17 @@ def _check_tied(model: Any) -> None:
                 f"{adapted[0]} and {adapted[1]} are one matrix (tied embeddings) with an adapter on either side, which PEFT "
                 "can't save or merge; adapt one of them, or untie the model first (config.tie_word_embeddings=False)"
             )
+
+
+def _without_input_gradients(base: nn.Module) -> None:
+    """Takes away the hooks by which embeddings that are frozen put out what needs a gradient.
+
+    Gradient checkpointing of other trainers starts from there (`enable_input_require_grads`); stages recompute without.
+    """
+    for module in base.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__name__", "") in INPUT_GRADIENTS:
+                del module._forward_hooks[key]
 
 
 def _has_tuner_layers(model: nn.Module) -> bool:

@@ -56,6 +56,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="train LoRA adapters of this rank only, on all linear modules",
     )
     parser.add_argument(
+        "--quantization",
+        choices=["nf4", "int8"],
+        default=None,
+        help="pack the matrices below the adapters: nf4 with double quantization, or int8 (bitsandbytes)",
+    )
+    parser.add_argument(
         "--data_parallel_replicas", type=Whole(1, 2**20), default=1, help="R, each on devices of its own"
     )
     parser.add_argument("--link", type=GIGABYTES, default=25.0, help="GB/s between two devices (default 25)")
@@ -85,8 +91,13 @@ def run(arguments: argparse.Namespace) -> int:
                 f"--lora_rank {arguments.lora_rank}: devices of this machine are measured training whole layers; plan for kinds "
                 "by data sheet"
             )
+        if arguments.quantization is not None and arguments.lora_rank is None:
+            raise UnsupportedOptionError(
+                f"--quantization {arguments.quantization}: packed matrices can't be trained, only adapters on top of them; add "
+                "--lora_rank 16"
+            )
         dtype = data_type(arguments, config)
-        facts = model_facts(config, arguments.batch, arguments.seq, dtype, arguments.lora_rank)
+        facts = model_facts(config, arguments.batch, arguments.seq, dtype, arguments.lora_rank, arguments.quantization)
     check_work(facts.layers, [(len(kinds), arguments.micro_batches)] * len(COMPARED))
     options = MemoryOptions(arguments.schedule, arguments.micro_batches, arguments.recompute, arguments.optimizer)
     plan = plan_split(facts, _devices(arguments, kinds, config, facts), options, arguments.num_stages)
@@ -173,6 +184,9 @@ def _headline(plan: SplitPlan) -> str:
     )
     if any(unit.trained < unit.parameter_bytes for unit in facts.units):
         text += f"\nonly adapters are trained: {sum(unit.trained for unit in facts.units) / 2**20:,.1f} MiB"
+    if unpacked := sum(unit.unpacked_bytes for unit in facts.units):
+        whole = sum(unit.parameter_bytes for unit in facts.units) / 2**30
+        text += f"\nmatrices are packed: all weights are {whole:,.2f} GiB; those matrices alone were {unpacked / 2**30:,.2f} GiB"
     used = max(plan.placement) + 1
     if used < len(plan.devices):
         text += f"\nonly {used} of {len(plan.devices)} devices are used: more have no layers of their own"

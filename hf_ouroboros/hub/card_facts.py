@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapters import is_adapted
 from ..partition.meta import is_encoder_decoder
+from ..partition.packed import sizes
 from ..simulate.timeline import timeline_files
 from .card import TAG, CardFacts
 
@@ -54,7 +55,7 @@ def collect_facts(trainer: OuroborosTrainer, **given: Any) -> CardFacts:
         "repo_id": trainer.hub_model_id,
         "model_type": model.config.model_type,
         "encoder_decoder": is_encoder_decoder(trainer._partition.model),  # within what may be wrapped around it
-        "num_parameters": model.num_parameters(),
+        "num_parameters": sum(size.elements for size in sizes(model.parameters(), model).values()),
         "schedule": args.schedule,
         "num_stages": plan.num_stages,
         "devices": list(plan.devices),

@@ -62,9 +62,10 @@ class WeightPrediction(Compensation):
             return
         kind = type(optimizer)
         if kind not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, MuonAdamW, RotatedAdamW):
+            library = kind.__module__.partition(".")[0]  # bitsandbytes has an AdamW, too
             raise UnsupportedOptionError(
                 f"delay_compensation='weight_prediction' knows how SGD with momentum, Adam, AdamW, muon and "
-                f"basis_rotation go on, not {kind.__name__}; set delay_compensation_args='prediction=step'"
+                f"basis_rotation go on, not {kind.__name__} of {library}; set delay_compensation_args='prediction=step'"
             )
         if any(group.get("momentum") == 0 for group in optimizer.param_groups):
             raise UnsupportedOptionError(

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PretrainedConfig
 
+from .packed import sizes
+
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 CHOSEN = ("top_k", "num_experts_per_tok", "moe_top_k", "moe_topk", "top_k_experts")
 
@@ -71,7 +73,8 @@ def active_cost(layer: nn.Module, config: PretrainedConfig) -> float | None:
     if not experts:
         return None
     routed = {id(p) for some in experts for p in some.parameters}
-    always = sum(p.numel() for p in layer.parameters() if p.dim() > 1 and id(p) not in routed)
+    real = sizes(layer.parameters(), layer)
+    always = sum(real[id(p)].elements for p in layer.parameters() if p.dim() > 1 and id(p) not in routed)
     return always + sum(some.elements * some.active / some.count for some in experts)
 
 

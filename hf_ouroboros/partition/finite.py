@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedModelError
+from .packed import packed_linears
 
 
 @torch.no_grad()
@@ -15,8 +16,10 @@ def check_finite(model: nn.Module) -> None:
     Raises:
         UnsupportedModelError: names the first of them.
     """
+    packed = {id(module.weight) for _, module in packed_linears(model)}  # bits, of whatever dtype
     for name, parameter in model.named_parameters():
-        if parameter.is_meta or not parameter.is_floating_point() or parameter.sum().isfinite():
+        values = parameter.is_floating_point() and not parameter.is_meta and id(parameter) not in packed
+        if not values or parameter.sum().isfinite():
             continue
         bad = parameter.numel() - int(parameter.isfinite().sum())  # a sum of finite numbers may overflow
         if bad:

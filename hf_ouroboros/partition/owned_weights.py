@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from typing import Any
@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from ..errors import UnsupportedOptionError
 from .ownership import Owned, check_owned, names_of_parameters, release_foreign
+from .packed_loading import Packing
 
 # They place, shard or rewrite the parameters themselves.
 REFUSED = (
@@ -32,6 +33,7 @@ def load_owned(
     model_name_or_path: str | PathLike[str],
     owned: Owned,
     model_class: Any = AutoModelForCausalLM,
+    packing: Packing | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Builds a pretrained model of which only the owned parameters have values; the others are on the meta device.
@@ -49,6 +51,7 @@ def load_owned(
         owned: whether this process owns the parameter of that name, as in `model.named_parameters()`; a tied matrix
             is owned if it is under any of its names.
         model_class: what `from_pretrained` is called on: an Auto class or a model class.
+        packing: how linear modules are packed, one after the other, while they are loaded; None for not at all.
         kwargs: passed on: `dtype`, `revision`, `subfolder`, `config`, values of the configuration, ...
 
     Returns:
@@ -58,12 +61,7 @@ def load_owned(
         UnsupportedOptionError: an argument that places or rewrites parameters (`device_map`, quantization, ...).
         UnsupportedModelError: an owned parameter was left without values.
     """
-    for key in REFUSED:
-        if kwargs.get(key) is not None:
-            raise UnsupportedOptionError(
-                f"{key}={kwargs[key]!r} can't be combined with loading only the owned parameters, which are placed by "
-                "the stages' devices; leave it out"
-            )
+    _check_given(kwargs)
     with _quietly():
         skeleton, report = model_class.from_pretrained(
             model_name_or_path, device_map={"": "meta"}, output_loading_info=True, **kwargs
@@ -75,12 +73,58 @@ def load_owned(
         if not any(owned(name) or name in lacking for name in names)
         for name in names
     ]
-    del skeleton
     # Names that the map does not hold go to the CPU. Naming them would make two devices, and accelerate's hooks.
-    model = model_class.from_pretrained(model_name_or_path, device_map=dict.fromkeys(foreign, "meta") or None, **kwargs)
+    places = dict.fromkeys(foreign, "meta") or None
+    if packing is not None:
+        kwargs["quantization_config"], exceptions = packing.of_own(skeleton, foreign), packing.exceptions(skeleton)
+        places = places or {"": "cpu"}
+    del skeleton
+    model = model_class.from_pretrained(model_name_or_path, device_map=places, **kwargs)
+    if packing is not None:
+        packing.complete(model, exceptions)
     release_foreign(model, owned)
     check_owned(model, owned)
     return model
+
+
+def load_owned_packed(
+    model_name_or_path: str | PathLike[str],
+    owned: Owned,
+    model_class: Any = AutoModelForCausalLM,
+    quantization_config: Any = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """As `load_owned`, of a checkpoint that was saved packed, whose files Transformers maps.
+
+    Nothing is read before it is used, and what is foreign is let go before.
+
+    Args:
+        model_name_or_path: local folder or Hub name.
+        owned: whether this process owns the parameter of that name.
+        model_class: what `from_pretrained` is called on.
+        quantization_config: options for loading, which Transformers adds to those that were saved; None for none.
+        kwargs: passed on.
+
+    Raises:
+        UnsupportedOptionError: an argument that places or rewrites parameters.
+        UnsupportedModelError: an owned parameter was left without values.
+    """
+    _check_given(kwargs)
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+    model = model_class.from_pretrained(model_name_or_path, device_map={"": "cpu"}, **kwargs)
+    release_foreign(model, owned)
+    check_owned(model, owned)
+    return model
+
+
+def _check_given(given: Mapping[str, Any]) -> None:
+    for key in REFUSED:
+        if given.get(key) is not None:
+            raise UnsupportedOptionError(
+                f"{key}={given[key]!r} can't be combined with loading only the owned parameters, which are placed by "
+                "the stages' devices; leave it out"
+            )
 
 
 def _undecided(skeleton: PreTrainedModel) -> set[str]:

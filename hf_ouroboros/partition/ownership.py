@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedModelError
+from .packed import forget_foreign
 
 Owned = Callable[[str], bool]
 
@@ -71,6 +72,7 @@ def release_foreign(model: nn.Module, owned: Owned) -> tuple[str, ...]:
             for name in names:
                 module, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(module), leaf, empty)
+    forget_foreign(model)
     return tuple(replaced)
 
 

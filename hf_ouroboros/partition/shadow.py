@@ -7,14 +7,15 @@ original, but the same Parameter objects under the same names.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from types import MethodType
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
+from types import CellType, MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import UnsupportedModelError
+from .packed import packed_linears, unpacked
 
 Path = tuple[Any, ...]
 """Where a tensor is in nested containers: keys and positions from the outside in."""
@@ -65,12 +66,14 @@ def _shadow(module: nn.Module, replacements: Mapping[int, Replacement], known: d
         del twin._hf_hook
     # accelerate leaves an instance attribute `forward` behind when it removes its hooks; bound to the original, it
     # would compute with the original's weights instead of the shadow's.
-    if getattr(forward, "__self__", None) is module:
+    if getattr(forward, "__self__", None) is module and not _holds_method_of(forward, module):
         twin.forward = MethodType(forward.__func__, twin)
     elif forward is not None:
+        shown = " ".join(repr(forward).split())
         raise UnsupportedModelError(
-            f"the forward of a {type(module).__name__} of this model was replaced by {forward!r:.80}, which would "
-            "compute with the model's weights of now; undo the replacement before the model is split"
+            f"the forward of a {type(module).__name__} of this model was replaced by {shown:.80}, which would "
+            "compute with the model's weights of now; undo the replacement (del module.forward) before the model is split. "
+            "Trainers of TRL leave one behind: give the model to OuroborosTrainer, or to hf_ouroboros.trl, before"
         )
     twin._parameters = dict(module._parameters)
     twin._buffers = dict(module._buffers)
@@ -78,6 +81,12 @@ def _shadow(module: nn.Module, replacements: Mapping[int, Replacement], known: d
         name: child if child is None else _shadow(child, replacements, known) for name, child in module._modules.items()
     }
     return twin
+
+
+def _holds_method_of(forward: Any, module: nn.Module) -> bool:
+    """Whether a forward is a function around another one that is bound to the module."""
+    cells = getattr(forward.__func__, "__closure__", None) or ()
+    return any(getattr(cell.cell_contents, "__self__", None) is module for cell in cells if cell != CellType())
 
 
 def _copy(module: nn.Module) -> nn.Module:
@@ -102,7 +111,7 @@ def hollow(module: nn.Module, known: dict[int, nn.Module] | None = None) -> nn.M
     twin = known[id(module)] = _copy(module)
     for name in hook_dicts(twin):
         twin.__dict__[name] = type(twin.__dict__[name])()
-    for name in ("forward", "_hf_hook", "_old_forward", "_compiled_call_impl"):
+    for name in ("forward", "_hf_hook", "_old_forward", "_compiled_call_impl", "quant_state"):
         twin.__dict__.pop(name, None)
     twin._parameters, twin._buffers = {}, {}
     twin._modules = {n: child if child is None else hollow(child, known) for n, child in module._modules.items()}
@@ -116,7 +125,8 @@ def on_meta(module: nn.Module, hooks: bool = True) -> nn.Module:
         module: the original.
         hooks: whether it has the original's.
     """
-    twin = _with_parameters(module, lambda parameter: torch.empty_like(parameter.data, device="meta"))
+    stands_for = {id(part): unpacked for _, part in packed_linears(module)}
+    twin = _with_parameters(module, lambda parameter: torch.empty_like(parameter.data, device="meta"), stands_for)
     for part in twin.modules():
         part._buffers = {name: None if b is None else b.to("meta") for name, b in part._buffers.items()}
         for name in () if hooks else hook_dicts(part):
@@ -125,16 +135,25 @@ def on_meta(module: nn.Module, hooks: bool = True) -> nn.Module:
 
 
 def detached(module: nn.Module) -> nn.Module:
-    """A shadow with parameters of its own, all to be trained, that have the original's values and memory."""
-    return _with_parameters(module, lambda parameter: parameter.data)
+    """A shadow with parameters of its own, all to be trained, that have the original's values and memory.
+
+    Packed matrices, which are more than their values, are the original's.
+    """
+    packed = {id(part.weight) for _, part in packed_linears(module)}
+    return _with_parameters(module, lambda parameter: parameter.data, kept=packed)
 
 
-def _with_parameters(module: nn.Module, values: Callable[[nn.Parameter], torch.Tensor]) -> nn.Module:
-    twin = shadow(module, own_hooks=True)
+def _with_parameters(
+    module: nn.Module,
+    values: Callable[[nn.Parameter], torch.Tensor],
+    replacements: Mapping[int, Replacement] | None = None,
+    kept: Collection[int] = (),
+) -> nn.Module:
+    twin = shadow(module, replacements, own_hooks=True)
     parameters: dict[int, nn.Parameter] = {}
     for part in twin.modules():
         for name, parameter in part._parameters.items():
-            if parameter is not None:
+            if parameter is not None and id(parameter) not in kept:
                 if id(parameter) not in parameters:
                     trained = parameter.is_floating_point()
                     parameters[id(parameter)] = nn.Parameter(values(parameter), requires_grad=trained)

@@ -19,6 +19,7 @@ from .mapping import check_module_names
 from .meta import call_options, logits_of
 from .module_hooks import carry_hooks
 from .ownership import Owned, check_each_owned_once, release_foreign
+from .packed import sizes
 from .self_check import Run, Sample, compare, take_sample
 from .stage_plan import StagePlan, StageRow, torch_device
 from .stages import Stage, compose
@@ -204,6 +205,7 @@ def split_model(
             stage.place(home.device)
     tied = {id(model.get_parameter(name)) for name in tied_names}
     rows = []
+    real = sizes((p for stage in stages for p in stage.parameters()), model)
     for span, stage in zip(spans, stages, strict=True):
         parameters = [p for p in stage.parameters() if span.index == 0 or id(p) not in tied]
         rows.append(
@@ -213,8 +215,8 @@ def split_model(
                 tuple(name for unit in units[span.start : span.stop] for name in unit.modules),
                 sum(unit.kind == "layer" for unit in units[span.start : span.stop]),
                 len(spans) - 1 - span.index if delayed else 0,
-                sum(p.numel() for p in parameters),
-                sum(p.numel() * p.element_size() for p in parameters),
+                sum(real[id(p)].elements for p in parameters),
+                sum(real[id(p)].bytes for p in parameters),
                 sum(unit.cost for unit in units[span.start : span.stop]),
             )
         )

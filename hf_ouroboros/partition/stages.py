@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.utils import ModelOutput
 
+from . import packed
 from .anatomy import HIDDEN
 from .units import StageSpan, Unit
 
@@ -113,6 +114,7 @@ class Stage(nn.Module, ABC):
         for parameter in self.parameters():
             if parameter.device != device:
                 parameter.data = parameter.data.to(device)
+        packed.place(self, device)
         for module in self.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.device != device:

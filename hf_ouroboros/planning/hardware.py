@@ -39,9 +39,10 @@ class DeviceKind:
     memory: float
 
     def forward_seconds(self, unit: UnitFacts, dtype: torch.dtype) -> float:
-        """An estimate: the products at the sustained rate, then everything kept written and read once."""
+        """An estimate: the products at the sustained rate, then everything kept, or unpacked, written and read once."""
         rate = self.half_flops if dtype.itemsize == 2 else self.full_flops
-        return unit.flops / rate + (2 * unit.activation_bytes + unit.parameter_bytes) / self.bandwidth
+        moved = 2 * unit.activation_bytes + unit.parameter_bytes + 2 * unit.unpacked_bytes
+        return unit.flops / rate + moved / self.bandwidth
 
     def step_seconds(self, unit: UnitFacts) -> float:
         """An estimate for the optimizer step of a unit: bound by memory."""

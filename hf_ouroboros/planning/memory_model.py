@@ -6,7 +6,8 @@
     gradients: the update's sum, and those of one backward      2                    2
     output-side gradients of a tied matrix (last stage)         K - 1                K - 1, at most M
 
-Versions, gradients and optimizer are of the parameters that are trained. Buffers of kernels and of the allocator are not counted: leave a margin.
+Versions, gradients and optimizer are of the parameters that are trained. Of packed matrices, the largest is there unpacked,
+beside the activations. Buffers of kernels and of the allocator are not counted: leave a margin.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def stage_memory(
         trained * old_versions(stage, num_stages, options),
         2 * trained + tied,
         trained * OPTIMIZERS[options.optimizer],
-        kept * flying,
+        kept * flying + max((unit.largest_unpacked for unit in units), default=0),
     )
 
 

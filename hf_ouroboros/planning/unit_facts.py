@@ -11,6 +11,7 @@ from ..adapters.wrapping import lora_on_meta
 from ..errors import UnsupportedModelError
 from ..partition.experts import find_experts
 from .outline import outline
+from .packing import packed_sizes
 from .tracing import Part, trace
 
 
@@ -29,6 +30,8 @@ class UnitFacts:
         plan_cost: multiply-adds per token, by which the engine balances and interleaves on its own.
         idle_parameters: how many of the parameters are of experts that a token does not pass.
         trained_bytes: size of the parameters that are trained; None for all.
+        unpacked_bytes: size that its packed matrices have when they are unpacked for a product, one after the other.
+        largest_unpacked: of these, the largest.
     """
 
     modules: tuple[str, ...]
@@ -41,6 +44,8 @@ class UnitFacts:
     plan_cost: float
     idle_parameters: int = 0
     trained_bytes: int | None = None
+    unpacked_bytes: int = 0
+    largest_unpacked: int = 0
 
     @property
     def trained(self) -> int:
@@ -116,6 +121,7 @@ def model_facts(
     time: int,
     dtype: torch.dtype = torch.float32,
     lora_rank: int | None = None,
+    quantization: str | None = None,
 ) -> ModelFacts:
     """Counts for a causal language model of this configuration.
 
@@ -125,6 +131,7 @@ def model_facts(
         time: tokens per row.
         dtype: of weights and activations.
         lora_rank: of adapters on all linear modules of the layers, which alone are trained; None to train the model.
+        quantization: how matrices below adapters are packed, one of `packing.KINDS`; None for not at all.
 
     Raises:
         UnsupportedModelError: no causal language model, not a row of layers, or it does not run without data.
@@ -143,6 +150,7 @@ def model_facts(
             f"{type(model).__name__} attends to a memory of mem_len={config.mem_len}, which is not counted; plan it without "
             "(--config_overrides mem_len=0: the layers weigh as much beside each other), or train with device_map=auto"
         )
+    packed = {} if quantization is None else packed_sizes(model, quantization)
     if lora_rank is not None:
         model = lora_on_meta(model, lora_rank)
     try:
@@ -187,13 +195,15 @@ def model_facts(
             unit.modules,
             unit.kind,
             sum(p.numel() for p in parameters),
-            sum(p.numel() * p.element_size() for p in parameters),
+            sum(packed[id(p)].bytes if id(p) in packed else p.numel() * p.element_size() for p in parameters),
             part.flops,
             part.kept_bytes,
             float(layers[0].output_size * dtype.itemsize),
             unit.cost,
             idle,
             None if lora_rank is None else sum(p.numel() * p.element_size() for p in parameters if p.requires_grad),
+            sum(p.numel() * dtype.itemsize for p in parameters if id(p) in packed),
+            max((p.numel() * dtype.itemsize for p in parameters if id(p) in packed), default=0),
         )
         for unit, parameters, part, idle in zip(plan.units, owned, counted, asleep, strict=True)
     )

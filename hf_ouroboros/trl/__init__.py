@@ -1,6 +1,6 @@
 """TRL's trainers over stages; needs the extra `trl`.
 
-from hf_ouroboros.trl import OuroborosSFTConfig, OuroborosSFTTrainer
+from hf_ouroboros.trl import OuroborosDPOConfig, OuroborosDPOTrainer, OuroborosSFTConfig, OuroborosSFTTrainer
 """
 
 from __future__ import annotations
@@ -11,19 +11,28 @@ from typing import TYPE_CHECKING, Any
 
 from packaging.version import Version
 
+from .others import refuse
+
 if TYPE_CHECKING:
-    from .configuration import OuroborosSFTConfig
+    from .configuration import OuroborosDPOConfig, OuroborosSFTConfig
+    from .dpo import OuroborosDPOTrainer
     from .sft import OuroborosSFTTrainer
 
-__all__ = ["OuroborosSFTConfig", "OuroborosSFTTrainer"]
+__all__ = ["OuroborosDPOConfig", "OuroborosDPOTrainer", "OuroborosSFTConfig", "OuroborosSFTTrainer"]
 
 LEAST, BELOW = "1.16", "1.17"
 """Releases of TRL that its trainers were compared with."""
-_MODULES = {"OuroborosSFTConfig": ".configuration", "OuroborosSFTTrainer": ".sft"}
+_MODULES = {
+    "OuroborosDPOConfig": ".configuration",
+    "OuroborosDPOTrainer": ".dpo",
+    "OuroborosSFTConfig": ".configuration",
+    "OuroborosSFTTrainer": ".sft",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
+        refuse(name, _MODULES)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     check_version()
     return getattr(import_module(_MODULES[name], __name__), name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -16,11 +16,12 @@ class FusedHead(nn.Module):
 
     Args:
         call: gives the model's output, with logits, for inputs without labels.
+        fields: of the head's output, see `fused_output`.
     """
 
-    def __init__(self, call: Callable[..., ModelOutput]):
+    def __init__(self, call: Callable[..., ModelOutput], fields: Collection[str]):
         super().__init__()
-        self._call = call
+        self._call, self._fields = call, fields
         self._output: ModelOutput | None = None
 
     def forward(self, fused_lm_head: bool = False, **inputs: Any) -> ModelOutput:
@@ -28,11 +29,17 @@ class FusedHead(nn.Module):
         if self._output is None:
             given = {key: value for key, value in inputs.items() if key not in ("labels", "shift_labels")}
             self._output = self._call(**given)
-        return fused_output(self._output.logits, inputs) if fused_lm_head else self._output
+        return fused_output(self._output.logits, inputs, self._fields) if fused_lm_head else self._output
 
 
-def fused_output(logits: torch.Tensor, inputs: dict[str, Any]) -> FusedCausalLMOutput:
-    """Log-probabilities of the labels, and what TRL's metrics need, of logits [batch, time, vocabulary]."""
+def fused_output(logits: torch.Tensor, inputs: dict[str, Any], fields: Collection[str] = ()) -> FusedCausalLMOutput:
+    """Log-probabilities of the labels, and what TRL's metrics need, of logits.
+
+    Args:
+        logits: [batch, time, vocabulary].
+        inputs: with `labels` or `shift_labels`.
+        fields: of the output, besides `log_probs` and `label_mask`.
+    """
     labels = inputs.get("shift_labels")
     if labels is None:
         logits, labels = logits[:, :-1], inputs["labels"][:, 1:]
@@ -41,6 +48,14 @@ def fused_output(logits: torch.Tensor, inputs: dict[str, Any]) -> FusedCausalLMO
     every = torch.log_softmax(logits.float(), -1)
     chosen = every.gather(-1, labels.clamp(min=0)[..., None])[..., 0].masked_fill(~mask, 0)
     with torch.no_grad():
-        entropy = -(every.exp() * every).sum(-1).masked_fill(~mask, 0)
-        is_top1 = (every.argmax(-1) == labels) & mask
-    return FusedCausalLMOutput(log_probs=chosen, entropy=entropy, is_top1=is_top1, label_mask=mask)
+        found = {name: FIELDS[name](logits, every, labels).masked_fill(~mask, 0) for name in fields}
+    return FusedCausalLMOutput(log_probs=chosen, label_mask=mask, **found)
+
+
+FIELDS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "entropy": lambda logits, every, labels: -(every.exp() * every).sum(-1),
+    "is_top1": lambda logits, every, labels: every.argmax(-1) == labels,
+    "mean_logits": lambda logits, every, labels: logits.float().mean(-1),
+    "log_sum_sq_probs": lambda logits, every, labels: torch.logsumexp(2 * every, -1),
+}
+"""Of each token, by logits, all log-probabilities, and labels."""

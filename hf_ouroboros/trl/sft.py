@@ -1,35 +1,19 @@
-"""OuroborosSFTTrainer: TRL's SFTTrainer, whose model is split into stages.
-
-TRL computes a loss and its metrics in one place. Here that place is a worker, ticks before or after what the main thread is
-doing, so it is given a copy of the trainer with metrics of its own; they are taken over when the tick's loss comes back.
-"""
+"""OuroborosSFTTrainer: TRL's SFTTrainer, whose model is split into stages."""
 
 from __future__ import annotations
 
-import copy
-import warnings
-from collections import defaultdict, deque
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
+from collections import deque
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import nn
 from trl import SFTTrainer
 
-from ..adapters import base_of
-from ..errors import UnsupportedOptionError
-from ..hooks.card import CardHooks
 from ..trainer import OuroborosTrainer
 from .configuration import OuroborosSFTConfig
-from .fused_head import FusedHead
-
-Metrics = dict[str, list[float]]
+from .ticks import TickHooks, check_arguments
 
 
-class OuroborosSFTTrainer(SFTTrainer, OuroborosTrainer):
+class OuroborosSFTTrainer(TickHooks, SFTTrainer, OuroborosTrainer):
     """`trl.SFTTrainer` that trains in stages with delayed gradients: same arguments, data sets, losses and metrics.
 
     Args:
@@ -40,94 +24,15 @@ class OuroborosSFTTrainer(SFTTrainer, OuroborosTrainer):
         UnsupportedOptionError: options of TRL that have no meaning with stages.
     """
 
+    _trl = SFTTrainer
+
     def __init__(self, model: Any, args: OuroborosSFTConfig | None = None, *more: Any, **kwargs: Any):
         if args is None:
             args = OuroborosSFTConfig(output_dir="tmp_trainer")
-        if not isinstance(args, OuroborosSFTConfig):
-            raise UnsupportedOptionError(
-                f"args is a {type(args).__name__}, but OuroborosSFTTrainer needs an OuroborosSFTConfig, which has the options "
-                "of both"
-            )
-        if kwargs.get("quantization_config") is not None:
-            raise UnsupportedOptionError(
-                "quantization_config: quantized models are not split into stages; leave it out"
-            )
-        self._ticks: deque[Metrics] = deque()  # of the last stage, in the order in which losses come back
+        check_arguments(args, OuroborosSFTConfig, "OuroborosSFTTrainer")
+        self._ticks = deque()
         super().__init__(model, args, *more, **kwargs)
-        vars(base_of(self.model)).pop("forward", None)  # TRL's fused head, which stages have no use for
-        if self.aux_loss_enabled:
-            raise UnsupportedOptionError(
-                f"router_aux_loss_coef={self.router_aux_loss_coef}: a loss of the experts of all layers is not computed by "
-                "stages; set router_aux_loss_coef=0.0"
-            )
-
-    # ---- loss and metrics ----
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        """TRL's loss, of the logits of the last stage."""
-        training = model is not self._staged
-        view = copy.copy(self)
-        view._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
-        view._total_train_tokens = 0 if training else self._total_train_tokens
-        view.model = SimpleNamespace(training=training)
-        view.accelerator = _Alone()
-        with _without_warning() if return_outputs else nullcontext():
-            result = SFTTrainer.compute_loss(view, FusedHead(model), dict(inputs), return_outputs, num_items_in_batch)
-        if training:
-            self._ticks.append(dict(view._metrics["train"]))
-        else:
-            _add(self._metrics["eval"], view._metrics["eval"])
-        return result
-
-    def get_tp_size(self) -> int:
-        """As in OuroborosTrainer; one for the copy of this trainer that computes a loss."""
-        return 1 if isinstance(self.accelerator, _Alone) else super().get_tp_size()
-
-    def _start_engine(self) -> None:
-        super()._start_engine()
-        self._ticks.clear()
-        collect = self.engine.collect
-
-        def heard() -> Any:
-            finished = collect()
-            for _ in finished if self._ticks else ():
-                metrics = self._ticks.popleft()
-                self._total_train_tokens += metrics.pop("num_tokens")[0]
-                _add(self._metrics["train"], metrics)
-                self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
-            return finished
-
-        self.engine.collect = heard
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs, with TRL's metrics of the micro-batches whose losses have come back, the same in all processes."""
-        training = not any(key.startswith("eval_") for key in logs)
-        mode = "train" if training else "eval"
-        means = {key: [sum(values) / len(values)] for key, values in self._metrics[mode].items()}
-        if self._grid is not None:
-            message = [means]
-            dist.broadcast_object_list(
-                message, self._grid.rank_of(self.stage_plan.placement[-1], 0), self._control_group
-            )
-            means = message[0]
-        self._metrics[mode] = defaultdict(list, means)
-        with self._in_mode(training):
-            SFTTrainer.log(self, logs, start_time)
-
-    @contextmanager
-    def _in_mode(self, training: bool) -> Iterator[None]:
-        """TRL asks the model's flag whether it trains or evaluates, which says nothing while workers train."""
-        before, self.model.training = self.model.training, training
-        try:
-            yield
-        finally:
-            self.model.training = before
+        self._after_trl()
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
@@ -140,37 +45,3 @@ class OuroborosSFTTrainer(SFTTrainer, OuroborosTrainer):
         if self._eval_sums is not None and count is not None and result[0] is not None:
             self._eval_sums.append((result[0].item(), count))
         return result
-
-    # ---- the card ----
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """This package's card, with TRL's tags."""
-        if not args and kwargs.get("tags") is None:
-            kwargs["tags"] = list(self._tag_names)
-        CardHooks.create_model_card(self, *args, **kwargs)
-
-
-@contextmanager
-def _without_warning() -> Iterator[None]:
-    """Keeps TRL from telling of a second forward for the logits, which there is not. Not for threads."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
-
-
-class _Alone:
-    """The accelerator as a loss on one stage sees it: nothing to gather."""
-
-    parallelism_config = None
-    num_processes = 1
-
-    def gather_for_metrics(self, value: torch.Tensor) -> torch.Tensor:
-        return value
-
-
-def _add(total: dict[str, list[float]], part: Metrics) -> None:
-    for key, values in part.items():
-        if key == "num_tokens":  # a running total
-            total[key] = values
-        else:
-            total[key] += values

@@ -10,6 +10,7 @@ import pytest
 from huggingface_hub import ModelCard
 from loopback_hub import running_hub
 from running import PLAIN_LOAD, recipe, run
+from trainer_helpers import EVERY
 
 from hf_ouroboros.data import Document, default_corpus
 
@@ -77,6 +78,31 @@ def test_lora(pretrained: tuple[Path, str], tmp_path: Path) -> None:
     assert card.data.library_name == "peft" and "PeftModel.from_pretrained" in card.text
     refused = recipe("finetune_lm.py", tmp_path, values | {"lora_rank": 0}, fails=True).stderr
     assert "lora_rank=0 must be at least 1" in refused
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not EVERY, reason="differs little from test_lora: HF_OUROBOROS_EVERY_CASE=1 runs it")
+def test_lora_on_packed_matrices(pretrained: tuple[Path, str], tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="needs the extra `bnb`")
+    values = TINY | {"model_name_or_path": pretrained[0], "max_train_examples": 8, "num_train_epochs": 1}
+    done = recipe("finetune_lm.py", tmp_path, values | {"lora_rank": 4, "quantization": "nf4"})
+    assert "the others are frozen" in done.stdout and ">>>" in done.stdout
+    names = {path.name for path in (tmp_path / "runs/finetune_lm").iterdir()}
+    assert "adapter_model.safetensors" in names and "model.safetensors" not in names
+
+
+def test_kinds_of_packing() -> None:
+    assert finetune_lm.packing(finetune_lm.ScriptArguments(), False) == {}
+    for given, words in (
+        ({"quantization": "gptq", "lora_rank": 4}, "must be nf4 or int8"),
+        ({"quantization": "nf4"}, "packed matrices can't be trained; add lora_rank"),
+    ):
+        with pytest.raises(finetune_lm.OptionError, match=words):
+            finetune_lm.packing(finetune_lm.ScriptArguments(**given), False)
+    pytest.importorskip("bitsandbytes", reason="needs the extra `bnb`")
+    for kind, bits in (("nf4", "load_in_4bit"), ("int8", "load_in_8bit")):
+        given = finetune_lm.ScriptArguments(quantization=kind, lora_rank=4)
+        assert getattr(finetune_lm.packing(given, True)["quantization_config"], bits)
 
 
 def test_missing_checkpoint_is_named(tmp_path: Path) -> None:

@@ -52,6 +52,13 @@ def rows(kind: str, count: int = 16, seed: int = 0) -> Dataset:
     return Dataset.from_list([row() for _ in range(count)])
 
 
+def preferences(count: int = 16, seed: int = 0) -> Dataset:
+    """Prompts with a chosen and a rejected answer."""
+    generator = torch.Generator().manual_seed(seed)
+    names = ("prompt", "chosen", "rejected")
+    return Dataset.from_list([{name: f" {sentence(generator)}" for name in names} for _ in range(count)])
+
+
 def tiny() -> LlamaForCausalLM:
     """Always the same weights."""
     with torch.random.fork_rng(devices=[]):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from sft_cases import options, rows, tiny, tokenizer
 from trainer_helpers import differing, logged, outcome, split_options
-from transformers import PrinterCallback
+from transformers import BitsAndBytesConfig, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 import hf_ouroboros.trl
@@ -124,6 +124,34 @@ def test_adapters_checkpoints_and_card(tmp_path: Path) -> None:
     expected.save_model(str(tmp_path / "saved"))
     loaded = peft.PeftModel.from_pretrained(tiny(), tmp_path / "saved").state_dict()
     assert differing(outcome(expected)["weights"], dict(loaded)) == []
+
+
+def test_on_packed_matrices(tmp_path: Path) -> None:
+    """With adapters in bfloat16, as TRL makes them on a quantized model."""
+    peft = pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes", reason="needs the extra `bnb`: pip install -e '.[bnb]'")
+    tiny().save_pretrained(tmp_path / "model")
+
+    def given() -> dict[str, Any]:
+        return {
+            "model": str(tmp_path / "model"),
+            "peft_config": peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+            "quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+            "train_dataset": rows("text"),
+            "processing_class": tokenizer(),
+        }
+
+    expected = SFTTrainer(args=SFTConfig(**options(tmp_path / "stock", gradient_checkpointing=False)), **given())
+    expected.train()
+    found = ours(tmp_path / "ours", "text", given(), schedule="1f1b")
+    found.train()
+    trained = [{n: p for n, p in weights(run).items() if "lora" in n} for run in (expected, found)]
+    assert trained[0] and all(p.dtype is torch.bfloat16 for p in trained[1].values())
+    torch.testing.assert_close(*trained, rtol=0, atol=2e-3)  # the rounding of bfloat16
+    runs = [ours(tmp_path / schedule, "text", given(), schedule=schedule) for schedule in ("reference", "pipelined")]
+    for run in runs:
+        run.train()
+    assert differing(outcome(runs[0]), outcome(runs[1])) == []
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import nn
 
 from ...errors import UnsupportedModelError
@@ -14,6 +16,8 @@ __all__ = ["FAMILIES", "Family", "find_family"]
 
 FAMILIES: tuple[Family, ...] = (TransfoXLFamily(), EncoderDecoderFamily(), DecoderFamily())
 """The first that accepts a model is its family."""
+NO_LANGUAGE_MODEL = r"(For(Sequence|Token|Image|Audio)Classification|ForQuestionAnswering|ForMultipleChoice)$"
+"""Names of classes whose head is another one."""
 
 
 def find_family(model: nn.Module) -> Family:
@@ -26,6 +30,11 @@ def find_family(model: nn.Module) -> Family:
     if family is None:
         raise UnsupportedModelError(
             f"{type(model).__name__} can't be split into stages: it is no Transformers model (a PreTrainedModel)"
+        )
+    if re.search(NO_LANGUAGE_MODEL, type(model).__name__):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is no language model: its head gives classes, or one number (a reward), and no logits of "
+            "tokens; train it with stock Trainer, or TRL's RewardTrainer, or take the causal language model of its kind"
         )
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise UnsupportedModelError(

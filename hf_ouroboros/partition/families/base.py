@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ...errors import UnsupportedOptionError
 from ..ownership import named_parts
+from ..packed import sizes
 from ..stages import Stage
 from ..units import StageSpan, Unit
 
@@ -76,6 +77,7 @@ class Family(ABC):
     def units(self, model: PreTrainedModel) -> list[Unit]:
         """The model's units in execution order, with cost (multiply-adds per token) and bytes."""
         seen: set[int] = set()
+        real = sizes(model.parameters(), model)
 
         def unit(modules: Iterable[str], kind: str) -> Unit:
             modules = tuple(modules)
@@ -84,9 +86,9 @@ class Family(ABC):
             seen.update(id(p) for p in parameters)
             # An embedding is looked up, not multiplied: it costs next to nothing beside a layer.
             known = self.cost(model, modules[0])
-            counted = sum(p.numel() for p in parameters if p.dim() > 1) if kind != "embedding" else 0
+            counted = sum(real[id(p)].elements for p in parameters if p.dim() > 1) if kind != "embedding" else 0
             cost = counted if known is None else known
-            return Unit(modules, kind, float(cost), sum(p.numel() * p.element_size() for p in fresh))
+            return Unit(modules, kind, float(cost), sum(real[id(p)].bytes for p in fresh))
 
         embedding = unit(self.embedding(model), "embedding")
         layers = [unit([name, *self.beside(model, i)], "layer") for i, name in enumerate(self.layers(model))]

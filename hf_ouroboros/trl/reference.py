@@ -1,0 +1,78 @@
+"""The reference of preference losses: what the stages themselves compute before they are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from trl.trainer.utils import FusedCausalLMOutput
+
+from .fused_head import fused_output
+
+
+class ReferenceModel(nn.Module):
+    """Stands in for the reference model of one of TRL's trainers, without weights of its own.
+
+    Args:
+        trainer: whose stages compute.
+        without_adapters: whether the reference is the model below the adapters.
+    """
+
+    def __init__(self, trainer: Any, without_adapters: bool):
+        super().__init__()
+        self._trainer = (trainer,)  # in a tuple: it is no part of this module
+        self.without_adapters = without_adapters
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the model."""
+        return self._trainer[0]._partition.model.config
+
+    @torch.no_grad()
+    def forward(self, labels: torch.Tensor, fused_lm_head: bool = True, **inputs: Any) -> FusedCausalLMOutput:
+        """Log-probabilities of the labels, in all processes."""
+        trainer = self._trainer[0]
+        grid, staged, stages = trainer._grid, trainer._staged, trainer._partition.stages
+        was_training = staged.training
+        staged.eval()
+        try:
+            with adapters_off(stages, self.without_adapters):
+                if grid is None or staged.relay.has_logits:
+                    found = fused_output(staged(**inputs).logits, {"labels": labels})
+                else:
+                    with staged.forward_scope():
+                        staged.relay.run(inputs)
+                    found = FusedCausalLMOutput()
+        finally:
+            staged.train(was_training)
+        if grid is None:
+            return FusedCausalLMOutput(log_probs=found.log_probs.to(labels.device))
+        message = [None if found.log_probs is None else found.log_probs.cpu()]
+        dist.broadcast_object_list(message, trainer._rank_of_losses, trainer._control_group)
+        return FusedCausalLMOutput(log_probs=message[0].to(labels.device))
+
+
+@contextmanager
+def adapters_off(stages: Any, off: bool) -> Iterator[None]:
+    """Within this context stages compute what they would without adapters; the model itself stays as it is.
+
+    PEFT's own way, `disable_adapter`, would switch off the training of their parameters as well.
+    """
+    switched = [
+        module
+        for stage in stages
+        if off
+        for module in stage.modules()
+        if getattr(module, "_disable_adapters", None) is False
+    ]
+    for module in switched:
+        module._disable_adapters = True
+    try:
+        yield
+    finally:
+        for module in switched:
+            module._disable_adapters = False
