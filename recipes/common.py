@@ -54,7 +54,8 @@ def parse_options(
     defaults: Mapping[str, Any],
     arguments: Sequence[str] | None = None,
     smoke: Mapping[str, Any] | None = None,
-) -> tuple[Script, OuroborosArguments]:
+    arguments_class: type[OuroborosArguments] = OuroborosArguments,
+) -> tuple[Script, Any]:
     """The options of a recipe: defaults, overridden by `--config FILE.yaml`, overridden by the command line.
 
     Args:
@@ -62,14 +63,13 @@ def parse_options(
         defaults: the recipe's defaults for fields of `OuroborosArguments`.
         arguments: the command line; `sys.argv[1:]` if None.
         smoke: what `--smoke` stands for: options that win over the file, but not over the command line.
+        arguments_class: of what besides the recipe's own options.
 
     Raises:
         OptionError: the configuration file is missing, is no mapping, or has an unknown key; TrainingArguments can't use an
             option.
     """
-    parser = HfArgumentParser(
-        (script_class, OuroborosArguments), description=sys.modules[script_class.__module__].__doc__
-    )
+    parser = HfArgumentParser((script_class, arguments_class), description=sys.modules[script_class.__module__].__doc__)
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these options; the command line wins.")
     parser.set_defaults(**defaults)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
