@@ -28,6 +28,7 @@ from .hooks.changes import ChangeHooks
 from .hooks.checkpoints import CheckpointHooks
 from .hooks.evaluation import EvaluationHooks
 from .hooks.logs import LogHooks
+from .hooks.main_thread import MainThread
 from .hooks.moments import LateState, LossAtItsStep, MomentContext
 from .hooks.optimizer import OptimizerHooks
 from .hooks.preemption import SaveOnSigterm
@@ -230,11 +231,12 @@ class OuroborosTrainer(
             self.options.check()
             self._check_timeline()
             try:
-                output = super().train(
-                    resume_from_checkpoint=resume_from_checkpoint,
-                    trial=trial,
-                    ignore_keys_for_eval=ignore_keys_for_eval,
-                )
+                with MainThread(self):
+                    output = super().train(
+                        resume_from_checkpoint=resume_from_checkpoint,
+                        trial=trial,
+                        ignore_keys_for_eval=ignore_keys_for_eval,
+                    )
                 self._make_model_usable()
             finally:
                 self.is_in_train = False

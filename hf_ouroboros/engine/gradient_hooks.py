@@ -122,7 +122,13 @@ def stage_backward(
             weights = {f"stage.{name}": weight for name, weight in weights.items()}
             functional_call(_Backward(stage), weights, (outputs, gradients), tie_weights=False)
         else:
-            torch.autograd.backward(outputs, gradients)
+            _run(outputs, gradients)
+
+
+def _run(outputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:
+    """As `torch.autograd.backward`, which, of tensors, would hide what hooks do from those who watch it (`reads.py`)."""
+    given = [torch.ones_like(o) if g is None else g for o, g in zip(outputs, gradients, strict=True)]
+    torch.autograd.backward([torch.autograd.graph.get_gradient_edge(output) for output in outputs], given)
 
 
 class _Backward(nn.Module):
@@ -134,4 +140,4 @@ class _Backward(nn.Module):
 
     def forward(self, outputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:
         """Computes gradients."""
-        torch.autograd.backward(outputs, gradients)
+        _run(outputs, gradients)

@@ -56,6 +56,25 @@ def foreign_leaf(
     return None
 
 
+def refuse_hooks_on_saved_tensors(where: str) -> None:
+    """Refuses what would meet the tensors that a backward needs in one place of several.
+
+    Args:
+        where: what happens within such hooks.
+
+    Raises:
+        UnsupportedOptionError: this is within `torch.autograd.graph.saved_tensors_hooks`, or `save_on_cpu`.
+    """
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks("they are in use"):  # which is refused if they are
+            return
+    except RuntimeError as error:
+        raise UnsupportedOptionError(
+            f"{where} within torch.autograd.graph.saved_tensors_hooks (or save_on_cpu), which would not meet what other stages "
+            "save for their backward; put them around the forward of layers, or leave them out (recompute=True saves memory)"
+        ) from error
+
+
 class GraphCheck:
     """Refuses graphs that end in other stages, or in parameters past the stage's own weights.
 

@@ -23,6 +23,7 @@ from .losses import LossFunction, finishing
 from .noise import StageNoise
 from .optimizers import StageOptimizer
 from .randomness import has_dropout
+from .reads import ReadCheck
 from .settings import EngineSettings, Hyperparameters
 from .streams import Memories, Segment
 from .weights import TiedLink, WeightVersions
@@ -70,6 +71,7 @@ class StageRunner:
         alone = self._num_stages == 1
         self._versions = WeightVersions(partition.owned(stage), direct=alone)
         self._check = None if alone else GraphCheck(partition.model, stage)
+        self._reads = ReadCheck(partition.model, self.stage, partition.owned(stage), settings)
         self._mean = None if replica_mean is None else BucketedMean(replica_mean, self._versions.parameters)
         leaf_names = {id(p): name for name, p in self._versions.parameters.items()}
         if link is not None:
@@ -160,6 +162,7 @@ class StageRunner:
         if not self.stage.training:
             self.stage.train()
         with contextlib.ExitStack() as scopes:
+            scopes.enter_context(self._reads.forward(item.leaves))
             scopes.enter_context(self._noise.scope(self.seed, item.tick, self.device))
             if self.settings.autocast_dtype is not None:
                 scopes.enter_context(torch.autocast(self.device.type, dtype=self.settings.autocast_dtype))
@@ -169,11 +172,12 @@ class StageRunner:
             finish: Finish | None = None
             if self.stage.is_last:
                 check = None if self._check is None else partial(self._check.loss, allowed=item.given())
-                finish = finishing(self._loss_fn, item.full_batch, item.batch, item.context, self.device, check)
+                given = item.full_batch, item.batch, item.context, self.device
+                finish = finishing(self._loss_fn, *given, check, self._reads)
             arguments = item.batch, item.received, memory, finish
             output = functional_call(self.stage, weights, arguments, tie_weights=False)
-        if self._check is not None:
-            self._check.forward([output] if self.stage.is_last else output.values(), item.given())
+            if self._check is not None:
+                self._check.forward([output] if self.stage.is_last else output.values(), item.given())
         return output, memory
 
     # ---- backward ----
@@ -212,7 +216,8 @@ class StageRunner:
                 if calls_backward_hooks(self._modules):
                     weights = {name: item.leaves[source] for name, source in self._bindings}
                 alone = self._versions.parameters.values() if self._num_stages == 1 else ()
-                stage_backward(self.stage, weights, outputs, output_gradients, alone, watched)
+                with self._reads.backward(item.leaves):
+                    stage_backward(self.stage, weights, outputs, output_gradients, alone, watched)
         gradients: Gradients = {}
         for name, leaf in item.leaves.items():
             if leaf.requires_grad and leaf.grad is not None:
@@ -258,16 +263,17 @@ class StageRunner:
         """Adds gradients of a tick, in tick order, to those of the update that is open."""
         for name, gradient in gradients.items():
             parameter = self._versions.parameters[name]
-            gradient = hooked(parameter, gradient, self.seed, self.index, tick, name)
-            if name in self.window:
-                self.window[name].add_(gradient)
-            else:
-                self.window[name] = gradient
-            if (
-                parameter._post_accumulate_grad_hooks
-                and (left := accumulated(parameter, self.window.pop(name))) is not None
-            ):
-                self.window[name] = left
+            with self._reads.gradient(parameter):
+                gradient = hooked(parameter, gradient, self.seed, self.index, tick, name)
+                if name in self.window:
+                    self.window[name].add_(gradient)
+                else:
+                    self.window[name] = gradient
+                if (
+                    parameter._post_accumulate_grad_hooks
+                    and (left := accumulated(parameter, self.window.pop(name))) is not None
+                ):
+                    self.window[name] = left
 
     # ---- step ----
 
@@ -326,6 +332,11 @@ class StageRunner:
         """Whether a pending forward or backward needs the present weights."""
         return bool(self.in_flight) or (self._lends and bool(self._link.weights))
 
+    @property
+    def has_views(self) -> bool:
+        """Whether a script has views of its weights, which it may read or write without anybody noticing."""
+        return self._versions.have_views
+
     def let_go(self) -> None:
         """Lets others write the weights; what is in flight keeps those of its forward."""
         self._versions.let_go(self._in_use)
@@ -335,6 +346,7 @@ class StageRunner:
         self._versions.look_again()
         self.stage.train()
         self._noise.look_again(self.stage.draws or has_dropout(self.stage))
+        self._reads.look_again()
 
     def expose(self) -> None:
         """Hands the open update's gradients over to the parameters."""

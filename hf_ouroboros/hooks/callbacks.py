@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_callback import CallbackHandler
 
 from ..errors import UnsupportedOptionError
+from .main_thread import unwatched
 from .structure import Structure
 from .touching import Watching, is_foreign, names_model
 
@@ -72,8 +73,9 @@ class CallbackHooks(Trainer):
     def _touching(self, callback: TrainerCallback, event: str) -> Iterator[None]:
         """In here, a callback finds the pipeline at rest where it touches the model; afterwards the model is as it left it."""
         visit = _Visit(self, callback, event)
-        # A loss of the script's own may read what the callback writes, so earlier losses come first.
-        if self._loss_is_own or names_model(callback, event):
+        # A loss of the script's own may read what the callback writes, so earlier losses come first; and a view of weights
+        # may be another library's (NumPy's), which nobody notices.
+        if self._loss_is_own or self.engine.has_views or names_model(callback, event):
             visit.begin()
         with Watching(visit.begin, visit.want_gradient):
             yield
@@ -96,7 +98,8 @@ class _Visit:
         self._begun = True
         engine = self._trainer.engine
         if self._event == "on_pre_optimizer_step" and self._trainer._grid is None:
-            engine.expose_gradients()
+            with unwatched():
+                engine.expose_gradients()
         engine.open_weights()
         self._before = Structure.of(self._trainer.model)  # workers at work put hooks on the model for a moment
 
