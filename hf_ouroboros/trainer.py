@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -326,7 +327,8 @@ class OuroborosTrainer(
         inputs = self._prepare_inputs(inputs)
         steps = getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
         context = MomentContext(num_items_in_batch, steps)
-        context.moment = self.state.global_step, self.state.epoch
+        context.moment, context.variables = (self.state.global_step, self.state.epoch), copy_context()
+        self._take_settings()
         tick = self.engine.submit(inputs, context)
         if self._step_is_own:
             self.engine.account_for_open()

@@ -26,6 +26,7 @@ from ..errors import OuroborosError, UnsupportedModelError, UnsupportedOptionErr
 from ..partition import Stage
 from ..partition.module_hooks import OURS
 from ..partition.shadow import leaves
+from .graph import leaves_of
 from .settings import EngineSettings
 
 _LIBRARIES = ("torch", "transformers", "accelerate", "peft", "trl", "torchao", "bitsandbytes", __name__.split(".")[0])
@@ -175,16 +176,28 @@ class ReadCheck:
         name, writes = name_of(func)
         if name in WITHOUT_VALUES and not writes:
             return
+        if name == "backward" and self._moment is Moment.LOSS and not kwargs.get("inputs"):
+            self._look_at_backward(args)
         for _, tensor in leaves((args, kwargs)):
             found = self._objection(tensor, func, name, writes)
             if found is not None:
                 what, why, advice = found
                 who = self._moment.value.format(self._stage.index)
                 kind = UnsupportedOptionError if self._moment is Moment.LOSS else UnsupportedModelError
-                self._found = self._found or kind(f"{who} {what}, {why}; {advice}, or train with num_stages=1")
+                self._found = self._found or kind(
+                    f"{who} {what}, {why}; {advice}" + ("" if self._alone else ", or train with num_stages=1")
+                )
                 if writes:
                     raise self._found
                 return
+
+    def _look_at_backward(self, args: Any) -> None:
+        own = {id(leaf) for leaf in self._leaves.values()}
+        if any(id(leaf) in own for leaf in leaves_of(tensor for _, tensor in leaves(args))):
+            raise UnsupportedOptionError(
+                "the loss calls backward() by itself on what depends on the model, whose gradients the stages add up at moments of "
+                "their own; add such a loss to the one that is returned, or detach() what it is computed of"
+            )
 
     def _objection(
         self, tensor: torch.Tensor, func: Callable[..., Any], name: str, writes: bool
@@ -244,14 +257,16 @@ class ReadCheck:
 def has_script(stage: Stage) -> bool:
     """Whether code that is neither a library's nor this package's runs in a stage's forward or backward."""
     core = stage.__dict__.get("_core")
-    for part in [*stage.modules(), *([] if core is None else [core])]:
-        hooks = part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks
-        if any(not hasattr(hook, OURS) for kind in hooks for hook in kind.values()):
-            return True
-        functions = [v for v in vars(part).values() if isinstance(v, (types.FunctionType, types.MethodType))]
-        if any(_is_foreign(code) for code in (type(part), type(part).forward, *functions)):
-            return True
-    return False
+    return any(has_script_in(part) for part in [*stage.modules(), *([] if core is None else [core])])
+
+
+def has_script_in(part: nn.Module) -> bool:
+    """The same of a module, without those inside."""
+    hooks = part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks
+    if any(not hasattr(hook, OURS) for kind in hooks for hook in kind.values()):
+        return True
+    functions = [v for v in vars(part).values() if isinstance(v, (types.FunctionType, types.MethodType))]
+    return any(_is_foreign(code) for code in (type(part), type(part).forward, *functions))
 
 
 def _is_foreign(code: Any) -> bool:

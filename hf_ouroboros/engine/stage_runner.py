@@ -19,7 +19,8 @@ from .averaging import BucketedMean, ReplicaMean
 from .gradient_hooks import accumulated, calls_backward_hooks, hooked, refuse_on_halves, stage_backward
 from .graph import GraphCheck
 from .in_flight import BufferCheck, InFlight, detached, roots_of
-from .losses import LossFunction, finishing
+from .kept_state import KeptState
+from .losses import LossFunction, LossOfModel, finishing
 from .noise import StageNoise
 from .optimizers import StageOptimizer
 from .randomness import has_dropout
@@ -81,6 +82,7 @@ class StageRunner:
         uses = Counter(source for _, source in self._bindings)
         self._meeting = [name for name in link.names if uses[name] > 1] if self._lends else []
         self._noise = StageNoise(stage, self.stage.draws or has_dropout(self.stage))
+        self._kept = KeptState(self.stage, isinstance(loss_fn, LossOfModel) and loss_fn.is_of_script)
         self._buffers = BufferCheck(self.stage, replayed=settings.recompute and not self.stage.is_last)
         self._backwards, self._modules = 0, list(self.stage.modules())
         refuse_on_halves(partition.tied, settings)
@@ -149,6 +151,7 @@ class StageRunner:
         self.in_flight[tick] = item
         output, memory = self._compute(item)
         self._buffers.forward()
+        self._kept.forward()
         self.memories.keep(segment, memory)
         # What will be replayed has a graph, too, which is dropped here: without one, torch may choose kernels (of attention
         # with an additive mask, for instance) that round in another way than the replay.
