@@ -9,9 +9,11 @@ from __future__ import annotations
 import dis
 import functools
 import types
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy
 import torch
 from torch import nn
 
@@ -21,6 +23,7 @@ from .touching import is_foreign, is_of_library
 
 _WRITING = frozenset({"STORE_ATTR", "STORE_SUBSCR", "STORE_DEREF", "STORE_GLOBAL"})
 _WRITERS = frozenset("append appendleft extend add update insert setdefault pop clear copy_ setattr put".split())
+_CONTAINERS = (list, dict, set, deque, types.SimpleNamespace, torch.Tensor, numpy.ndarray)
 _CONSTANTS = (int, float, complex, str, bytes, bool, type(None), type, types.ModuleType, torch.dtype, torch.device)
 
 
@@ -82,7 +85,8 @@ def _reach(code: Any, trainer: Any, found: dict[int, Any]) -> bool:
             found[id(cell)] = cell
             if cell != types.CellType():
                 waiting.append(cell.cell_contents)
-        waiting += [each.__globals__[word] for word in words if word in each.__globals__]
+        scope = [each.__globals__[word] for word in words if word in each.__globals__]
+        waiting += [value for value in scope if isinstance(value, (*_CONTAINERS, types.FunctionType))]
         waiting += [vars(trainer)[word] for word in words if word in vars(trainer)]
         waiting += each.__defaults__ or ()
     return writes
