@@ -25,7 +25,6 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from ..errors import OuroborosError, UnsupportedModelError, UnsupportedOptionError
 from ..partition import Stage
 from ..partition.module_hooks import OURS
-from ..partition.shadow import leaves
 from .graph import leaves_of
 from .settings import EngineSettings
 
@@ -117,15 +116,15 @@ class ReadCheck:
                 self._mode.__enter__()
 
     @contextmanager
-    def backward(self, leaves: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """Surrounds a backward, in which only the hooks of a script are Python.
+    def backward(self, leaves: Mapping[str, torch.Tensor]) -> Iterator[bool]:
+        """Surrounds a backward, in which only the hooks of a script are Python; tells whether they are watched.
 
         Args:
             leaves: the weights of its forward.
         """
         watched = self._has_script or (self._has_loss and not self._alone)
         with self._using(leaves), self._during(Moment.BACKWARD) if watched else nullcontext():
-            yield
+            yield watched
 
     @contextmanager
     def gradient(self, parameter: nn.Parameter) -> Iterator[None]:
@@ -178,7 +177,7 @@ class ReadCheck:
             return
         if name == "backward" and self._moment is Moment.LOSS and not kwargs.get("inputs"):
             self._look_at_backward(args)
-        for _, tensor in leaves((args, kwargs)):
+        for tensor in tensors_in((args, kwargs)):
             found = self._objection(tensor, func, name, writes)
             if found is not None:
                 what, why, advice = found
@@ -193,7 +192,7 @@ class ReadCheck:
 
     def _look_at_backward(self, args: Any) -> None:
         own = {id(leaf) for leaf in self._leaves.values()}
-        if any(id(leaf) in own for leaf in leaves_of(tensor for _, tensor in leaves(args))):
+        if any(id(leaf) in own for leaf in leaves_of(tensors_in(args))):
             raise UnsupportedOptionError(
                 "the loss calls backward() by itself on what depends on the model, whose gradients the stages add up at moments of "
                 "their own; add such a loss to the one that is returned, or detach() what it is computed of"
@@ -271,6 +270,17 @@ def has_script_in(part: nn.Module) -> bool:
 
 def _is_foreign(code: Any) -> bool:
     return (getattr(code, "__module__", None) or "").split(".")[0] not in _LIBRARIES
+
+
+def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
+    """Tensors in nested lists, tuples and dicts of arguments."""
+    for each in tree:
+        if isinstance(each, torch.Tensor):
+            yield each
+        elif type(each) in (list, tuple):
+            yield from tensors_in(each)
+        elif type(each) is dict:
+            yield from tensors_in(each.values())
 
 
 def name_of(func: Callable[..., Any]) -> tuple[str, bool]:

@@ -219,8 +219,8 @@ class StageRunner:
                 if calls_backward_hooks(self._modules):
                     weights = {name: item.leaves[source] for name, source in self._bindings}
                 alone = self._versions.parameters.values() if self._num_stages == 1 else ()
-                with self._reads.backward(item.leaves):
-                    stage_backward(self.stage, weights, outputs, output_gradients, alone, watched)
+                with self._reads.backward(item.leaves) as hooks:
+                    stage_backward(self.stage, weights, outputs, output_gradients, alone, watched, hooks)
         gradients: Gradients = {}
         for name, leaf in item.leaves.items():
             if leaf.requires_grad and leaf.grad is not None:

@@ -17,9 +17,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
-from ..engine.reads import WITHOUT_VALUES, name_of, storage_of
+from ..engine.reads import WITHOUT_VALUES, name_of, storage_of, tensors_in
 from ..errors import UnsupportedOptionError
-from ..partition.shadow import leaves
 
 
 class MainThread(TorchFunctionMode):
@@ -50,11 +49,11 @@ class MainThread(TorchFunctionMode):
             return
         if self._model is not self._trainer.model:
             self._know(self._trainer.model)
-        for _, tensor in leaves((args, kwargs)):
+        for tensor in tensors_in((args, kwargs)):
             touched = self._own.get(id(tensor))
             if touched is None:
-                touched = self._views.get(storage_of(tensor))
-                if touched is not None and storage_of(touched) != storage_of(tensor):  # what was there is gone
+                touched = self._views.get(storage := storage_of(tensor))
+                if touched is not None and storage_of(touched) != storage:  # what was there is gone
                     touched = None
             if touched is not None:
                 self._touched(touched, name)
