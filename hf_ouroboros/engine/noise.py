@@ -29,7 +29,7 @@ _GENERATORS = (random.Random, numpy.random.RandomState, numpy.random.Generator)
 _ADVICE = "which are not tied to a micro-batch; draw with torch"
 _SEEDING = ("manual_seed", "seed", "set_rng_state", "fork_rng")
 _SUSPICIONS = 3
-_COMPILER = os.path.join("torch", "_dynamo", "")
+_COMPILER = os.path.join("torch", "_dynamo", "convert_frame.py")
 _allowed = threading.local()  # .here: whether what this thread draws in a backward is tied to a micro-batch
 
 

@@ -265,10 +265,11 @@ def has_script_in(part: nn.Module) -> bool:
     if any(not hasattr(hook, OURS) for kind in hooks for hook in kind.values()):
         return True
     functions = [v for v in vars(part).values() if isinstance(v, (types.FunctionType, types.MethodType))]
-    return any(_is_foreign(code) for code in (type(part), type(part).forward, *functions))
+    return any(is_of_script(code) for code in (type(part), type(part).forward, *functions))
 
 
-def _is_foreign(code: Any) -> bool:
+def is_of_script(code: Any) -> bool:
+    """Whether a function or class is neither this package's nor of a library that it knows."""
     return (getattr(code, "__module__", None) or "").split(".")[0] not in _LIBRARIES
 
 

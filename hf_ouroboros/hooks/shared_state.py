@@ -17,9 +17,10 @@ import numpy
 import torch
 from torch import nn
 
+from ..engine.reads import is_of_script
 from ..partition import Stage
 from ..partition.module_hooks import OURS
-from .touching import is_foreign, is_of_library
+from .touching import is_foreign
 
 _WRITING = frozenset({"STORE_ATTR", "STORE_SUBSCR", "STORE_DEREF", "STORE_GLOBAL"})
 _WRITERS = frozenset("append appendleft extend add update insert setdefault pop clear copy_ setattr put".split())
@@ -54,7 +55,7 @@ def _code_of(stage: Stage) -> Iterator[Any]:
         hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
         yield from (hook for hook in hooks if not hasattr(hook, OURS))
         forward = type(part).forward
-        if not is_of_library(forward):
+        if is_of_script(forward):
             yield forward
 
 
@@ -76,7 +77,7 @@ def _reach(code: Any, trainer: Any, found: dict[int, Any]) -> bool:
             if callable(each) and not isinstance(each, nn.Module):
                 waiting.append(vars(type(each)).get("__call__"))
             continue
-        if each in seen or is_of_library(each):
+        if each in seen or not is_of_script(each):
             continue
         seen.add(each)
         words, stores = _facts_of(each.__code__)

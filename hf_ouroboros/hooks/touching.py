@@ -14,6 +14,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import Trainer, TrainerCallback
 
+from ..engine.reads import is_of_script
+
 _LIBRARIES = ("transformers", "torch", "accelerate", __name__.split(".")[0])
 _WORDS = frozenset({"model", "trainer", "optimizer", "module", "modules", "net", "network"})
 _HOLDERS = (torch.Tensor, nn.Module, torch.optim.Optimizer, Trainer)
@@ -80,7 +82,7 @@ def _codes_of(function: Any, owner: Any) -> Iterator[types.CodeType]:
     while waiting:
         method = waiting.pop()
         code = getattr(getattr(method, "__func__", method), "__code__", None)
-        if code is None or code in seen or (method.__module__ or "").split(".")[0] in (*_LIBRARIES, "trl", "peft"):
+        if code is None or code in seen or not is_of_script(method):
             continue
         seen.add(code)
         yield code
