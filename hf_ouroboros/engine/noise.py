@@ -28,6 +28,7 @@ from .randomness import seeded_dropout
 _GENERATORS = (random.Random, numpy.random.RandomState, numpy.random.Generator)
 _ADVICE = "which are not tied to a micro-batch; draw with torch"
 _SEEDING = ("manual_seed", "seed", "set_rng_state", "fork_rng")
+_STATES = ("getstate", "setstate")  # which draw nothing; torch.compile calls them
 _SUSPICIONS = 3
 _COMPILER = os.path.join("torch", "_dynamo", "convert_frame.py")
 _allowed = threading.local()  # .here: whether what this thread draws in a backward is tied to a micro-batch
@@ -226,7 +227,7 @@ def _calls_noted(found: list[str]) -> Iterator[None]:
     def note(frame: FrameType, event: str, called: Any) -> None:
         if event == "c_call":
             drawn = isinstance(getattr(called, "__self__", None), _GENERATORS)
-            if drawn and not _by_compiler(frame):
+            if drawn and called.__name__ not in _STATES:
                 found.append(f"draws from Python's random numbers ({called.__name__}), {_ADVICE}")
         elif event == "call":
             code = frame.f_code
