@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .engine.graph import refuse_hooks_on_saved_tensors
 from .errors import UnsupportedOptionError
 
 VARIABLE = "ACCELERATE_MIXED_PRECISION"
@@ -36,11 +37,12 @@ def autocast_dtype(args: Any) -> torch.dtype | None:
 
 
 def check_surroundings() -> None:
-    """Refuses a precision that only the script's own thread has.
+    """Refuses what only the script's own thread has: a precision, or hooks on what backwards need.
 
     Raises:
-        UnsupportedOptionError: training begins within `torch.autocast`.
+        UnsupportedOptionError: training begins within `torch.autocast`, or hooks on saved tensors.
     """
+    refuse_hooks_on_saved_tensors("train() is called")
     for kind in ("cpu", "cuda"):
         if torch.is_autocast_enabled(kind):
             raise UnsupportedOptionError(

@@ -40,6 +40,7 @@ from .engine.losses import LossFunction, finishing
 from .engine.noise import NoDraws, StageNoise
 from .engine.optimizers import snapshot_hyperparameters
 from .engine.randomness import has_dropout
+from .engine.reads import ReadCheck
 from .engine.settings import EngineSettings, FinishedLoss, FinishedNorm
 from .engine.state import RunState
 from .engine.streams import Memories, Segment, Streams, memories_on
@@ -85,6 +86,8 @@ class Reference:
         self._output_side: dict[int, Gradients] = {}  # tied_gradient="paper": tick -> gradients of the head's side
         self._noise = [StageNoise(k, s.draws or has_dropout(s)) for k, s in enumerate(partition.stages)]
         self._checks = [GraphCheck(partition.model, k) for k in range(len(self._owned))]
+        reads = zip(partition.stages, self._owned, strict=True)
+        self._reads = [ReadCheck(partition.model, stage, owned, settings) for stage, owned in reads]
         refuse_on_halves(partition.tied, settings)
         self._streams, self._memories = Streams(), [Memories() for _ in self._owned]
         self._finished: list[FinishedLoss] = []
@@ -177,18 +180,20 @@ class Reference:
                 received, own = nodes_of(state), list(replaced.values())
                 check = partial(self._check_loss, received, own)
             with ExitStack() as scopes:
+                scopes.enter_context(self._reads[k].forward(replaced))
                 scopes.enter_context(self._noise[k].scope(self._seed, tick, self._device))
                 if self.settings.autocast_dtype is not None:
                     scopes.enter_context(torch.autocast(self._device.type, dtype=self.settings.autocast_dtype))
                 inputs, memory = select(stage, batch, self._device), self._memories[k].recall(segment)
-                finish = (
-                    finishing(self._loss_fn, batch, inputs, context, self._device, check) if stage.is_last else None
-                )
+                finish = None
+                if stage.is_last:
+                    given = batch, inputs, context, self._device
+                    finish = finishing(self._loss_fn, *given, check, self._reads[k])
                 state = functional_call(stage, replaced, (inputs, state, memory, finish), tie_weights=False)
                 self._memories[k].keep(segment, memory)
-            if not self._alone:
-                outputs = [state] if stage.is_last else state.values()
-                self._checks[k].forward(outputs, [*leaves.values(), *heads.values()])
+                if not self._alone:
+                    outputs = [state] if stage.is_last else state.values()
+                    self._checks[k].forward(outputs, [*leaves.values(), *heads.values()])
         return state, heads
 
     def _check_loss(self, received: set[Any], own: list[torch.Tensor], loss: torch.Tensor, outputs: set[Any]) -> None:
@@ -310,6 +315,8 @@ class Reference:
 
     closed = False
     stop_requested = False
+    has_views = False
+    holds_gradients = False
 
     def request_stop(self) -> None:
         """Asks for the end of the run."""
@@ -323,8 +330,9 @@ class Reference:
 
     def take_weights(self) -> None:
         """The parameters are always used as they are; what draws random numbers may have changed."""
-        for noise, stage in zip(self._noise, self.partition.stages, strict=True):
+        for noise, reads, stage in zip(self._noise, self._reads, self.partition.stages, strict=True):
             noise.look_again(stage.draws or has_dropout(stage))
+            reads.look_again()
 
     def synchronize(self) -> None:
         """Nothing is ever in flight."""

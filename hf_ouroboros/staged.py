@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 from .engine.streams import Reading
 from .errors import CheckpointError, EngineError, UnsupportedOptionError
 from .head_model import call_model, causal_name
+from .hooks.main_thread import unwatched
 from .partition import Finish, ModelCall, Partition, compose, to_device
 from .processes.relay import Relay
 
@@ -78,7 +79,8 @@ class StagedModel(nn.Module):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Removes gradients that were shown to a script; all others live in the workers, which may be writing them."""
         if self.engine is not None:
-            self.engine.clear_gradients()
+            with unwatched():
+                self.engine.clear_gradients()
 
     def forward(self, **inputs: Any) -> ModelOutput:
         """Runs all stages in turn; the pipeline has to be synchronized.
@@ -97,7 +99,7 @@ class StagedModel(nn.Module):
         def finish(call: ModelCall) -> ModelOutput:
             return call_model(call, inputs, without_labels)
 
-        with self.forward_scope():
+        with unwatched(), self.forward_scope():
             output = self._run(inputs, finish) if self.relay is None else self.relay.run(inputs, finish)
         if self._autocast_dtype is not None and output.get("logits") is not None:
             output["logits"] = output["logits"].float()  # as accelerate does for an unsplit model
@@ -219,7 +221,8 @@ class StagedOptimizer(torch.optim.Optimizer):
         if self._shape != (shape := _shape_of(self.optimizer)):  # somebody has changed the groups themselves
             self._shape = shape
             self._attach()
-        self.engine.step()
+        with unwatched():
+            self.engine.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Nothing: gradients live in the workers."""

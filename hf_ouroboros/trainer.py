@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -28,6 +29,7 @@ from .hooks.changes import ChangeHooks
 from .hooks.checkpoints import CheckpointHooks
 from .hooks.evaluation import EvaluationHooks
 from .hooks.logs import LogHooks
+from .hooks.main_thread import MainThread
 from .hooks.moments import LateState, LossAtItsStep, MomentContext
 from .hooks.optimizer import OptimizerHooks
 from .hooks.preemption import SaveOnSigterm
@@ -232,11 +234,12 @@ class OuroborosTrainer(
             self.options.check()
             self._check_timeline()
             try:
-                output = super().train(
-                    resume_from_checkpoint=resume_from_checkpoint,
-                    trial=trial,
-                    ignore_keys_for_eval=ignore_keys_for_eval,
-                )
+                with MainThread(self):
+                    output = super().train(
+                        resume_from_checkpoint=resume_from_checkpoint,
+                        trial=trial,
+                        ignore_keys_for_eval=ignore_keys_for_eval,
+                    )
                 self._make_model_usable()
             finally:
                 self.is_in_train = False
@@ -327,7 +330,8 @@ class OuroborosTrainer(
             inputs = self._prepare_inputs(inputs)  # else the stages fetch what they need from the host's memory
         steps = getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
         context = MomentContext(num_items_in_batch, steps)
-        context.moment = self.state.global_step, self.state.epoch
+        context.moment, context.variables = (self.state.global_step, self.state.epoch), copy_context()
+        self._take_settings()
         tick = self.engine.submit(inputs, context)
         if self._step_is_own:
             self.engine.account_for_open()

@@ -113,6 +113,62 @@ def one_more(module: Any, args: Any, kwargs: Any) -> Any:
     return args, {**kwargs, "input_ids": (kwargs["input_ids"] + 1) % 61}
 
 
+def on_nodes(trainer: Trainer) -> None:
+    """Hooks on hidden states and on nodes of the graph, also where stages end."""
+
+    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.grad_fn is not None:
+            hidden.register_hook(lambda gradient: gradient * 0.5)
+            hidden.grad_fn.register_prehook(lambda gradients: tuple(g if g is None else g * 1.5 for g in gradients))
+
+    for layer in trainer.model.transformer.h:
+        layer.register_forward_hook(hook)
+
+
+class OnTheLoss:
+    """Hooks on the loss, its node and the logits."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        """See `Trainer.compute_loss`."""
+        outputs = model(**inputs)
+        outputs.logits.register_hook(lambda gradient: gradient.clamp(-1e-3, 1e-3))
+        outputs.loss.register_hook(lambda gradient: gradient * 0.3)
+        outputs.loss.grad_fn.register_prehook(lambda gradients: (gradients[0] * 0.5,))
+        with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved * 1.5, lambda saved: saved):
+            return outputs.loss + outputs.logits.square().mean()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_hooks_in_the_graph(recompute: bool, tmp_path: Path) -> None:
+    assert_equal(tmp_path, Script(on_nodes, mixin=OnTheLoss, recompute=recompute), exact=EXACT)
+
+
+class OnWhatIsSaved:
+    """Changes what backwards need."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        """See `Trainer.compute_loss`."""
+        with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved.clone(), lambda saved: saved):
+            return model(**inputs).loss
+
+
+class AroundTraining:
+    """Saves activations on the CPU."""
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """See `Trainer.train`."""
+        with torch.autograd.graph.save_on_cpu():
+            return super().train(*args, **kwargs)
+
+
+def test_hooks_on_what_is_saved(tmp_path: Path) -> None:
+    why = "within torch.autograd.graph.saved_tensors_hooks"
+    assert_refused(tmp_path, Script(mixin=OnWhatIsSaved), f"a loss calls the model {why}")
+    assert_equal(tmp_path, Script(mixin=OnWhatIsSaved), exact=("alone",), delayed=())
+    assert_refused(tmp_path, Script(mixin=AroundTraining), f"train() is called {why}", ("alone", "1f1b"))
+
+
 REFUSED = {
     "before the model": (
         on_module("", "forward_pre", one_more, with_kwargs=True),

@@ -210,3 +210,17 @@ def test_what_stages_can_not_do_is_refused_before_the_first_update(
     with pytest.raises((WorkerError, Exception), match=why):
         trained(tmp_path, {"model": model, "cls": Script}, schedule=schedule, num_stages=3, devices=["cpu:0", "cpu:1"])
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@torch.compile(backend="eager")
+def compiled(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """A loss that is compiled when it is first called, for which the compiler looks at the states of generators."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def test_a_compiled_loss(tmp_path: Path) -> None:
+    class Own:
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            return compiled(model(**inputs).logits, inputs["labels"])
+
+    assert_equal(tmp_path, Script(mixin=Own), delayed=())

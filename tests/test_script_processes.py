@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from rig import Ended, ends_of, in_processes
+from rig import ends_of, in_processes
 from torch.nn.utils import parametrizations
 from trainer_helpers import LENGTH, Rows, differing, ouroboros, split_options, tiny_model
 from transformers import Trainer
@@ -52,6 +53,20 @@ class Penalised(Penalty, OuroborosTrainer):
     """On ours."""
 
 
+class Reads(OuroborosTrainer):
+    """Takes a value from weights that are in another process."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        """See `Trainer.compute_loss`."""
+        return model(**inputs).loss * (1 + self.model.transformer.h[0].mlp.c_fc.weight.norm().item())
+
+
+REFUSED: dict[str, tuple[type, str, str]] = {
+    "penalty": (Penalised, "pipelined", "the loss reaches the parameter lm_head.weight past the model's outputs"),
+    "read": (Reads, "1f1b", "c_fc.weight, which is in another process"),
+}
+
+
 def changed(folder: Path, options: dict[str, Any]) -> Trainer:
     model = tiny_model(tied=False, dropout=0.1)
     with torch.random.fork_rng(devices=[]):
@@ -63,10 +78,6 @@ def changed(folder: Path, options: dict[str, Any]) -> Trainer:
 def cropped(folder: Path, options: dict[str, Any]) -> Trainer:
     given = {"model": tiny_model(tied=False), "train_dataset": Crops(18)}
     return ouroboros(folder, given, max_steps=2, dataloader_num_workers=1, **options)
-
-
-def penalised(folder: Path, options: dict[str, Any]) -> Trainer:
-    return ouroboros(folder, {"model": tiny_model(tied=False), "cls": Penalised}, max_steps=2, **options)
 
 
 SCRIPTS: dict[str, Callable[[Path, dict[str, Any]], Trainer]] = {"changed": changed, "cropped": cropped}
@@ -82,20 +93,23 @@ def part(rank: int, folder: str) -> list[Any]:
     return [outcome(make(Path(folder) / name, {"num_stages": 2})) for name, make in SCRIPTS.items()]
 
 
-def penalised_part(rank: int, folder: str) -> None:
+def refused_part(rank: int, folder: str, case: str) -> None:
     """Writes down what it says when it refuses, or is told of the other one's refusal."""
+    cls, schedule, _ = REFUSED[case]
     try:
-        outcome(penalised(Path(folder) / "out", {"num_stages": 2}))
+        given = {"model": tiny_model(tied=False), "cls": cls}
+        outcome(ouroboros(Path(folder) / "out", given, max_steps=2, num_stages=2, schedule=schedule))
     except OuroborosError as error:
         Path(folder, f"{rank}.txt").write_text(str(error), encoding="utf-8")
 
 
-def test_a_refusal_is_named_by_all_processes(tmp_path: Path) -> None:
-    """A process that waits for the other one in a collective call can't raise: it says so, and ends."""
-    for rank, end in enumerate(ends_of(2, penalised_part, str(tmp_path))):
-        raised = tmp_path / f"{rank}.txt"
-        text = raised.read_text(encoding="utf-8") if raised.exists() else end.text if isinstance(end, Ended) else ""
-        assert "the loss reaches the parameter lm_head.weight past the model's outputs" in text
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_refusal_is_named_by_all_processes(case: str, tmp_path: Path) -> None:
+    """Also by one that waits for the other, at a log for instance."""
+    ends_of(2, refused_part, str(tmp_path), case)
+    for rank in range(2):
+        text = (tmp_path / f"{rank}.txt").read_text(encoding="utf-8")
+        assert REFUSED[case][2] in text
 
 
 def test_the_reference_s_numbers(tmp_path: Path) -> None:

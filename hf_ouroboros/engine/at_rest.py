@@ -61,6 +61,16 @@ class AtRest:
         for runner in self._runners.values():
             runner.look_again()
 
+    @property
+    def has_views(self) -> bool:
+        """Whether a script has views of weights."""
+        return any(runner.has_views for runner in self._runners.values())
+
+    @property
+    def holds_gradients(self) -> bool:
+        """Whether an update is open whose gradients are not in `grad` of the parameters."""
+        return self.update_open and self._exposed is None
+
     def expose_gradients(self) -> None:
         """Puts the gradients that the open update will apply, clipped, where scripts look: into `grad` of the parameters.
 

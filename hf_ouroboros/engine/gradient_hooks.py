@@ -103,6 +103,7 @@ def stage_backward(
     gradients: Sequence[torch.Tensor | None],
     silent: Iterable[nn.Parameter],
     watched: bool,
+    hooks_watched: bool = False,
 ) -> None:
     """Gradients of the leaves of a stage's forward.
 
@@ -113,6 +114,7 @@ def stage_backward(
         gradients: of the loss with respect to them.
         silent: parameters that are leaves themselves, whose hooks are called later.
         watched: whether to find out if random numbers are drawn; where there are hooks, that is always found out.
+        hooks_watched: whether somebody watches what is computed in hooks.
     """
     with ExitStack() as scopes:
         scopes.enter_context(silenced(silent))
@@ -122,7 +124,16 @@ def stage_backward(
             weights = {f"stage.{name}": weight for name, weight in weights.items()}
             functional_call(_Backward(stage), weights, (outputs, gradients), tie_weights=False)
         else:
-            torch.autograd.backward(outputs, gradients)
+            _run(outputs, gradients, hooks_watched)
+
+
+def _run(outputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None], hooks_watched: bool = True) -> None:
+    """As `torch.autograd.backward`, which, of tensors, would hide what hooks do from those who watch it (`reads.py`)."""
+    if not hooks_watched:
+        torch.autograd.backward(outputs, gradients)
+        return
+    given = [torch.ones_like(o) if g is None else g for o, g in zip(outputs, gradients, strict=True)]
+    torch.autograd.backward([torch.autograd.graph.get_gradient_edge(output) for output in outputs], given)
 
 
 class _Backward(nn.Module):
@@ -134,4 +145,4 @@ class _Backward(nn.Module):
 
     def forward(self, outputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:
         """Computes gradients."""
-        torch.autograd.backward(outputs, gradients)
+        _run(outputs, gradients)

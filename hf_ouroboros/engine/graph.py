@@ -6,7 +6,7 @@ of what is computed with it ends in it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -26,6 +26,31 @@ def nodes_of(tree: Any) -> set[Node]:
     return set().union(*map(nodes_of, values))
 
 
+def leaves_of(roots: Iterable[torch.Tensor], stops: Collection[Node] = ()) -> Iterator[torch.Tensor]:
+    """The leaves that tensors depend on.
+
+    Args:
+        roots: the tensors.
+        stops: nodes whose graphs are not looked at.
+    """
+    seen = set(stops)
+    waiting = []
+    for root in roots:
+        if root.grad_fn is not None:
+            waiting.append(root.grad_fn)
+        elif root.requires_grad:
+            yield root
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            yield variable
+        waiting.extend(following for following, _ in node.next_functions if following is not None)
+
+
 def foreign_leaf(
     roots: Iterable[torch.Tensor], allowed: Iterable[torch.Tensor], stops: Collection[Node] = ()
 ) -> torch.Tensor | None:
@@ -37,23 +62,26 @@ def foreign_leaf(
         stops: nodes whose graphs are not looked at.
     """
     own = {id(tensor) for tensor in allowed}
-    seen = set(stops)
-    waiting = []
-    for root in roots:
-        if root.grad_fn is not None:
-            waiting.append(root.grad_fn)
-        elif root.requires_grad and id(root) not in own:
-            return root
-    while waiting:
-        node = waiting.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) not in own:
-            return variable
-        waiting.extend(following for following, _ in node.next_functions if following is not None)
-    return None
+    return next((leaf for leaf in leaves_of(roots, stops) if id(leaf) not in own), None)
+
+
+def refuse_hooks_on_saved_tensors(where: str) -> None:
+    """Refuses what would meet the tensors that a backward needs in one place of several.
+
+    Args:
+        where: what happens within such hooks.
+
+    Raises:
+        UnsupportedOptionError: this is within `torch.autograd.graph.saved_tensors_hooks`, or `save_on_cpu`.
+    """
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks("they are in use"):  # which is refused if they are
+            return
+    except RuntimeError as error:
+        raise UnsupportedOptionError(
+            f"{where} within torch.autograd.graph.saved_tensors_hooks (or save_on_cpu), which would not meet what other stages "
+            "save for their backward; put them around the forward of layers, or leave them out (recompute=True saves memory)"
+        ) from error
 
 
 class GraphCheck:

@@ -9,6 +9,7 @@ somebody has begun to draw.
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import sys
 import threading
@@ -27,7 +28,9 @@ from .randomness import seeded_dropout
 _GENERATORS = (random.Random, numpy.random.RandomState, numpy.random.Generator)
 _ADVICE = "which are not tied to a micro-batch; draw with torch"
 _SEEDING = ("manual_seed", "seed", "set_rng_state", "fork_rng")
+_STATES = ("getstate", "setstate")  # which draw nothing; torch.compile calls them
 _SUSPICIONS = 3
+_COMPILER = os.path.join("torch", "_dynamo", "convert_frame.py")
 _allowed = threading.local()  # .here: whether what this thread draws in a backward is tied to a micro-batch
 
 
@@ -223,13 +226,14 @@ def _calls_noted(found: list[str]) -> Iterator[None]:
 
     def note(frame: FrameType, event: str, called: Any) -> None:
         if event == "c_call":
-            if isinstance(getattr(called, "__self__", None), _GENERATORS):
+            drawn = isinstance(getattr(called, "__self__", None), _GENERATORS)
+            if drawn and called.__name__ not in _STATES:
                 found.append(f"draws from Python's random numbers ({called.__name__}), {_ADVICE}")
         elif event == "call":
             code = frame.f_code
             if _mentions_numpy(frame):
                 mentions.append(code.co_name)
-            if code.co_filename == torch.random.__file__ and code.co_name in _SEEDING:
+            if code.co_filename == torch.random.__file__ and code.co_name in _SEEDING and not _by_compiler(frame):
                 found.append(
                     f"calls torch.random.{code.co_name}, which all stages share; leave the seed to the trainer"
                 )
@@ -247,6 +251,15 @@ def _calls_noted(found: list[str]) -> Iterator[None]:
         sys.setprofile(before)
     if mentions and _numpy_state() != state:
         found.append(f"draws from NumPy's random numbers (in {mentions[0]}), {_ADVICE}")
+
+
+def _by_compiler(frame: FrameType | None) -> bool:
+    """Whether torch.compile is at work, which puts back the states of generators that it finds."""
+    while frame is not None:
+        if _COMPILER in frame.f_code.co_filename:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _numpy_state() -> bytes:

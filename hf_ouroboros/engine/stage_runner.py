@@ -20,10 +20,12 @@ from .gradient_hooks import accumulated, calls_backward_hooks, hooked, refuse_on
 from .graph import GraphCheck
 from .host_copies import known, plain_positions
 from .in_flight import BufferCheck, InFlight, detached, roots_of
-from .losses import LossFunction, finishing
+from .kept_state import KeptState
+from .losses import LossFunction, LossOfModel, finishing
 from .noise import StageNoise
 from .optimizers import StageOptimizer
 from .randomness import has_dropout
+from .reads import ReadCheck
 from .settings import EngineSettings, Hyperparameters
 from .streams import Memories, Segment
 from .weights import TiedLink, WeightVersions
@@ -71,6 +73,7 @@ class StageRunner:
         alone = self._num_stages == 1
         self._versions = WeightVersions(partition.owned(stage), direct=alone)
         self._check = None if alone else GraphCheck(partition.model, stage)
+        self._reads = ReadCheck(partition.model, self.stage, partition.owned(stage), settings)
         self._mean = None if replica_mean is None else BucketedMean(replica_mean, self._versions.parameters)
         leaf_names = {id(p): name for name, p in self._versions.parameters.items()}
         if link is not None:
@@ -80,6 +83,7 @@ class StageRunner:
         uses = Counter(source for _, source in self._bindings)
         self._meeting = [name for name in link.names if uses[name] > 1] if self._lends else []
         self._noise = StageNoise(stage, self.stage.draws or has_dropout(self.stage))
+        self._kept = KeptState(self.stage, isinstance(loss_fn, LossOfModel) and loss_fn.is_of_script)
         self._buffers = BufferCheck(self.stage, replayed=settings.recompute and not self.stage.is_last)
         self._backwards, self._modules = 0, list(self.stage.modules())
         refuse_on_halves(partition.tied, settings)
@@ -149,6 +153,7 @@ class StageRunner:
         self.in_flight[tick] = item
         output, memory = self._compute(item)
         self._buffers.forward()
+        self._kept.forward()
         self.memories.keep(segment, memory)
         # What will be replayed has a graph, too, which is dropped here: without one, torch may choose kernels (of attention
         # with an additive mask, for instance) that round in another way than the replay.
@@ -162,6 +167,7 @@ class StageRunner:
         if not self.stage.training:
             self.stage.train()
         with contextlib.ExitStack() as scopes:
+            scopes.enter_context(self._reads.forward(item.leaves))
             scopes.enter_context(self._noise.scope(self.seed, item.tick, self.device))
             scopes.enter_context(plain_positions(item.batch, self.device))
             if self.settings.autocast_dtype is not None:
@@ -172,11 +178,12 @@ class StageRunner:
             finish: Finish | None = None
             if self.stage.is_last:
                 check = None if self._check is None else partial(self._check.loss, allowed=item.given())
-                finish = finishing(self._loss_fn, item.full_batch, item.batch, item.context, self.device, check)
+                given = item.full_batch, item.batch, item.context, self.device
+                finish = finishing(self._loss_fn, *given, check, self._reads)
             arguments = item.batch, item.received, memory, finish
             output = functional_call(self.stage, weights, arguments, tie_weights=False)
-        if self._check is not None:
-            self._check.forward([output] if self.stage.is_last else output.values(), item.given())
+            if self._check is not None:
+                self._check.forward([output] if self.stage.is_last else output.values(), item.given())
         return output, memory
 
     # ---- backward ----
@@ -220,7 +227,8 @@ class StageRunner:
                 if calls_backward_hooks(self._modules):
                     weights = {name: item.leaves[source] for name, source in self._bindings}
                 alone = self._versions.parameters.values() if self._num_stages == 1 else ()
-                stage_backward(self.stage, weights, outputs, output_gradients, alone, watched)
+                with self._reads.backward(item.leaves) as hooks:
+                    stage_backward(self.stage, weights, outputs, output_gradients, alone, watched, hooks)
         gradients: Gradients = {}
         for name, leaf in item.leaves.items():
             if leaf.requires_grad and leaf.grad is not None:
@@ -277,16 +285,17 @@ class StageRunner:
         """Adds gradients of a tick, in tick order, to those of the update that is open."""
         for name, gradient in gradients.items():
             parameter = self._versions.parameters[name]
-            gradient = hooked(parameter, gradient, self.seed, self.index, tick, name)
-            if name in self.window:
-                self.window[name].add_(gradient)
-            else:
-                self.window[name] = gradient
-            if (
-                parameter._post_accumulate_grad_hooks
-                and (left := accumulated(parameter, self.window.pop(name))) is not None
-            ):
-                self.window[name] = left
+            with self._reads.gradient(parameter):
+                gradient = hooked(parameter, gradient, self.seed, self.index, tick, name)
+                if name in self.window:
+                    self.window[name].add_(gradient)
+                else:
+                    self.window[name] = gradient
+                if (
+                    parameter._post_accumulate_grad_hooks
+                    and (left := accumulated(parameter, self.window.pop(name))) is not None
+                ):
+                    self.window[name] = left
 
     # ---- step ----
 
@@ -352,6 +361,11 @@ class StageRunner:
         yield from self.window.values()
         yield from (t for memory in self.memories.groups.values() for t in memory.values())
 
+    @property
+    def has_views(self) -> bool:
+        """Whether a script has views of its weights, which it may read or write without anybody noticing."""
+        return self._versions.have_views
+
     def let_go(self) -> None:
         """Lets others write the weights; what is in flight keeps those of its forward."""
         self._versions.let_go(self._in_use)
@@ -361,6 +375,7 @@ class StageRunner:
         self._versions.look_again()
         self.stage.train()
         self._noise.look_again(self.stage.draws or has_dropout(self.stage))
+        self._reads.look_again()
 
     def expose(self) -> None:
         """Hands the open update's gradients over to the parameters."""

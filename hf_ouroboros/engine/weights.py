@@ -6,6 +6,9 @@ leaves keep the old one. Autograd's gradients are then those of the weights of t
 Parameter object stays the same for everybody else. (Writing through `.data` in place would be silently wrong.)
 
 Predicted weights (delay compensation) are leaves on storage of their own, which no step writes into.
+
+A script may keep views of a Parameter (`p.data`, a `state_dict()`), which stay views of it while the optimizer steps: such a
+Parameter keeps its storage, and its leaves are copies.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ class WeightVersions:
         self._leaves: dict[str, torch.Tensor] | None = None
         self._predicted: dict[str, torch.Tensor] = {}
         self._lent: set[str] = set()  # parameters on whose storage there may be leaves
+        self._moving: set[str] = set()  # those that have been trained
+        self.have_views = False  # whether a script had views of some of them when their leaves were made
 
     def predict(self, predicted: dict[str, torch.Tensor]) -> None:
         """Lets leaves from now on, until the next step or prediction, have other values than their parameters.
@@ -44,15 +49,23 @@ class WeightVersions:
         if self._leaves is None:
             # `.data`, unlike `.detach()`, has a version counter of its own: the optimizer's writes to fresh
             # storage must not invalidate graphs on the old one.
+            self.have_views = False
             self._leaves = {name: self._leaf(name, parameter) for name, parameter in self.parameters.items()}
-            self._lent |= self._leaves.keys() - self._predicted.keys()
         return self._leaves
 
     def _leaf(self, name: str, parameter: nn.Parameter) -> torch.Tensor:
         if self._direct and name not in self._predicted:
             return parameter
         if parameter.requires_grad:
-            return self._predicted.get(name, parameter.data).requires_grad_()
+            self._moving.add(name)
+            if name in self._predicted:
+                return self._predicted[name].requires_grad_()
+        if name in self._moving and name not in self._lent and _has_views(parameter):
+            self.have_views = True
+            return parameter.data.clone().requires_grad_(parameter.requires_grad)
+        self._lent.add(name)
+        if parameter.requires_grad:
+            return parameter.data.requires_grad_()
         # A frozen parameter has one version; of a kind of its own (packed weights, for example) it stays the object.
         return parameter.data if type(parameter) is nn.Parameter else parameter
 
@@ -86,6 +99,20 @@ class WeightVersions:
     def _move(self, names: Collection[str]) -> None:
         for name in names:
             self.parameters[name].data = self.parameters[name].data.clone()
+
+
+def _has_views(parameter: nn.Parameter) -> bool:
+    """Whether anything else is on a parameter's storage; to be asked where there are no leaves on it."""
+    return type(parameter) is nn.Parameter and _holders_of(parameter) > _ALONE
+
+
+def _holders_of(tensor: torch.Tensor) -> int:
+    storage = tensor.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata)
+
+
+_ALONE = _holders_of(torch.empty(1))
+"""How many hold the storage of a tensor without views: the tensor, and the object that asks."""
 
 
 class TiedLink:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ..engine.streams import COLUMNS, SEGMENTS
 from ..partition.meta import target_labels
 from ..processes import ProcessGrid
 from ..processes.accelerator import ReplicaAccelerator
+from ..processes.awaiting import summed
 from ..processes.same_batches import SameBatches
+from ..processes.watch import Watch
 from .agreement import AgreementHooks
 
 
@@ -20,6 +23,8 @@ class BatchHooks(AgreementHooks):
     _grid: ProcessGrid | None
     _eval_sums: list[tuple[float, float]] | None
     _same_batches: SameBatches | None = None
+    _watch: Watch | None
+    _control_group: dist.ProcessGroup | None
 
     def create_accelerator_and_postprocess(self) -> None:
         """As in Trainer; where devices are processes, data and metrics follow the replicas."""
@@ -28,7 +33,7 @@ class BatchHooks(AgreementHooks):
         if self._grid is None and self.args.device.type != "cpu":
             self.accelerator.device_placement = False  # each stage fetches what it needs from the host's memory
         if self._grid is not None:
-            self.accelerator = ReplicaAccelerator.over(self.accelerator, self._grid)
+            self.accelerator = ReplicaAccelerator.over(self.accelerator, self._grid, self._watch.check)
             self.gather_function = self.accelerator.gather_for_metrics
 
     def get_tp_size(self) -> int:
@@ -58,6 +63,14 @@ class BatchHooks(AgreementHooks):
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             self._signature_columns += ["shift_labels", COLUMNS, SEGMENTS]
+
+    def store_flos(self) -> None:
+        """As in Trainer; while it waits for another process it hears of that one's failure."""
+        if self._grid is not None:
+            self.current_flos = summed(self.current_flos, self._control_group, self._watch.check)
+            self.state.total_flos, self.current_flos = self.state.total_flos + self.current_flos, 0
+        else:
+            super().store_flos()
 
     def floating_point_ops(self, inputs: dict[str, torch.Tensor | Any]) -> int:
         """This process's share of the operations of a batch; Trainer sums over processes."""

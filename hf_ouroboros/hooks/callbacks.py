@@ -15,10 +15,26 @@ from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_callback import CallbackHandler
 
 from ..errors import UnsupportedOptionError
+from .main_thread import unwatched
+from .shared_state import shares_state
 from .structure import Structure
-from .touching import Watching, is_foreign, names_model
+from .touching import Watching, is_foreign, names_model, sets_attributes, speaks_of
 
-_MAIN_THREAD_ALSO_READ_BY_A_LOSS = ("_prepare_inputs", "_prepare_input", "get_batch_samples")
+_READ_BY_A_LOSS = ("_prepare_inputs", "_prepare_input", "get_batch_samples")
+_OF_NOW = frozenset(
+    "optimizer lr_scheduler param_groups get_last_lr _last_lr _get_learning_rate log_history best_metric num_input_tokens_seen "
+    "total_flos control".split()
+)
+_MODEL = frozenset({"model", "model_wrapped"})
+_MAIN_THREAD = (
+    *_READ_BY_A_LOSS,
+    "training_step",
+    "log",
+    "evaluate",
+    "prediction_step",
+    "_maybe_log_save_evaluate",
+    "save_model",
+)
 
 
 class ScriptCallbacks(CallbackHandler):
@@ -53,6 +69,7 @@ class CallbackHooks(Trainer):
     engine: Any
     _loss_is_own: bool = False
     _rests_each_time: bool = False
+    _sets: bool = False
 
     @property
     def _pipeline_runs(self) -> bool:
@@ -61,19 +78,77 @@ class CallbackHooks(Trainer):
     def _look_at_script(self) -> None:
         """When training begins: what of the script's code meets the pipeline at work."""
         self._loss_is_own = self.compute_loss_func is not None or is_foreign(self, "compute_loss")
-        self._rests_each_time = self._loss_is_own and any(
-            is_foreign(self, name) for name in _MAIN_THREAD_ALSO_READ_BY_A_LOSS
+        losses = [self.compute_loss, self.compute_loss_func]
+        self._rests_each_time = self._loss_is_own and (
+            any(is_foreign(self, name) for name in _READ_BY_A_LOSS)
+            or any(speaks_of(loss, self, _OF_NOW) for loss in losses)
         )
+        if self.stage_plan.num_stages > 1 and shares_state(self._partition.stages, self):
+            self._refuse_shared_state()
+            self._rests_each_time = True
+        self._loss_sets = any(speaks_of(loss, self, _MODEL) and sets_attributes(loss, self) for loss in losses)
+        methods = [getattr(self, name) for name in _MAIN_THREAD]
+        self._sets = self._loss_sets or any(speaks_of(m, self, _MODEL) and sets_attributes(m, self) for m in methods)
+        self._settings = Structure.of(self.model) if self._sets else None
         callbacks = self.callback_handler.callbacks
         # Each process has the gradients of its own stages only.
         self._shows_gradients = self._grid is None and any(is_foreign(c, "on_optimizer_step") for c in callbacks)
+
+    def _refuse_shared_state(self) -> None:
+        """Raises UnsupportedOptionError if stages can't share what a script keeps, however long each waits for the others."""
+        what = "code of the script in one stage (a hook, for instance) keeps something that its loss, or another stage, can reach"
+        if self._grid is not None:
+            raise UnsupportedOptionError(
+                f"{what}, but each of the {self._grid.world_size} processes has an object of its own; start the script as one process "
+                "(python script.py), or train with num_stages=1"
+            )
+        if self.options.recompute:
+            raise UnsupportedOptionError(
+                f"{what}, which a replay overwrites; leave recompute off, or train with num_stages=1"
+            )
+
+    def _take_settings(self) -> None:
+        """Before a micro-batch: settings of modules that were changed outside of callbacks are the stages', too.
+
+        Raises:
+            UnsupportedOptionError: the loss may have changed them, while other stages are at other micro-batches.
+        """
+        if not self._sets:
+            return
+        self.engine.rest()
+        now, before = Structure.of(self.model), self._settings
+        self._settings = now
+        changed = now.settings_since(before)
+        if not changed:
+            return
+        if self._loss_sets:
+            name, attribute, _ = changed[0]
+            raise UnsupportedOptionError(
+                f"{name}.{attribute} was changed while the stages are training, by the loss perhaps, which is computed when other "
+                "stages are at other micro-batches; change it in a callback (on_step_begin)"
+            )
+        self._tell_stages(changed)
+        self.engine.take_weights()
+
+    def _tell_stages(self, changed: list[tuple[str, str, Any]]) -> None:
+        partition = self._partition
+        within = next(f"{name}." if name else "" for name, m in self.model.named_modules() if m is partition.model)
+        for name, attribute, value in changed:
+            for stage in partition.stages if name.startswith(within) else ():  # not what is wrapped around the model
+                _tell(stage, name.removeprefix(within), attribute, value)
 
     @contextmanager
     def _touching(self, callback: TrainerCallback, event: str) -> Iterator[None]:
         """In here, a callback finds the pipeline at rest where it touches the model; afterwards the model is as it left it."""
         visit = _Visit(self, callback, event)
-        # A loss of the script's own may read what the callback writes, so earlier losses come first.
-        if self._loss_is_own or names_model(callback, event):
+        # A loss of the script's own may read what the callback writes, so earlier losses come first; and a view of weights
+        # may be another library's (NumPy's), which nobody notices.
+        if (
+            self._loss_is_own
+            or self.compute_loss_func is not None
+            or self.engine.has_views
+            or names_model(callback, event)
+        ):
             visit.begin()
         with Watching(visit.begin, visit.want_gradient):
             yield
@@ -96,7 +171,8 @@ class _Visit:
         self._begun = True
         engine = self._trainer.engine
         if self._event == "on_pre_optimizer_step" and self._trainer._grid is None:
-            engine.expose_gradients()
+            with unwatched():
+                engine.expose_gradients()
         engine.open_weights()
         self._before = Structure.of(self._trainer.model)  # workers at work put hooks on the model for a moment
 
@@ -132,11 +208,8 @@ class _Visit:
                 f"{self._who} has changed {change} while the stages are training; change it before train(), which then "
                 "takes the model as it is"
             )
-        partition = self._trainer._partition
-        within = next(f"{name}." if name else "" for name, m in model.named_modules() if m is partition.model)
-        for name, attribute, value in now.settings_since(before):
-            for stage in partition.stages if name.startswith(within) else ():  # not what is wrapped around the model
-                _tell(stage, name.removeprefix(within), attribute, value)
+        self._trainer._tell_stages(now.settings_since(before))
+        self._trainer._settings = now
         self._trainer.engine.take_weights()
 
 

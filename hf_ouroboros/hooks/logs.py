@@ -35,6 +35,7 @@ class LogHooks(Trainer):
     engine: Any
     _ledger: LossLedger
     _logs_wait: bool = False
+    _rests_each_time: bool = False
     _step_is_own: bool = False
 
     def _start_ledger(self) -> None:
@@ -42,7 +43,7 @@ class LogHooks(Trainer):
         self._ledger = LossLedger(self.state.global_step, self.args.logging_nan_inf_filter)
         self._nothing = torch.zeros(())
         own = any(is_foreign(callback, "on_log") for callback in self.callback_handler.callbacks)
-        self._logs_wait = own or is_foreign(self, "log")
+        self._logs_wait = own or is_foreign(self, "log") or self._rests_each_time
         self._step_is_own = is_foreign(self, "training_step")
 
     def _take_reports(self) -> None:

@@ -35,6 +35,11 @@ class TrainerLoss(LossOfModel):
     def __init__(self, trainer: Any):
         self._trainer = trainer
 
+    @property
+    def is_of_script(self) -> bool:
+        """Whether more than the model computes it."""
+        return not head_computes_loss(self._trainer)
+
     def __call__(self, model: ModelCall, inputs: dict[str, Any], context: LossContext) -> torch.Tensor:
         """See `LossOfModel`."""
         trainer = self._trainer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,9 +42,10 @@ class LateState(TrainerState):
 
 
 class MomentContext(LossContext):
-    """What the loss of a micro-batch needs, and the step and epoch that it belongs to."""
+    """What the loss of a micro-batch needs, the step and epoch that it belongs to, and the context variables of its thread."""
 
     moment: tuple[int, float | None]
+    variables: contextvars.Context
 
 
 class LossAtItsStep(TrainerLoss):
@@ -52,7 +54,7 @@ class LossAtItsStep(TrainerLoss):
     def __call__(self, model: ModelCall, inputs: dict[str, Any], context: LossContext) -> torch.Tensor:
         """See `LossOfModel`."""
         with _at(context.moment):
-            return super().__call__(model, inputs, context)
+            return context.variables.run(super().__call__, model, inputs, context)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from ..optim.advice import automatic, warning
 from ..optim.matrices import hidden_matrices
 from ..partition import Partition
 from ..staged import StagedOptimizer
+from .main_thread import unwatched
 from .touching import is_foreign
 
 logger = logging.get_logger(__name__)
@@ -146,5 +147,6 @@ class OptimizerHooks(Trainer):
         if not self._shows_gradients and has_hooks(self._staged_optimizer.optimizer):
             self._look_at_optimizer()  # a callback has put them there
         if self._shows_gradients:
-            self.engine.expose_gradients()
+            with unwatched():
+                self.engine.expose_gradients()
         return self.engine.updates

@@ -14,7 +14,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import Trainer, TrainerCallback
 
-_LIBRARIES = ("transformers", __name__.split(".")[0])
+from ..engine.reads import is_of_script
+
+_LIBRARIES = ("transformers", "torch", "accelerate", __name__.split(".")[0])
 _WORDS = frozenset({"model", "trainer", "optimizer", "module", "modules", "net", "network"})
 _HOLDERS = (torch.Tensor, nn.Module, torch.optim.Optimizer, Trainer)
 
@@ -22,9 +24,12 @@ _HOLDERS = (torch.Tensor, nn.Module, torch.optim.Optimizer, Trainer)
 def is_foreign(owner: Any, name: str) -> bool:
     """Whether a method, of a callback or a trainer, is a script's own: neither Transformers' nor this package's."""
     method = getattr(owner, name, None)
-    function = getattr(method, "__func__", method)
-    module = getattr(function, "__module__", None) or ""
-    return method is not None and module.split(".")[0] not in _LIBRARIES
+    return method is not None and not is_of_library(getattr(method, "__func__", method))
+
+
+def is_of_library(code: Any) -> bool:
+    """Whether a function or class is Transformers' or this package's."""
+    return (getattr(code, "__module__", None) or "").split(".")[0] in _LIBRARIES
 
 
 def names_model(callback: TrainerCallback, event: str) -> bool:
@@ -54,6 +59,55 @@ def names_model(callback: TrainerCallback, event: str) -> bool:
             if isinstance(own, types.FunctionType) and own.__module__.split(".")[0] not in _LIBRARIES:
                 waiting.append(own)
     return False
+
+
+def speaks_of(function: Any, owner: Any, words: frozenset[str]) -> bool:
+    """Whether code of a script, or what it calls of its own, uses one of these names.
+
+    Args:
+        function: a function or method.
+        owner: whose methods it may call.
+        words: names, attributes or strings.
+    """
+    return any(_all_words_of(code) & words for code in _codes_of(function, owner))
+
+
+def sets_attributes(function: Any, owner: Any) -> bool:
+    """Whether code of a script, or what it calls of its own, sets attributes of anything but `self`; see `speaks_of`."""
+    return any(_sets_attributes(code) for code in _codes_of(function, owner))
+
+
+def _codes_of(function: Any, owner: Any) -> Iterator[types.CodeType]:
+    waiting, seen = [function], set()
+    while waiting:
+        method = waiting.pop()
+        code = getattr(getattr(method, "__func__", method), "__code__", None)
+        if code is None or code in seen or not is_of_script(method):
+            continue
+        seen.add(code)
+        yield code
+        scope = getattr(method, "__globals__", {})
+        for word in _all_words_of(code):
+            waiting += [found for found in (getattr(type(owner), word, None), scope.get(word)) if found is not None]
+
+
+@functools.lru_cache(maxsize=512)
+def _all_words_of(code: types.CodeType) -> frozenset[str]:
+    inner = [_all_words_of(value) for value in code.co_consts if isinstance(value, types.CodeType)]
+    return frozenset(code.co_names).union((v for v in code.co_consts if isinstance(v, str)), *inner)
+
+
+@functools.lru_cache(maxsize=512)
+def _sets_attributes(code: types.CodeType) -> bool:
+    if "setattr" in code.co_names:
+        return True
+    before = None
+    for instruction in dis.get_instructions(code):
+        of_self = before is not None and before.opname.startswith("LOAD_FAST") and before.argval == "self"
+        if instruction.opname == "STORE_ATTR" and not of_self:
+            return True
+        before = instruction
+    return any(_sets_attributes(value) for value in code.co_consts if isinstance(value, types.CodeType))
 
 
 @functools.lru_cache(maxsize=512)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import seed_worker
 
 from ..errors import UnsupportedOptionError
+from .awaiting import await_others
 from .grid import ProcessGrid
 
 
@@ -24,8 +26,16 @@ class ReplicaAccelerator(Accelerator):
     """
 
     @staticmethod
-    def over(accelerator: Accelerator, grid: ProcessGrid) -> ReplicaAccelerator:
-        """Makes an Accelerator know the replicas; called by all processes at the same point."""
+    def over(
+        accelerator: Accelerator, grid: ProcessGrid, check: Callable[[], None] = lambda: None
+    ) -> ReplicaAccelerator:
+        """Makes an Accelerator know the replicas; called by all processes at the same point.
+
+        Args:
+            accelerator: Trainer's.
+            grid: the processes.
+            check: raises if another process is known to have failed; called while this one waits.
+        """
         if accelerator.dispatch_batches:
             raise UnsupportedOptionError(
                 "accelerator_config dispatch_batches=True sends other rows to every process, but the processes of a "
@@ -35,10 +45,12 @@ class ReplicaAccelerator(Accelerator):
         accelerator.grid = grid
         accelerator.column = grid.standing_group("column", "metrics")
         accelerator.rows_left = None
+        accelerator.check = check
         return accelerator
 
     grid: ProcessGrid
     column: dist.ProcessGroup
+    check: Callable[[], None]
     # In evaluation, how many rows of the last batch of all replicas are not repetitions; None before the last batch.
     rows_left: int | None
 
@@ -96,7 +108,7 @@ class ReplicaAccelerator(Accelerator):
     def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.reshape(1) if tensor.dim() == 0 else tensor.contiguous()
         parts = [torch.empty_like(tensor) for _ in range(self.grid.replicas)]
-        dist.all_gather(parts, tensor, group=self.column)
+        await_others(dist.all_gather(parts, tensor, group=self.column, async_op=True), self.check)
         return torch.cat(parts)
 
     def _pad(self, tensor: torch.Tensor, dim: int, value: int) -> torch.Tensor:

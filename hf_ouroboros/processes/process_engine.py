@@ -48,7 +48,7 @@ class ProcessEngine(Engine):
         self._grid = grid
         self._check_others = check
         self._waits: tuple[str | None, int | None] = None, None
-        self._reports = Reports(grid, plan.placement)
+        self._reports = Reports(grid, plan.placement, check)
         self._transport = ProcessTransport(grid, plan.placement, specs, self._wait_for)
         self._last_stage_here = plan.placement[-1] == grid.device_index
         self._open: tuple[list[int], int] = [], 0  # ticks of the open update, fingerprint of its micro-batches

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import EngineError
+from .awaiting import await_others
 from .grid import ProcessGrid
 
 
@@ -46,10 +47,11 @@ class Reports:
     Args:
         grid: the processes.
         placement: device index of every stage.
+        check: raises if another process is known to have failed; called while this one waits.
     """
 
-    def __init__(self, grid: ProcessGrid, placement: Sequence[int]):
-        self._grid = grid
+    def __init__(self, grid: ProcessGrid, placement: Sequence[int], check: Callable[[], None] = lambda: None):
+        self._grid, self._check = grid, check
         self._placement = placement
         self._lease = grid.lease_group("world")
         self._group = self._lease.group
@@ -92,7 +94,7 @@ class Reports:
             self._on_their_way[0][0] < issued_before or self._on_their_way[0][1] < about_before
         ):
             _, update, ticks, work, rows = self._on_their_way.popleft()
-            work.wait()
+            await_others(work, self._check)
             reports.append(self._put_together(update, ticks, rows))
         return reports
 
@@ -100,7 +102,7 @@ class Reports:
         """Tells everybody losses at once, the mean over replicas; zeros where this process does not have the last stage."""
         row = torch.tensor(losses, dtype=torch.float64)
         rows = [torch.empty_like(row) for _ in range(self._grid.world_size)]
-        dist.all_gather(rows, row, self._group)
+        await_others(dist.all_gather(rows, row, self._group, async_op=True), self._check)
         last = [rows[rank] for rank in self._grid.column(self._placement[-1])]
         return [sum(float(row[i]) for row in last) / self._grid.replicas for i in range(len(losses))]
 

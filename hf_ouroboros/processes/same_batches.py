@@ -7,7 +7,6 @@ accelerator only their shapes are compared: a look at their contents would wait 
 from __future__ import annotations
 
 import json
-import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .awaiting import await_others
 from .files import together
 from .grid import ProcessGrid
 from .handshake import Facts, disagreement
@@ -54,12 +54,7 @@ class SameBatches:
         facts = {"batches": structure(batches)}
         own = torch.tensor([len(batches), zlib.crc32(json.dumps(facts).encode())])
         found = [torch.empty_like(own) for _ in range(self._grid.world_size)]
-        work, pause = dist.all_gather(found, own, self._group, async_op=True), 0.0005
-        while not work.is_completed():
-            self._check_others()
-            time.sleep(pause)
-            pause = min(1.5 * pause, 0.005)
-        work.wait()
+        await_others(dist.all_gather(found, own, self._group, async_op=True), self._check_others)
         everybody = range(self._grid.world_size)
         if len({int(numbers[0]) for numbers in found}) > 1:
             self._refuse({"batches": {NUMBER: len(batches)}}, where, everybody)

@@ -20,6 +20,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ..errors import ConnectionLostError, DisagreementError, RankFailedError
+from .awaiting import await_others
 from .grid import ProcessGrid
 
 INTERVAL = 0.2
@@ -88,7 +89,7 @@ class Watch:
         thread.start()
         try:
             yield
-            dist.barrier(self._group)
+            await_others(dist.barrier(self._group, async_op=True), self.check)
         except BaseException as error:
             cause = self._explain(error)
             if cause is error:

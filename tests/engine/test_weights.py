@@ -127,3 +127,18 @@ def test_writing_in_place_without_a_new_version_is_an_error_not_a_wrong_gradient
         module[3].weight.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.backward()
+
+
+def test_a_parameter_with_a_view_keeps_its_storage() -> None:
+    module, versions = make()
+    view = module[3].weight.data
+    leaves = versions.leaves()
+    assert leaves["3.weight"].data_ptr() != view.data_ptr()
+    assert leaves["0.weight"].data_ptr() == module[0].weight.data_ptr()
+    old = leaves["3.weight"].detach().clone()
+    versions.advance(in_use=True)
+    with torch.no_grad():
+        module[3].weight.add_(1)
+    assert torch.equal(view, module[3].weight) and torch.equal(leaves["3.weight"], old)
+    del view, leaves
+    assert versions.leaves()["3.weight"].data_ptr() == module[3].weight.data_ptr()  # nobody has a view any more
