@@ -11,7 +11,7 @@ from trainer_helpers import assert_same, logged, ouroboros, stock, tiny_model, t
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hf_ouroboros.partition import late_logits
-from hf_ouroboros.partition.late_logits import ChunkedCrossEntropy
+from hf_ouroboros.partition.late_logits import ChunkedCrossEntropy, LateLogits
 
 
 def model_of(kind: str) -> PreTrainedModel:
@@ -49,6 +49,14 @@ def test_schedules_agree(tmp_path: Path, stages: int, tied: bool, calls: list[in
     plain = run("reference", fused_head="off")
     assert not calls
     assert logged(expected, "loss") == pytest.approx(logged(plain, "loss"), rel=1e-3)
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+def test_logits_are_never_made(tmp_path: Path, stages: int, calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LateLogits, "made", lambda self: pytest.fail("somebody looks at logits"))
+    options = {"num_stages": stages, "devices": ["cpu:0", "cpu:1", "cpu:2"][:stages], "fused_head": "on"}
+    trainer = trained(tmp_path, {"model": tiny_model(tied=False)}, prediction_loss_only=True, **options)
+    assert trainer.evaluate()["eval_loss"] > 0 and calls
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])

@@ -59,9 +59,9 @@ def with_late_logits(head: nn.Module) -> None:
 
 def without_late(output: Any) -> Any:
     """What a model returns, without logits that were never made."""
-    if isinstance(getattr(output, "logits", None), LateLogits):
-        output.logits = None
-    return output
+    if not isinstance(getattr(output, "logits", None), LateLogits):
+        return output
+    return type(output)(**{name: value for name, value in output.items() if name != "logits"})
 
 
 class LateLogits(torch.Tensor):
@@ -114,16 +114,14 @@ class LateLogits(torch.Tensor):
                 found = _still_late(func, args[0], args[1:], kwargs)
                 if found is not None:
                     return found
-        made: dict[int, torch.Tensor] = {}
+        return func(*map(_made, args), **{key: _made(value) for key, value in kwargs.items()})
 
-        def look(value: Any) -> Any:
-            if isinstance(value, cls):
-                return made.setdefault(id(value), value.made())
-            if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
-                return type(value)(look(item) for item in value)
-            return value
 
-        return func(*(look(value) for value in args), **{key: look(value) for key, value in kwargs.items()})
+def _made(value: Any) -> Any:
+    """A value of an argument, with the logits in the place of late ones."""
+    if isinstance(value, LateLogits):
+        return value.made()
+    return type(value)(map(_made, value)) if type(value) in (list, tuple) else value
 
 
 def _still_late(func: Any, late: LateLogits, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
