@@ -62,7 +62,9 @@ class ReadCheck:
         self._trained = {i for i, (_, p) in self._parameters.items() if p.requires_grad}
         self._own = {id(p) for p in owned.values()}
         buffers = {name for name, _ in stage.named_buffers()}
-        self._buffers = {id(b): name for name, b in model.named_buffers() if name not in buffers}
+        held = {id(b) for b in stage.buffers()}  # one that layers of several stages share has the name of the first
+        others = ((name, b) for name, b in model.named_buffers() if name not in buffers and id(b) not in held)
+        self._buffers = {id(b): name for name, b in others}
         together = settings.schedule == "1f1b"  # all stages have the same version, until the backwards of an update
         replayed = settings.recompute and not stage.is_last
         forward = together or not (settings.predicts or replayed)
@@ -220,9 +222,11 @@ class ReadCheck:
         what = f"{'writes' if writes else 'reads'} the parameter {title}"
         if parameter.is_meta:
             return what, "which is in another process", "look at it in a callback there"
-        if writes:
-            return what, "which its stage uses meanwhile", "write in a callback"
         own = key in self._own
+        if writes:
+            if own and type(parameter) is not nn.Parameter and not parameter.requires_grad:
+                return None  # packed: its library notes on it what its module needs
+            return what, "which its stage uses meanwhile", "write in a callback"
         if own and (self._moment is Moment.GRADIENT or self._own_allowed[self._moment]):
             return None
         if not own and self._foreign_allowed.get(self._moment, False):

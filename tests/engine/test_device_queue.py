@@ -50,9 +50,18 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("schedule", ["pipelined", "lockstep", "1f1b"])
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("devices", [[FIRST] * 3, [FIRST, SECOND, FIRST]], ids=["shared", "two devices"])
+SHARED, TWO = [FIRST] * 3, [FIRST, SECOND, FIRST]
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "devices"),
+    [
+        *(("plain", schedule, devices) for schedule in ("pipelined", "lockstep", "1f1b") for devices in (SHARED, TWO)),
+        *((name, "pipelined", TWO) for name in CASES if name != "plain"),
+        ("recomputed", "1f1b", SHARED),
+        ("muon", "lockstep", SHARED),
+    ],
+)
 def test_nothing_races(name: str, schedule: str, devices: list, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[name]
     expected = Run(case, "reference 1f1b" if schedule == "1f1b" else "reference").train({1: "state"})

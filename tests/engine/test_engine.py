@@ -74,7 +74,7 @@ def assert_equal_to_reference(case: Case, schedule: str, looks: Mapping[int, str
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=24, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cases(), st.dictionaries(st.integers(0, 5), st.sampled_from(LOOKS), max_size=3), st.data())
 def test_equal_to_the_reference(case: Case, looks: dict[int, str], data: st.DataObject) -> None:
     assert_equal_to_reference(case, data.draw(st.sampled_from(possible(case))), looks)
@@ -156,7 +156,7 @@ def test_pause_soon_after_the_start(schedule: str, stages: int, devices: int, up
 
 
 @pytest.mark.slow
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=14, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cases(), st.data())
 def test_resumed_equals_uninterrupted(case: Case, data: st.DataObject) -> None:
     """Interrupted anywhere, written out as JSON and safetensors, continued under any schedule."""

@@ -85,8 +85,9 @@ def train_often(rank: int, world_size: int, case: Case, engines: int) -> list[di
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world_size", "stages"), [(2, 3), (3, 4)])
-@pytest.mark.parametrize("schedule", ["pipelined", "1f1b"])
+@pytest.mark.parametrize(
+    ("world_size", "stages", "schedule"), [(2, 3, "pipelined"), (3, 4, "pipelined"), (2, 3, "1f1b")]
+)
 def test_500_updates_over_processes_do_not_grow(world_size: int, stages: int, schedule: str) -> None:
     case = WideCase(stages=stages, layers=4, devices=world_size, updates=(1,) * 500)
     for rank, (early, late) in enumerate(in_processes(world_size, train_long, world_size, case, schedule, 100)):
