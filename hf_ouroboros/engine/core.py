@@ -16,7 +16,7 @@ from ..simulate.timeline import Timeline
 from .accounts import Accounts
 from .at_rest import AtRest
 from .averaging import ReplicaMean
-from .device_queue import handed_over, queue_of
+from .device_queue import handed_over, has_queues, queue_of
 from .exposed import ExposedUpdate
 from .interleave import device_programs, engine_costs
 from .losses import LossFunction
@@ -73,16 +73,15 @@ class Engine(AtRest):
     ):
         plan = partition.plan
         num_stages, placement = plan.num_stages, plan.placement
+        devices = (
+            {index: torch_device(name) for index, name in enumerate(plan.devices)} if site is None else site.devices
+        )
+        queues = {index: queue_of(device) for index, device in devices.items()}
+        self._feeds_queues = any(has_queues(device.type) for device in devices.values())
         if site is None:
-            devices = {index: torch_device(name) for index, name in enumerate(plan.devices)}
-            queues = {index: queue_of(device) for index, device in devices.items()}
-            accelerated = any(device.type != "cpu" for device in devices.values())
-            by_stage = [queues[index] for index in placement] if accelerated else None
+            by_stage = [queues[index] for index in placement] if self._feeds_queues else None
             site = Site(devices, InProcessTransport(num_stages, len(devices), by_stage))
-        else:
-            queues = {index: queue_of(device) for index, device in site.devices.items()}
-            accelerated = any(device.type != "cpu" for device in site.devices.values())
-        self._site, self._accelerated = site, accelerated
+        self._site = site
         self.partition = partition
         self.settings = settings
         self.timeline = timeline
@@ -154,7 +153,7 @@ class Engine(AtRest):
         segment = self._streams.enter(batch) if self.partition.remembers else None
         if self.settings.predicts and not self.update_open:
             self._opened = self._clock.update, snapshot_hyperparameters(self.optimizer)
-        batch, made = handed_over(batch, self._accelerated)
+        batch, made = handed_over(batch, self._feeds_queues)
         tick, slots = self._clock.next_tick()
         self._work[tick] = {
             "delayed": not self.settings.is_synchronous(self._clock.update),

@@ -301,29 +301,35 @@ class Backend:
 
 
 def queue_of(device: torch.device, backend: Callable[[str], Backend] = Backend) -> DeviceQueue:
-    """The queue of a worker on a device; a device whose library has no streams does all in one order anyway.
+    """The queue of a worker on a device.
 
     Args:
         device: where the worker computes.
         backend: makes the calls of the device's library.
     """
-    if device.type == "cpu" or not hasattr(torch.get_device_module(device), "Stream"):
-        return DeviceQueue(device)
-    return AcceleratorQueue(device, backend(device.type))
+    return AcceleratorQueue(device, backend(device.type)) if has_queues(device.type) else DeviceQueue(device)
 
 
-def handed_over(batch: Mapping[str, Any], to_accelerators: bool) -> tuple[Mapping[str, Any], dict[torch.device, Any]]:
+def has_queues(kind: str) -> bool:
+    """Whether devices of a kind work through several queues; others than CPUs then do all in one order anyway."""
+    if kind == "cpu":
+        return False
+    module = torch.get_device_module(kind)
+    return all(hasattr(module, name) for name in ("Stream", "Event", "default_stream", "set_stream"))
+
+
+def handed_over(batch: Mapping[str, Any], to_queues: bool) -> tuple[Mapping[str, Any], dict[torch.device, Any]]:
     """A micro-batch as workers may use it without waiting, to be called in the thread that has made it.
 
     Args:
         batch: what the script's data loader gives.
-        to_accelerators: whether any worker is on an accelerator.
+        to_queues: whether workers are on accelerators that have queues.
 
     Returns:
         The micro-batch, in memory from which accelerators can copy while others work, and for each accelerator with a
         tensor of it an event that passes when this thread's work there is done.
     """
-    if not to_accelerators:
+    if not to_queues:
         return batch, {}
     batch = {k: v.pin_memory() if torch.is_tensor(v) and v.device.type == "cpu" else v for k, v in batch.items()}
     places = {v.device for v in batch.values() if torch.is_tensor(v) and v.device.type != "cpu"}

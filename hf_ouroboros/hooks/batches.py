@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..engine.device_queue import has_queues
 from ..engine.streams import COLUMNS, SEGMENTS
 from ..partition.meta import target_labels
 from ..processes import ProcessGrid
@@ -30,7 +31,7 @@ class BatchHooks(AgreementHooks):
         """As in Trainer; where devices are processes, data and metrics follow the replicas."""
         super().create_accelerator_and_postprocess()
         self._agree("the creation of the trainer's accelerator")  # where all are, before a group is formed
-        if self._grid is None and self.args.device.type != "cpu":
+        if self._grid is None and has_queues(self.args.device.type):
             self.accelerator.device_placement = False  # each stage fetches what it needs from the host's memory
         if self._grid is not None:
             self.accelerator = ReplicaAccelerator.over(self.accelerator, self._grid, self._watch.check)
@@ -51,7 +52,7 @@ class BatchHooks(AgreementHooks):
             for batch in batch_samples
         ]
         count = sum(target.ne(-100).sum() for target in targets)
-        if self._grid is None and self._eval_sums is None and count.device.type == "cpu" != device.type:
+        if self._grid is None and self._eval_sums is None and count.device.type == "cpu" and has_queues(device.type):
             return count.pin_memory()  # where the last stage fetches it
         count = count.to(device)
         if self._counts_all_replicas and self._eval_sums is None:  # a batch of an evaluation stands for itself

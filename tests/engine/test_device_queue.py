@@ -33,7 +33,7 @@ class Racing(Run):
         super().__init__(case, schedule)
         self.engine._site.transport._queues = [worker._queue for worker in self.engine._workers]
 
-    def handed_over(self, batch: dict, to_accelerators: bool) -> tuple:
+    def handed_over(self, batch: dict, to_queues: bool) -> tuple:
         main = self.backend.default_stream(FIRST)
         return batch, {device: self.backend.event(main) for device in (FIRST, SECOND)}
 
@@ -129,9 +129,9 @@ def test_cpu_workers_have_nothing_to_order() -> None:
     assert queue.receive(queue.send(tensors, queue)) is tensors
     assert queue.reading(loss) is loss
     batch = {"input_ids": torch.ones(1)}
-    assert handed_over(batch, to_accelerators=False) == (batch, {})
+    assert handed_over(batch, to_queues=False) == (batch, {})
 
 
 def test_accelerators_without_streams_are_taken_as_one_queue(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_queue.torch, "get_device_module", lambda device: object())
+    monkeypatch.setattr(device_queue.torch, "get_device_module", lambda kind: object())
     assert type(queue_of(torch.device("mps"), partial(pytest.fail, "no backend is needed"))) is DeviceQueue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import signal
@@ -179,6 +180,12 @@ def test_resumed_equals_uninterrupted(case: Case, data: st.DataObject) -> None:
     assert_same_run(whole, resumed)
 
 
+@functools.cache
+def uninterrupted(case: Case) -> Run:
+    """The oracle's run, once for all tests of a case."""
+    return Run(case, "reference").train()
+
+
 @pytest.mark.parametrize("at", range(8))
 @pytest.mark.parametrize("second", ["lockstep", "pipelined", "reference"])
 def test_resume_at_every_update(at: int, second: str) -> None:
@@ -190,7 +197,7 @@ def test_resume_at_every_update(at: int, second: str) -> None:
         checkpoint = begun.checkpoint()
     finally:
         begun.engine.close()
-    whole = Run(case, "reference").train()
+    whole = uninterrupted(case)
     resumed = Run(case, second).resume(checkpoint).train(updates=range(at, 7))
     begun.hear()
     assert differences(whole.model.state_dict(), resumed.model.state_dict()) == []
