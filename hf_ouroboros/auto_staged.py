@@ -62,10 +62,8 @@ class AutoStagedModelForCausalLM:
             UnsupportedOptionError: an argument that places or rewrites parameters.
         """
         if args.world_size == 1:
-            if (
-                kwargs.get("quantization_config") is not None
-            ):  # else Transformers would pack all of it on one accelerator
-                kwargs.setdefault("device_map", {"": "cpu"})
+            if kwargs.get("quantization_config") is not None:
+                kwargs.setdefault("device_map", {"": "cpu"})  # else all of it would be packed on one accelerator
             return _kept(cls._auto.from_pretrained(model_name_or_path, **kwargs), frozen)
         config = kwargs.pop("config", None)
         if config is None:

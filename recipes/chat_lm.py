@@ -25,17 +25,15 @@ from common import (
     parse_options,
     print_table,
     run_recipe,
-    sample,
     say,
     train_or_resume,
 )
-from finetune_lm import packing, stdlib_pairs, tuned_model, with_lora
+from finetune_lm import DEFAULT_MODEL, check_model_is_there, packing, show_completion, stdlib_pairs, with_lora
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from hf_ouroboros import AutoStagedModelForCausalLM
 from hf_ouroboros.data import default_corpus
 
-DEFAULT_MODEL = "runs/pretrain_lm"
 DEFAULTS = {
     "output_dir": "runs/chat_lm",
     "delay_compensation": "auto",
@@ -136,10 +134,7 @@ def main() -> None:
         raise OptionError("conversations need TRL: pip install -e '.[trl,recipes]'") from None
     script, args = parse_options(ScriptArguments, DEFAULTS, arguments_class=OuroborosSFTConfig)
     set_seed(args.seed)
-    if script.model_name_or_path == DEFAULT_MODEL and not Path(DEFAULT_MODEL).is_dir():
-        raise OptionError(
-            f"model_name_or_path={DEFAULT_MODEL!r} does not exist: run recipes/pretrain_lm.py first, or name a checkpoint"
-        )
+    check_model_is_there(script.model_name_or_path)
     if script.lora_rank < 1:
         raise OptionError(f"lora_rank={script.lora_rank} must be at least 1: adapters are what is trained here")
     packed = packing(script, args.bf16)
@@ -173,11 +168,8 @@ def main() -> None:
     if not args.should_save:
         return
     if script.sample_tokens:
-        prompt = asked(tokenizer, validation[0])
-        answer = sample(tuned_model(trainer, script), tokenizer, prompt, script.sample_tokens, greedy=True)
-        text = f"{prompt}>>>{answer}"
-        print(f"\nA conversation of the validation data, and after >>> what the model answers:\n{text}")
-        Path(args.output_dir, "sample.txt").write_text(text, encoding="utf-8")
+        title = "A conversation of the validation data, and after >>> what the model answers"
+        show_completion(trainer, script, tokenizer, asked(tokenizer, validation[0]), title)
     print_table(
         f"{args.output_dir}: {trainer.state.global_step} updates, before -> after",
         [

@@ -212,16 +212,29 @@ def tuned_model(trainer: OuroborosTrainer, script: ScriptArguments) -> Any:
     return PeftModel.from_pretrained(base, trainer.args.output_dir)
 
 
+def check_model_is_there(name: str) -> None:
+    """Raises OptionError if the default model has not been made yet."""
+    if name == DEFAULT_MODEL and not Path(name).is_dir():
+        raise OptionError(
+            f"model_name_or_path={DEFAULT_MODEL!r} does not exist: run recipes/pretrain_lm.py first, or name a checkpoint"
+        )
+
+
+def show_completion(trainer: OuroborosTrainer, script: Any, tokenizer: Any, prompt: str, title: str) -> None:
+    """Prints a prompt and what the trained model makes of it, and writes both to `sample.txt`."""
+    completion = sample(tuned_model(trainer, script), tokenizer, prompt, script.sample_tokens, greedy=True)
+    text = f"{prompt}>>>{completion}"
+    print(f"\n{title}:\n{text}")
+    Path(trainer.args.output_dir, "sample.txt").write_text(text, encoding="utf-8")
+
+
 def main() -> None:
     """Options, model, data, training with the best model kept, results."""
     script, args = parse_options(ScriptArguments, DEFAULTS)
     choose_timeline(script.record_timeline, args)
     set_seed(args.seed)
     local = Path(script.model_name_or_path)
-    if script.model_name_or_path == DEFAULT_MODEL and not local.is_dir():
-        raise OptionError(
-            f"model_name_or_path={DEFAULT_MODEL!r} does not exist: run recipes/pretrain_lm.py first, or name a checkpoint"
-        )
+    check_model_is_there(script.model_name_or_path)
     packed = packing(script, args.bf16)
     tokenizer = AutoTokenizer.from_pretrained(script.tokenizer_name or script.model_name_or_path)
     model = AutoStagedModelForCausalLM.from_pretrained(
@@ -270,10 +283,8 @@ def main() -> None:
     if not args.should_save:
         return
     if shown and script.sample_tokens:
-        completion = sample(tuned_model(trainer, script), tokenizer, shown["prompt"], script.sample_tokens, greedy=True)
-        text = f"{shown['prompt']}>>>{completion}"
-        print(f"\nA prompt of the validation data, and after >>> what the model makes of it:\n{text}")
-        Path(args.output_dir, "sample.txt").write_text(text, encoding="utf-8")
+        title = "A prompt of the validation data, and after >>> what the model makes of it"
+        show_completion(trainer, script, tokenizer, shown["prompt"], title)
     print_table(
         f"{args.output_dir}: {trainer.state.global_step} updates, before -> after",
         [

@@ -74,9 +74,8 @@ class ReadCheck:
         self._moment: Moment | None = None
         self._hooked: nn.Parameter | None = None
         self._found: OuroborosError | None = None
-        self._kept: dict[int, int] | None = (
-            None  # storages of other stages' weights, whose views a script may have kept
-        )
+        # Storages of other stages' weights, whose views a script may have kept.
+        self._kept: dict[int, int] | None = None
         self._leaves: Mapping[str, torch.Tensor] = {}
         self._first, self._has_loss = True, False
         self.look_again()

@@ -202,9 +202,8 @@ class StageRunner:
                 to while they are computed, so that no second set of them exists.
 
         Returns:
-            The stage's parameter gradients as far as they are not in the window yet, of an update that is added to with
-            what was in the window, and the gradient for the stage
-            before (None on the first stage).
+            The stage's parameter gradients as far as they are not in the window yet, and the gradient for the stage before
+            (None on the first stage). With `adding`, what was in the window is in them, and no longer there.
         """
         item = self.in_flight.pop(tick)
         if item.output is None and not gradient:  # nothing is trained here or before

@@ -92,14 +92,7 @@ class _Tracer:
             fused = _FusedAttention(self._book)
             weights = _GatheredWeights(self._know)
             late = self._late_head()
-            with (
-                batched_experts(self.model.config),
-                self._counter,
-                Answers(),
-                fused,
-                weights,
-                saving,
-            ):
+            with batched_experts(self.model.config), self._counter, Answers(), fused, weights, saving:
                 # Past the hooks of the whole, with which the counter would look at logits that are late.
                 self.model.forward(input_ids=ids, labels=ids, **call_options(self.model))
         finally:
