@@ -86,8 +86,7 @@ class Reference:
         self._output_side: dict[int, Gradients] = {}  # tied_gradient="paper": tick -> gradients of the head's side
         self._noise = [StageNoise(k, s.draws or has_dropout(s)) for k, s in enumerate(partition.stages)]
         self._checks = [GraphCheck(partition.model, k) for k in range(len(self._owned))]
-        reads = zip(partition.stages, self._owned, strict=True)
-        self._reads = [ReadCheck(partition.model, stage, owned, settings) for stage, owned in reads]
+        self._reads = [ReadCheck(partition.model, stage, self._owned, settings) for stage in partition.stages]
         refuse_on_halves(partition.tied, settings)
         self._streams, self._memories = Streams(), [Memories() for _ in self._owned]
         self._finished: list[FinishedLoss] = []

@@ -13,7 +13,7 @@ What code of libraries that was exchanged deep inside begins to read after the f
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum
 from typing import Any
@@ -52,24 +52,30 @@ class ReadCheck:
     Args:
         model: whose parameters and buffers have names.
         stage: that computes.
-        owned: its own parameters.
+        owned: the parameters that belong to each stage.
         settings: of the run.
     """
 
-    def __init__(self, model: nn.Module, stage: Stage, owned: Mapping[str, nn.Parameter], settings: EngineSettings):
+    def __init__(
+        self, model: nn.Module, stage: Stage, owned: Sequence[Mapping[str, nn.Parameter]], settings: EngineSettings
+    ):
         self._stage, self._alone = stage, stage.is_first and stage.is_last
         self._parameters = {id(p): (name, p) for name, p in model.named_parameters()}
         self._trained = {i for i, (_, p) in self._parameters.items() if p.requires_grad}
-        self._own = {id(p) for p in owned.values()}
+        self._own = {id(p) for p in owned[stage.index].values()}
         buffers = {name for name, _ in stage.named_buffers()}
         held = {id(b) for b in stage.buffers()}  # one that layers of several stages share has the name of the first
         others = ((name, b) for name, b in model.named_buffers() if name not in buffers and id(b) not in held)
         self._buffers = {id(b): name for name, b in others}
-        together = settings.schedule == "1f1b"  # all stages have the same version, until the backwards of an update
+        together = settings.schedule == "1f1b"
         replayed = settings.recompute and not stage.is_last
         forward = together or not (settings.predicts or replayed)
         self._own_allowed = {Moment.FORWARD: forward, Moment.LOSS: forward, Moment.BACKWARD: together}
-        self._foreign_allowed = {Moment.FORWARD: together and not replayed, Moment.LOSS: together}
+        # What a stage has received was computed after the steps of the stages before; those behind may not have stepped yet.
+        earlier = {id(p) for each in owned[: stage.index] for p in each.values()}
+        self._right_with_1f1b = set() if together else earlier | self._own
+        allowed = earlier if together else set()
+        self._foreign_allowed = {Moment.FORWARD: set() if replayed else allowed, Moment.LOSS: allowed}
         self._mode = _Calls(self._look)
         self._moment: Moment | None = None
         self._hooked: nn.Parameter | None = None
@@ -228,12 +234,12 @@ class ReadCheck:
             return what, "which its stage uses meanwhile", "write in a callback"
         if own and (self._moment is Moment.GRADIENT or self._own_allowed[self._moment]):
             return None
-        if not own and self._foreign_allowed.get(self._moment, False):
+        if not own and key in self._foreign_allowed.get(self._moment, ()):
             return None
         if key not in self._trained and not parameter.requires_grad:  # the same at every moment
             return None
         advice = "use weights by the modules that have them, look at them in a callback"
-        if self._moment in (Moment.FORWARD, Moment.LOSS):
+        if key in self._right_with_1f1b and self._moment in (Moment.FORWARD, Moment.LOSS):
             advice += ", use schedule='1f1b'"
         return what, "which may be that of another micro-batch at that moment", advice
 

@@ -71,9 +71,10 @@ class StageRunner:
         self._loss_fn = loss_fn
         self._link = link if self.stage.is_first or self.stage.is_last else None
         alone = self._num_stages == 1
-        self._versions = WeightVersions(partition.owned(stage), direct=alone)
+        owned = [partition.owned(k) for k in range(self._num_stages)]
+        self._versions = WeightVersions(owned[stage], direct=alone)
         self._check = None if alone else GraphCheck(partition.model, stage)
-        self._reads = ReadCheck(partition.model, self.stage, partition.owned(stage), settings)
+        self._reads = ReadCheck(partition.model, self.stage, owned, settings)
         self._mean = None if replica_mean is None else BucketedMean(replica_mean, self._versions.parameters)
         leaf_names = {id(p): name for name, p in self._versions.parameters.items()}
         if link is not None:
