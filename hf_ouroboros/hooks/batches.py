@@ -16,6 +16,9 @@ from ..processes.awaiting import summed
 from ..processes.same_batches import SameBatches
 from ..processes.watch import Watch
 from .agreement import AgreementHooks
+from .touching import is_foreign
+
+_COUNTS = ("num_parameters", "floating_point_ops", "estimate_tokens")
 
 
 class BatchHooks(AgreementHooks):
@@ -26,6 +29,8 @@ class BatchHooks(AgreementHooks):
     _same_batches: SameBatches | None = None
     _watch: Watch | None
     _control_group: dist.ProcessGroup | None
+    _counted_for: Any = None
+    _operations_each: float = 0.0
 
     def create_accelerator_and_postprocess(self) -> None:
         """As in Trainer; where devices are processes, data and metrics follow the replicas."""
@@ -74,5 +79,14 @@ class BatchHooks(AgreementHooks):
             super().store_flos()
 
     def floating_point_ops(self, inputs: dict[str, torch.Tensor | Any]) -> int:
-        """This process's share of the operations of a batch; Trainer sums over processes."""
-        return super().floating_point_ops(inputs) / self.get_tp_size()
+        """This process's share of the operations of a batch; Trainer sums over processes.
+
+        Trainer counts the model's parameters for each batch; as stages keep theirs, once in a run is enough.
+        """
+        model, name = self.model, getattr(self.model, "main_input_name", "input_ids")
+        if name not in inputs or any(is_foreign(model, method) for method in _COUNTS):
+            return super().floating_point_ops(inputs) / self.get_tp_size()
+        if self._counted_for is not self.engine:
+            self._counted_for = self.engine
+            self._operations_each = super().floating_point_ops({name: torch.empty(1)}) / self.get_tp_size()
+        return inputs[name].numel() * self._operations_each

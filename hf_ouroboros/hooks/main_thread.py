@@ -39,14 +39,12 @@ class MainThread(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not self.paused and self._trainer._pipeline_runs:
-            self._look(func, args, kwargs)
+        name, writes = name_of(func)
+        if (writes or name not in WITHOUT_VALUES) and not self.paused and self._trainer._pipeline_runs:
+            self._look(name, args, kwargs)
         return func(*args, **kwargs)
 
-    def _look(self, func: Any, args: Any, kwargs: Any) -> None:
-        name, writes = name_of(func)
-        if name in WITHOUT_VALUES and not writes:
-            return
+    def _look(self, name: str, args: Any, kwargs: Any) -> None:
         if self._model is not self._trainer.model:
             self._know(self._trainer.model)
         for tensor in tensors_in((args, kwargs)):
