@@ -5,12 +5,12 @@ Of TrainingArguments it has what the engine and its optimizers take without aski
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .engine.schedule import SCHEDULES
 from .options import Flag, Number, OneOf, Place, Rule, Whole, Words, from_json, plain
+from .schedules import SCHEDULES
 
 MOST_DEVICES = 4096
 LONG = 2**40  # more updates than anybody makes
@@ -111,7 +111,7 @@ def _device(value: Any) -> str | int:
 
 
 OWN: dict[str, Rule] = {
-    "schedule": OneOf(*SCHEDULES),
+    "schedule": OneOf(SCHEDULES),
     "num_stages": Whole(1, MOST_DEVICES + 1, optional=True),
     "devices": Words(MOST_DEVICES, "cpu:0 cpu:1", optional=True),
     "device_map": DeviceMap(),
@@ -145,8 +145,8 @@ INHERITED: dict[str, Rule] = {
 ARGUMENTS: dict[str, Rule] = OWN | INHERITED
 
 
-def words_of(name: str) -> list[str]:
-    """The words between which an option chooses."""
+def words_of(name: str) -> Collection[str]:
+    """The words between which an option chooses; those of a registry as it is when they are looked at."""
     rule = ARGUMENTS[name]
     assert isinstance(rule, OneOf)
-    return list(rule.words)
+    return rule.words

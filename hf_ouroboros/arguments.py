@@ -19,6 +19,7 @@ from .planning.hardware import is_here
 from .precision import autocast_dtype
 from .processes.launch import check_launch, check_started, launched_processes
 from .processes.meeting import present, refusing
+from .schedules import DEFAULT, SCHEDULES, names_where
 
 # option -> (is it on?, what to do instead)
 _REFUSED: dict[str, tuple[Any, str]] = {
@@ -46,6 +47,9 @@ _REFUSED: dict[str, tuple[Any, str]] = {
 }
 
 
+_GLOBAL = names_where(lambda schedule: schedule.allows_global_norm)
+
+
 @dataclass
 class OuroborosArguments(TrainingArguments):
     """Arguments of `OuroborosTrainer`: everything of TrainingArguments, and how to split and schedule the model.
@@ -55,10 +59,11 @@ class OuroborosArguments(TrainingArguments):
     """
 
     schedule: str = field(
-        default="pipelined",
+        default=DEFAULT,
         metadata={
-            "help": "How the delayed-gradient update rule is executed: 'pipelined' (all devices busy), 'lockstep' (the "
-            "paper's), '1f1b' (synchronous, exact gradients, with bubbles), 'reference' (one device, delays simulated).",
+            "help": "How the update rule is executed: "
+            + ", ".join(f"'{schedule.name}' ({schedule.summary})" for schedule in SCHEDULES.values())
+            + ".",
             "choices": words_of("schedule"),
         },
     )
@@ -93,7 +98,7 @@ class OuroborosArguments(TrainingArguments):
         default="joint",
         metadata={
             "help": "Gradient of a tied embedding: 'joint' delays both sides by K-1 ticks (exact for its batch), 'paper' "
-            "only the input side (schedules lockstep and reference).",
+            f"only the input side (schedules {' and '.join(names_where(lambda s: s.allows_halves))}).",
             "choices": words_of("tied_gradient"),
         },
     )
@@ -101,7 +106,7 @@ class OuroborosArguments(TrainingArguments):
         default="stage",
         metadata={
             "help": "'stage' limits each stage's gradient norm to max_grad_norm/sqrt(K), so that the whole never exceeds "
-            "max_grad_norm; 'global' limits the norm of the whole (not with schedule pipelined).",
+            f"max_grad_norm; 'global' limits the norm of the whole (with schedules {', '.join(_GLOBAL)}).",
             "choices": words_of("clip_scope"),
         },
     )
@@ -290,9 +295,10 @@ class OuroborosArguments(TrainingArguments):
                 f"data_parallel_replicas={self.data_parallel_replicas} does not divide the {self.world_size} process(es) of "
                 "this run; N processes are R replicas of N/R devices, e.g. torchrun --nproc_per_node 4 with 2 replicas"
             )
-        if self.world_size > 1 and self.schedule == "reference":
+        schedule = SCHEDULES[self.schedule]
+        if self.world_size > 1 and not schedule.uses_devices:
             raise UnsupportedOptionError(
-                "schedule='reference' is one device by definition; start it as one process (python script.py)"
+                f"schedule={self.schedule!r} is one device by definition; start it as one process (python script.py)"
             )
         if self.world_size > 1 and self.save_on_each_node:
             raise UnsupportedOptionError(
@@ -304,19 +310,21 @@ class OuroborosArguments(TrainingArguments):
                 "train_sampling_strategy='batch_rebalance' gives every process its own rows, but the processes of a replica "
                 "need the same ones; use 'random', 'sequential' or 'group_by_length'"
             )
-        if self.tied_gradient == "paper" and self.schedule not in ("lockstep", "reference"):
+        if self.tied_gradient == "paper" and not schedule.allows_halves:
             raise UnsupportedOptionError(
                 f"tied_gradient='paper' needs the output side's gradient in the same tick, which schedule="
-                f"{self.schedule!r} doesn't have; use schedule='lockstep', or tied_gradient='joint'"
+                f"{self.schedule!r} doesn't have; use schedule={names_where(lambda s: s.allows_halves)[0]!r}, or tied_gradient='joint'"
             )
-        if self.clip_scope == "global" and self.schedule == "pipelined":
+        if self.clip_scope == "global" and not schedule.allows_global_norm:
             raise UnsupportedOptionError(
-                "clip_scope='global' makes every stage wait for all others in each update, which schedule='pipelined' "
-                "rules out; use clip_scope='stage', or schedule lockstep or 1f1b"
+                f"clip_scope='global' makes every stage wait for all others in each update, which schedule={self.schedule!r} "
+                f"rules out; use clip_scope='stage', or schedule {' or '.join(_GLOBAL)}"
             )
         self._check_compensation()
-        if self.timeline is not None and self.schedule == "reference":
-            raise UnsupportedOptionError("timeline records devices at work; schedule='reference' has none to record")
+        if self.timeline is not None and not schedule.uses_devices:
+            raise UnsupportedOptionError(
+                f"timeline records devices at work; schedule={self.schedule!r} has none to record"
+            )
         self._check_devices()
 
     def _check_compensation(self) -> None:

@@ -18,7 +18,7 @@ import math
 import operator
 import os
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -180,11 +180,12 @@ class Flag(Rule):
 class OneOf(Rule):
     """One of some words."""
 
-    def __init__(self, *words: str):
-        self.words = words
+    def __init__(self, *words: str | Mapping[str, Any]):
+        """The words, or a registry of them, which may grow."""
+        self.words: Collection[str] = words[0].keys() if isinstance(words[0], Mapping) else words
 
     def __repr__(self) -> str:
-        return f"OneOf{self.words}"
+        return f"OneOf{tuple(self.words)}"
 
     @property
     def what(self) -> str:

@@ -50,6 +50,7 @@ from .processes.relay import Relay
 from .processes.same_batches import SameBatches
 from .processes.watch import Watch
 from .reference import Reference
+from .schedules import SCHEDULES
 from .simulate.timeline import Timeline
 from .staged import StagedModel, refuse_forward
 
@@ -179,14 +180,15 @@ class OuroborosTrainer(
         if self._grid is not None:
             check_finite(model)  # in one process, the comparison of logits finds out
         outer, model = model, base_of(model)
+        schedule = SCHEDULES[args.schedule]
         self._partition = split_model(
             model,
             args.device_names,
             args.device_map,
             args.num_stages,
             args.max_memory,
-            delayed=args.schedule != "1f1b",
-            colocate=args.schedule == "reference",
+            delayed=not schedule.is_synchronous,
+            colocate=not schedule.uses_devices,
             home=None if self._grid is None else Home(self._grid.device_index, self._grid.device),
         )
         self._partition.evaluation_config(**args.evaluation_options)  # refuses what this model does not have
@@ -307,7 +309,7 @@ class OuroborosTrainer(
             specs = with_gradients(self._specs, self._partition)
             self.engine = ProcessEngine(*common, self._grid, specs, self._watch.check)
         else:
-            self.engine = Reference(*common) if self.options.schedule == "reference" else Engine(*common)
+            self.engine = Engine(*common) if settings.record.uses_devices else Reference(*common)
         staged.engine = self._staged.engine = self.engine
         self._start_ledger()
         self._save_due = False

@@ -26,6 +26,7 @@ from hf_ouroboros import DeviceMapError, OuroborosArguments, OuroborosTrainer, U
 from hf_ouroboros.commands import overrides
 from hf_ouroboros.data import BYTE_VOCAB_SIZE, Corpus, default_corpus, ends_lines
 from hf_ouroboros.data.errors import DataError
+from hf_ouroboros.schedules import SCHEDULES
 
 CORPUS_BYTES = 720_000  # of the offline corpus, for training; sets the length of the default run
 VALIDATION_SHARE = 0.05
@@ -140,7 +141,7 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 def choose_timeline(wanted: bool, args: OuroborosArguments) -> None:
     """Puts the timeline beside the model, unless it has a place or can't be recorded."""
-    if wanted and args.timeline is None and args.schedule != "reference":
+    if wanted and args.timeline is None and SCHEDULES[args.schedule].uses_devices:
         args.timeline = str(Path(args.output_dir) / "timeline")
 
 

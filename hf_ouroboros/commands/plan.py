@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING
 
 from ..errors import DeviceMapError, UnsupportedOptionError
 from ..options import Place, Whole
+from ..schedules import DEFAULT, SCHEDULES
+from ..simulate.peers import PEERS
+from ..simulate.simulator import ours, simulated
 from ..user_files import check_writable, written_together
 from .options import GIGABYTES, add_link_options, add_model_options, check_work, data_type, links, load_config
 from .tables import byte_unit, milliseconds, size, table
@@ -23,8 +26,6 @@ if TYPE_CHECKING:
     from ..planning.planner import PlannedDevice, SplitPlan
     from ..planning.unit_facts import ModelFacts
     from ..simulate.simulator import Simulation
-
-COMPARED = ("pipelined", "lockstep", "1f1b", "naive", "gpipe", "interleaved", "zero-bubble")
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -46,7 +47,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--micro_batches", type=Whole(1, 2**16), default=8, help="M, micro-batches per update (default 8)"
     )
-    parser.add_argument("--schedule", choices=["pipelined", "lockstep", "1f1b"], default="pipelined")
+    parser.add_argument("--schedule", choices=ours(), default=DEFAULT)
     parser.add_argument("--num_stages", type=Whole(1, 2**12), default=None, help="K (default: as OuroborosTrainer)")
     parser.add_argument("--optimizer", choices=["adamw", "momentum", "sgd"], default="adamw", help="for its memory")
     parser.add_argument(
@@ -98,12 +99,12 @@ def run(arguments: argparse.Namespace) -> int:
             )
         dtype = data_type(arguments, config)
         facts = model_facts(config, arguments.batch, arguments.seq, dtype, arguments.lora_rank, arguments.quantization)
-    check_work(facts.layers, [(len(kinds), arguments.micro_batches)] * len(COMPARED))
+    check_work(facts.layers, [(len(kinds), arguments.micro_batches)] * len(simulated()))
     options = MemoryOptions(arguments.schedule, arguments.micro_batches, arguments.recompute, arguments.optimizer)
     plan = plan_split(facts, _devices(arguments, kinds, config, facts), options, arguments.num_stages)
     connections = links(arguments, arguments.link)
     runs, left_out = {}, {}
-    for schedule in COMPARED:
+    for schedule in simulated():
         try:
             runs[schedule] = predict(plan, schedule, connections, arguments.data_parallel_replicas)
         except ValueError as error:  # a peer that can't do these numbers of stages or micro-batches
@@ -196,7 +197,7 @@ def _headline(plan: SplitPlan) -> str:
 def _delay(plan: SplitPlan) -> str:
     from ..optim.advice import recommended_micro_batches
 
-    if plan.options.schedule == "1f1b":
+    if SCHEDULES[plan.options.schedule].is_synchronous:
         return "no gradient is late"
     stages, micro_batches = len(plan.stages), plan.options.micro_batches
     text = f"the first stage's gradients are {(stages - 1) / micro_batches:.2g} updates late"
@@ -279,7 +280,7 @@ def _schedule_table(plan: SplitPlan, runs: dict[str, Simulation], ideal: float, 
     header = ("schedule", "tokens/s", "over naive", "devices busy", "fill ms", f"activations {name}")
     return (
         f"{table(header, rows)}\nThis split could reach {ideal:.2f} times one device's speed if no device ever waited. "
-        "naive, gpipe, interleaved\nand zero-bubble are other software's, each with its own best split."
+        f"{', '.join(PEERS)}\nare other software's, each with its own best split."
     )
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from ..errors import DeviceMapError, UnsupportedOptionError
 from ..options import Place, Whole
+from ..simulate.peers import PEERS
+from ..simulate.simulator import ours
 from ..user_files import check_writable, written_together
 from .options import GIGABYTES, add_link_options, add_model_options, check_work, data_type, links, load_config
 from .tables import table
 
 MOST_PANELS = 24
-SCHEDULES = ("pipelined", "lockstep", "1f1b", "zero-bubble", "interleaved", "gpipe", "naive")
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -30,7 +31,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--link", nargs="+", type=GIGABYTES, default=[25.0], help="GB/s, one panel for each (default 25)"
     )
     add_link_options(parser)
-    parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES[:4]), metavar="SCHEDULE")
+    parser.add_argument("--schedules", nargs="+", choices=[*ours(), *PEERS], default=ours(), metavar="SCHEDULE")
     parser.add_argument("--output", type=Place((".png",)), default="speedup.png", help="the plot (default speedup.png)")
     parser.set_defaults(run=run)
 
@@ -88,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
                             micro_batches,
                             f"{gigabytes:g}",
                             f"{found.speedup:.2f}",
-                            f"{found.speedup / best:.1%}" if schedule in ("pipelined", "lockstep", "1f1b") else "",
+                            f"{found.speedup / best:.1%}" if schedule in ours() else "",
                             f"{found.speedup / count:.1%}",
                             f"{found.fill_seconds * 1e3:.1f}",
                             max(found.ticks_in_flight),

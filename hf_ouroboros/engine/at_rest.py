@@ -6,10 +6,10 @@ import torch
 
 from ..errors import EngineError
 from ..partition import Partition
+from ..schedules.clock import Clock, Slot
 from .accounts import Accounts
 from .exposed import ExposedUpdate
 from .optimizers import StageOptimizer
-from .schedule import Clock, Slot
 from .settings import EngineSettings
 from .stage_runner import StageRunner
 from .state import RunState

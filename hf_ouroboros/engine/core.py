@@ -12,16 +12,18 @@ import torch
 
 from ..errors import EngineError, WorkerError
 from ..partition import Partition, torch_device
+from ..schedules import device_programs
+from ..schedules.clock import Clock, Pause, Slot
+from ..schedules.interleave import engine_costs
+from ..schedules.programs import stages_by_device
 from ..simulate.timeline import Timeline
 from .accounts import Accounts
 from .at_rest import AtRest
 from .averaging import ReplicaMean
 from .device_queue import handed_over, has_queues, queue_of
 from .exposed import ExposedUpdate
-from .interleave import device_programs, engine_costs
 from .losses import LossFunction
 from .optimizers import snapshot_hyperparameters
-from .schedule import Clock, Pause, Slot, stages_by_device
 from .settings import EngineSettings, FinishedLoss, FinishedNorm, Hyperparameters, log_lag
 from .stage_runner import StageRunner
 from .streams import Streams

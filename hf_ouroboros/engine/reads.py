@@ -67,13 +67,13 @@ class ReadCheck:
         held = {id(b) for b in stage.buffers()}  # one that layers of several stages share has the name of the first
         others = ((name, b) for name, b in model.named_buffers() if name not in buffers and id(b) not in held)
         self._buffers = {id(b): name for name, b in others}
-        together = settings.schedule == "1f1b"
+        together = settings.record.is_synchronous
         replayed = settings.recompute and not stage.is_last
         forward = together or not (settings.predicts or replayed)
         self._own_allowed = {Moment.FORWARD: forward, Moment.LOSS: forward, Moment.BACKWARD: together}
         # What a stage has received was computed after the steps of the stages before; those behind may not have stepped yet.
         earlier = {id(p) for each in owned[: stage.index] for p in each.values()}
-        self._right_with_1f1b = set() if together else earlier | self._own
+        self._right_if_synchronous = set() if together else earlier | self._own
         allowed = earlier if together else set()
         self._foreign_allowed = {Moment.FORWARD: set() if replayed else allowed, Moment.LOSS: allowed}
         self._mode = _Calls(self._look)
@@ -239,7 +239,7 @@ class ReadCheck:
         if key not in self._trained and not parameter.requires_grad:  # the same at every moment
             return None
         advice = "use weights by the modules that have them, look at them in a callback"
-        if key in self._right_with_1f1b and self._moment in (Moment.FORWARD, Moment.LOSS):
+        if key in self._right_if_synchronous and self._moment in (Moment.FORWARD, Moment.LOSS):
             advice += ", use schedule='1f1b'"
         return what, "which may be that of another micro-batch at that moment", advice
 

@@ -9,6 +9,7 @@ from typing import Any, SupportsFloat
 import torch
 
 from ..optim import Compensation, StageUpdate
+from ..schedules import DEFAULT, SCHEDULES, Schedule
 
 Hyperparameters = list[dict[str, Any]]
 """Per parameter group of the optimizer, everything but the parameters: learning rate, betas, ..."""
@@ -19,7 +20,7 @@ class EngineSettings:
     """Settings of one training run.
 
     Args:
-        schedule: "reference", "lockstep", "pipelined" or "1f1b".
+        schedule: one of `SCHEDULES`.
         tied_gradient: "joint" delays both sides of a tied embedding by K-1 ticks, "paper" only the input side.
         max_grad_norm: bound of the gradient norm; None for no clipping.
         clip_scope: "stage" bounds each stage's norm by max_grad_norm/sqrt(K), "global" the whole model's.
@@ -32,7 +33,7 @@ class EngineSettings:
         compensations: what is done about the delay besides the choice of the optimizer.
     """
 
-    schedule: str = "pipelined"
+    schedule: str = DEFAULT
     tied_gradient: str = "joint"
     max_grad_norm: float | None = None
     clip_scope: str = "stage"
@@ -45,13 +46,18 @@ class EngineSettings:
     compensations: tuple[Compensation, ...] = ()
 
     @property
+    def record(self) -> Schedule:
+        """What there is to know of the schedule."""
+        return SCHEDULES[self.schedule]
+
+    @property
     def predicts(self) -> bool:
         """Whether forwards use predicted weights."""
         return any(compensation.predicts for compensation in self.compensations)
 
     def is_synchronous(self, update: int) -> bool:
         """Whether an update is drained, so that its gradients have no delay."""
-        return self.schedule == "1f1b" or update < self.delay_warmup_steps
+        return self.record.is_synchronous or update < self.delay_warmup_steps
 
     def stage_update(self, stage: int, num_stages: int, update: int) -> StageUpdate:
         """An update as a stage sees it."""

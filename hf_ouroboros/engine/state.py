@@ -11,6 +11,7 @@ import torch
 from ..errors import CheckpointError, CheckpointMismatchError
 from ..partition import Memory, Partition
 from ..partition.experts import find_experts
+from ..schedules import names_where
 from .settings import EngineSettings
 
 FORMAT = 4
@@ -126,7 +127,7 @@ class RunState:
             raise CheckpointMismatchError(
                 "the checkpoint holds delayed gradients that are still to be applied, but this run has no delays "
                 f"there (schedule={settings.schedule!r}, delay_warmup_steps={settings.delay_warmup_steps}); resume with "
-                "schedule pipelined, lockstep or reference and the same delay_warmup_steps"
+                f"schedule {', '.join(names_where(lambda s: not s.is_synchronous))} and the same delay_warmup_steps"
             )
         for stage in range(stages) if held is None else held:
             delay = stages - 1 - stage

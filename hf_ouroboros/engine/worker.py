@@ -12,21 +12,20 @@ from typing import Any, SupportsFloat
 import torch
 
 from ..errors import WorkerError
-from ..simulate.timeline import Event, Timeline
-from .device_queue import DeviceQueue, Moment
-from .schedule import (
+from ..schedules.clock import Pause, Slot
+from ..schedules.instructions import (
     Backward,
     Exchange,
     Forward,
     Instruction,
-    Pause,
     Program,
     Rendezvous,
     Report,
     Settle,
-    Slot,
     Step,
 )
+from ..simulate.timeline import Event, Timeline
+from .device_queue import DeviceQueue, Moment
 from .settings import EngineSettings, FinishedLoss, Hyperparameters
 from .stage_runner import StageRunner
 from .streams import Segment

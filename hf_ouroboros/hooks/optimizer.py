@@ -18,6 +18,7 @@ from ..optim import Choice, choose
 from ..optim.advice import automatic, warning
 from ..optim.matrices import hidden_matrices
 from ..partition import Partition
+from ..schedules import SCHEDULES
 from ..staged import StagedOptimizer
 from .main_thread import unwatched
 from .touching import is_foreign
@@ -91,7 +92,7 @@ class OptimizerHooks(Trainer):
     @property
     def _delays(self) -> tuple[int, int]:
         """K, or 1 where nothing is late; and M."""
-        stages = 1 if self.options.schedule == "1f1b" else self.stage_plan.num_stages
+        stages = 1 if SCHEDULES[self.options.schedule].is_synchronous else self.stage_plan.num_stages
         return stages, self.args.gradient_accumulation_steps
 
     def _check_compensation(self) -> None:

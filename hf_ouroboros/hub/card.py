@@ -17,6 +17,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..schedules import schedule_named
+
 TAG = "ouroboros"
 MAX_LOSS_ROWS = 12
 STAGE_COLUMNS = {
@@ -105,13 +107,15 @@ class CardFacts:
 
 def build_card(facts: CardFacts) -> ModelCard:
     """The card, with YAML metadata; the same facts always give the same text."""
-    delayed = facts.schedule != "1f1b" and facts.num_stages > 1
+    schedule = schedule_named(facts.schedule)
+    delayed = not schedule.is_synchronous and facts.num_stages > 1
     base = f", starting from `{_shown_base(facts.base_model)}`" if facts.base_model else ""
     return ModelCard.from_template(
         _metadata(facts),
         template_str=files("hf_ouroboros.hub").joinpath("model_card_template.md").read_text(encoding="utf-8"),
         facts=facts,
         delayed=delayed,
+        simulated=not schedule.uses_devices,
         kind=f"{_thing(facts)} ({_counts(facts)}{base})",
         base_name=json.dumps(_shown_base(facts.base_model), ensure_ascii=False) if facts.base_model else '"..."',
         load_name=json.dumps(facts.repo_id or facts.model_name, ensure_ascii=False),
@@ -154,7 +158,7 @@ def _procedure(facts: CardFacts, delayed: bool) -> list[tuple[str, Any]]:
     """How the run was made: name, value; None where unknown."""
     delays = [row["delay"] for row in facts.stages if row.get("delay") is not None]
     return [
-        ("Schedule", f"`{facts.schedule}`"),
+        ("Schedule", f"`{facts.schedule}` ({schedule_named(facts.schedule).summary})"),
         ("Stages (K)", facts.num_stages),
         ("Devices", facts.devices or None),
         ("Delay of each stage, in micro-batches", delays or None),

@@ -4,9 +4,9 @@
     micro-batches in flight                                     d + 1                min(M, d + 1)
     weight versions, the newest included                        1 + ceil(d / M)      1
     gradients: the update's sum, and those of one backward      2                    2
-    output-side gradients of a tied matrix (last stage)         K - 1                K - 1, at most M
+    output-side gradients of a tied matrix (last stage)         K                    K, at most M
 
-Versions, gradients and optimizer are of the parameters that are trained. Of packed matrices, the largest is there unpacked,
+What a schedule keeps is in its record (`schedules/records.py`). Versions, gradients and optimizer are of the parameters that are trained. Of packed matrices, the largest is there unpacked,
 beside the activations. Buffers of kernels and of the allocator are not counted: leave a margin.
 """
 
@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..partition.balance import Load
+from ..schedules import DEFAULT, SCHEDULES
 from .unit_facts import ModelFacts, UnitFacts
 
 # Bytes of optimizer state per byte of parameters.
 OPTIMIZERS = {"adamw": 2.0, "momentum": 1.0, "sgd": 0.0}
-DELAYED = ("pipelined", "lockstep")
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class MemoryOptions:
     """What of a run decides about its memory.
 
     Args:
-        schedule: "pipelined", "lockstep" or "1f1b".
+        schedule: one of `SCHEDULES` that uses devices.
         micro_batches: M, ticks per update.
         recompute: keep only the inputs of stages.
         optimizer: one of `OPTIMIZERS`.
     """
 
-    schedule: str = "pipelined"
+    schedule: str = DEFAULT
     micro_batches: int = 1
     recompute: bool = False
     optimizer: str = "adamw"
@@ -58,13 +58,12 @@ class StageMemory:
 
 def ticks_in_flight(stage: int, num_stages: int, options: MemoryOptions) -> int:
     """Most micro-batches between forward and backward in a stage."""
-    most = num_stages - stage
-    return most if options.schedule in DELAYED else min(options.micro_batches, most)
+    return SCHEDULES[options.schedule].in_flight(stage, num_stages, options.micro_batches)
 
 
 def old_versions(stage: int, num_stages: int, options: MemoryOptions) -> int:
     """Copies of the weights that pending backwards need besides the newest ones."""
-    return -(-(num_stages - 1 - stage) // options.micro_batches) if options.schedule in DELAYED else 0
+    return SCHEDULES[options.schedule].old_versions(stage, num_stages, options.micro_batches)
 
 
 def stage_memory(

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from ..errors import DeviceMapError
 from ..partition.balance import Load, NoSplitError, best_counts
 from ..partition.device_map import default_num_stages, default_placement
+from ..schedules import SCHEDULES
 from .hardware import GIB, DeviceKind
-from .memory_model import DELAYED, MemoryOptions, StageMemory, memory_load, stage_memory
+from .memory_model import MemoryOptions, StageMemory, memory_load, stage_memory
 from .unit_facts import ModelFacts, UnitFacts
 
 
@@ -177,7 +178,7 @@ def _assemble(
                 k,
                 device,
                 units,
-                len(counts) - 1 - k if options.schedule in DELAYED else 0,
+                SCHEDULES[options.schedule].delay(k, len(counts)),
                 forward,
                 replayed + sum(t.backward for t in times),
                 sum(t.step for t in times),

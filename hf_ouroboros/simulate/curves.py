@@ -6,15 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-COLOURS = {
-    "pipelined": "#d9772b",
-    "zero-bubble": "#8a5bb0",
-    "interleaved": "#4fa3a5",
-    "1f1b": "#3b78b8",
-    "gpipe": "#7aa6d1",
-    "lockstep": "#2f2f36",
-    "naive": "#9a9aa2",
-}
+from ..schedules import DEFAULT, SCHEDULES
+from .peers import PEERS
+
 INK = "#1c1c22"
 PLOT, LABELS = 5.6, 2.3  # inches: width of a diagram and of the labels at its right
 
@@ -34,6 +28,11 @@ class Panel:
     devices: Sequence[int]
     ideal: Sequence[float]
     speedups: Mapping[str, Sequence[float | None]]
+
+
+def colour_of(schedule: str) -> str:
+    """The colour of a schedule's curve."""
+    return SCHEDULES[schedule].colour if schedule in SCHEDULES else PEERS.get(schedule, INK)
 
 
 def draw_speedups(panels: Sequence[Panel], path: str | Path, *, title: str) -> Path:
@@ -56,8 +55,8 @@ def draw_speedups(panels: Sequence[Panel], path: str | Path, *, title: str) -> P
             points = [(d, v) for d, v in zip(panel.devices, values, strict=True) if v is not None]
             if not points:
                 continue
-            colour = COLOURS.get(schedule, INK)
-            width = 2.6 if schedule == "pipelined" else 1.7
+            colour = colour_of(schedule)
+            width = 2.6 if schedule == DEFAULT else 1.7
             axes.plot(*zip(*points, strict=True), color=colour, linewidth=width, marker="o", markersize=4.5)
             label = f"{schedule} {points[-1][1]:.1f}"
             ends[label], inks[label] = points[-1][1], colour

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .replay import Message
+from ..schedules.replay import Message
 
 
 @dataclass(frozen=True)

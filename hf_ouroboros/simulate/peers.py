@@ -1,4 +1,4 @@
-"""Schedules that others run, as programs for the replay: naive, GPipe, interleaved 1F1B and zero-bubble.
+"""Schedules that others run, as programs for the replay: naive, GPipe, interleaved 1F1B and zero-bubble (ZB-H1).
 
 All are synchronous: an update's gradients are those of its own weights, and every update ends with a drained
 pipeline. They are here to be compared with; the engine does not run them. D devices, M micro-batches per update,
@@ -7,28 +7,20 @@ F, B and W the time of a device's forward, input gradient and weight gradient of
     naive        devices take turns                                          update: M D (F + B + W)
     gpipe        all forwards, then all backwards                            (M + D - 1) (F + B + W)
     interleaved  1F1B, every device holds V chunks of the model              (M + (D - 1) / V) (F + B + W)
-    zero-bubble  weight gradients fill the waiting, memory as 1F1B (ZB-H1)   M (F + B + W) + (D - 1) (F + B - W)
+    zb-h1        weight gradients fill the waiting, memory as 1F1B           M (F + B + W) + (D - 1) (F + B - W)
 
 Sources: GPipe, arXiv 1811.06965; interleaved, arXiv 2104.04473; zero-bubble, arXiv 2401.10241.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-from ..engine.schedule import Backward, Forward, Step
+from ..schedules.instructions import Backward, Forward, Step, WeightGradient
 
-PEERS = ("naive", "gpipe", "interleaved", "zero-bubble")
+PEERS = {"naive": "#9a9aa2", "gpipe": "#7aa6d1", "interleaved": "#4fa3a5", "zb-h1": "#8a5bb0"}
+"""Names, and the colours of their curves."""
 CHUNKS = 2  # of the model per device, under "interleaved"
-
-
-@dataclass(frozen=True)
-class WeightGradient:
-    """The part of a backward that no other stage waits for, where it is done on its own."""
-
-    stage: int
-    tick: int
 
 
 def peer_placement(name: str, num_devices: int) -> list[int]:
@@ -55,7 +47,7 @@ def peer_programs(
     """
     if name not in PEERS:
         raise ValueError(f"schedule {name!r} is unknown; use one of {', '.join(PEERS)}")
-    make = {"naive": _naive, "gpipe": _gpipe, "interleaved": _interleaved, "zero-bubble": _zero_bubble}[name]
+    make = {"naive": _naive, "gpipe": _gpipe, "interleaved": _interleaved, "zb-h1": _zero_bubble}[name]
     return [
         [
             instruction

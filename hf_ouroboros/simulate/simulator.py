@@ -7,16 +7,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..engine.interleave import device_programs, engine_costs
-from ..engine.schedule import Backward, Clock, Forward, Pause, Slot, Step
+from ..schedules import SCHEDULES, device_programs, names_where
+from ..schedules.instructions import Backward, Forward, Step, WeightGradient
+from ..schedules.interleave import engine_costs, run_slots
+from ..schedules.replay import Executed, Message, replay
 from .links import Links
-from .peers import PEERS, WeightGradient, peer_programs
-from .replay import Executed, Message, replay
+from .peers import PEERS, peer_programs
 from .timeline import Event, Timeline
 
-OURS = ("pipelined", "lockstep", "1f1b")
-SIMULATED = (*OURS, *PEERS)
 MEASURED_TICKS = 48  # at least, in the steady state
+
+
+def ours() -> list[str]:
+    """The engine's own schedules of several devices."""
+    return names_where(lambda schedule: schedule.uses_devices)
+
+
+def simulated() -> list[str]:
+    """All schedules that can be simulated."""
+    return [*ours(), *PEERS]
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,7 @@ class StageCost:
         boundary_bytes: size of its output for the next stage; the gradient that comes back is as large.
         activation_bytes: what is kept between its forward and its backward.
         gradient_bytes: what replicas average in every update.
-        weight_share: part of the backward that the stage before does not wait for ("zero-bubble").
+        weight_share: part of the backward that the stage before does not wait for, where it is done on its own.
         plan_cost: relative cost by which the engine chooses how stages of one device are interleaved; None for
             the time that it takes.
     """
@@ -94,7 +103,7 @@ def simulate(
     """Simulates a run that is long enough for a steady state.
 
     Args:
-        schedule: one of `SIMULATED`.
+        schedule: one of `simulated()`.
         placement: device of each stage; for `PEERS` as `peer_placement` says.
         costs: of each stage.
         micro_batches: M, ticks per update.
@@ -143,8 +152,8 @@ def run_programs(
     exchange: bool = False,
 ) -> list[list[Any]]:
     """What every device does in a run of so many updates, in its order; arguments and errors as for `simulate`."""
-    if schedule not in SIMULATED:
-        raise ValueError(f"schedule {schedule!r} can't be simulated; use one of {', '.join(SIMULATED)}")
+    if schedule not in simulated():
+        raise ValueError(f"schedule {schedule!r} can't be simulated; use one of {', '.join(simulated())}")
     if len(costs) != len(placement):
         raise ValueError(f"{len(costs)} stage costs for {len(placement)} stages")
     if micro_batches < 1:
@@ -153,19 +162,8 @@ def run_programs(
         return peer_programs(schedule, max(placement) + 1, micro_batches, updates)
     told = [cost.forward if cost.plan_cost is None else cost.plan_cost for cost in costs]
     made = device_programs(schedule, placement, *engine_costs(told, recompute), micro_batches, exchange)
-    slots = run_slots(len(placement), micro_batches, updates, synchronous=schedule == "1f1b")
+    slots = run_slots(len(placement), micro_batches, updates, SCHEDULES[schedule].is_synchronous)
     return [list(program(slots)) for program in made]
-
-
-def run_slots(num_stages: int, micro_batches: int, updates: int, synchronous: bool) -> list[Slot | Pause]:
-    """The slots that the engine feeds its devices in a run of whole updates that ends with a barrier."""
-    clock = Clock(num_stages, lambda update: synchronous)
-    slots: list[Slot | Pause] = []
-    for _ in range(updates):
-        for _ in range(micro_batches):
-            slots += clock.next_tick()[1]
-        slots += clock.close_update()[1]
-    return [*slots, Pause()]
 
 
 def execute(

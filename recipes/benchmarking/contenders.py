@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from transformers import TrainingArguments
 
 from hf_ouroboros import OuroborosArguments
-from hf_ouroboros.engine.schedule import SCHEDULES
+from hf_ouroboros.schedules import SCHEDULES, names_where
 
 PEERS = ("torch-gpipe", "torch-1f1b", "torch-zb")
-SYNCHRONOUS = ("naive", "ddp", *PEERS, "1f1b")
+SYNCHRONOUS = ("naive", "ddp", *PEERS, *names_where(lambda schedule: schedule.is_synchronous))
 """Those that apply every gradient at once: they all compute the same numbers, up to the order of summation."""
 
 
@@ -83,9 +83,9 @@ def parse_contender(text: str, micro_batches: int, global_batch: int, num_device
             "with @processes behind them"
         )
     ours = kind in SCHEDULES
-    if where and (not ours or kind == "reference"):
+    if where and not (ours and SCHEDULES[kind].uses_devices):
         raise ContenderError(
-            f"contender {text!r}: @processes is for {', '.join(s for s in SCHEDULES if s != 'reference')}"
+            f"contender {text!r}: @processes is for {', '.join(names_where(lambda s: s.uses_devices))}"
         )
     known = {f.name for f in dataclasses.fields(OuroborosArguments if ours else TrainingArguments) if f.init}
     settings = {}

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from hf_ouroboros import OuroborosArguments, OuroborosTrainer, split_model
+from hf_ouroboros.schedules import SCHEDULES
 
 from .clock import Clock
 from .contenders import ContenderError
@@ -69,7 +70,7 @@ def run(job: Job, world_size: int) -> dict[str, Any]:
     options, contender = job.options, job.contender
     given = common_arguments(job)
     # Evaluations are no part of the schedule, and a timeline keeps every instruction: not in long runs.
-    records = contender.is_ours and contender.kind != "reference" and not job.evaluate
+    records = contender.is_ours and SCHEDULES[contender.kind].uses_devices and not job.evaluate
     if job.evaluate:
         given |= {"eval_strategy": "steps", "eval_steps": options.eval_every}
     if contender.kind == "ddp":
@@ -82,7 +83,7 @@ def run(job: Job, world_size: int) -> dict[str, Any]:
         given |= {"schedule": contender.kind, "devices": options.devices, "device_map": options.device_map}
         if options.optimizer == "muon":
             given["delay_compensation"] = "muon"
-        if contender.kind == "1f1b":
+        if SCHEDULES[contender.kind].is_synchronous:
             given["clip_scope"] = "global"  # as the stock Trainer clips
         if records:
             given["timeline"] = str(job.folder / f"timeline-{contender.label}")

@@ -40,7 +40,7 @@ def test_plan_and_train_with_it(config: str, tmp_path: Path, capsys: pytest.Capt
         "lockstep",
         "1f1b",
         "naive",
-        "zero-bubble",
+        "zb-h1",
     ):
         assert word in text
     file = output.with_name("mine.json")

@@ -144,7 +144,7 @@ def test_layout_is_clean(facts: CardFacts) -> None:
 def test_procedure_table() -> None:
     rows = dict(cells(section(build_card(full()), "## Training procedure").split("###")[0])[1:])
     assert rows == {
-        "Schedule": "`pipelined`",
+        "Schedule": "`pipelined` (the update rule as a dataflow, all devices busy)",
         "Stages (K)": "3",
         "Devices": "cpu:0, cpu:1",
         "Delay of each stage, in micro-batches": "2, 1, 0",

@@ -6,16 +6,16 @@ from collections import Counter
 
 import pytest
 
-from hf_ouroboros.engine.schedule import Backward, Forward, Step
-from hf_ouroboros.simulate.peers import CHUNKS, PEERS, WeightGradient, peer_placement, peer_programs
-from hf_ouroboros.simulate.replay import replay
+from hf_ouroboros.schedules.instructions import Backward, Forward, Step, WeightGradient
+from hf_ouroboros.schedules.replay import replay
+from hf_ouroboros.simulate.peers import CHUNKS, PEERS, peer_placement, peer_programs
 
 # Time of one update with F = B = W = 1 per device.
 FORMULAS = {
     "naive": lambda d, m: 3 * m * d,
     "gpipe": lambda d, m: 3 * (m + d - 1),
     "interleaved": lambda d, m: 3 * (m + (d - 1) / CHUNKS),
-    "zero-bubble": lambda d, m: 3 * m + (d - 1),
+    "zb-h1": lambda d, m: 3 * m + (d - 1),
 }
 
 
@@ -28,7 +28,7 @@ def test_closed_formula(name: str, devices: int, micro_batches: int, updates: in
     part = devices / stages  # of a device's work that one stage has
 
     def duration(i: object) -> float:
-        whole = {Forward: 1.0, Backward: 1.0 if name == "zero-bubble" else 2.0, WeightGradient: 1.0, Step: 0.0}
+        whole = {Forward: 1.0, Backward: 1.0 if name == "zb-h1" else 2.0, WeightGradient: 1.0, Step: 0.0}
         return whole[type(i)] * part
 
     programs = peer_programs(name, devices, micro_batches, updates)
@@ -40,7 +40,7 @@ def test_closed_formula(name: str, devices: int, micro_batches: int, updates: in
 def test_everything_happens_once_and_where_it_belongs(name: str) -> None:
     programs, placement = peer_programs(name, 4, 8, 2), peer_placement(name, 4)
     counts = Counter(i for program in programs for i in program)
-    kinds = (Forward, Backward, WeightGradient) if name == "zero-bubble" else (Forward, Backward)
+    kinds = (Forward, Backward, WeightGradient) if name == "zb-h1" else (Forward, Backward)
     expected = [kind(k, t) for kind in kinds for k in range(len(placement)) for t in range(16)]
     expected += [Step(k, u) for k in range(len(placement)) for u in range(2)]
     assert counts == Counter(expected)
@@ -59,7 +59,7 @@ def test_gradients_are_those_of_one_version(name: str) -> None:
 
 
 def test_wrong_input_is_named() -> None:
-    with pytest.raises(ValueError, match="'fast' is unknown; use one of naive, gpipe, interleaved, zero-bubble"):
+    with pytest.raises(ValueError, match="'fast' is unknown; use one of naive, gpipe, interleaved, zb-h1"):
         peer_programs("fast", 2, 4, 1)
     with pytest.raises(ValueError, match="7 micro-batches can't be divided into 3 equal rounds"):
         peer_programs("interleaved", 2, 7, 1)

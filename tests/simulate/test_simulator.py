@@ -17,11 +17,11 @@ from hf_ouroboros.simulate.links import Links
 from hf_ouroboros.simulate.peers import PEERS, peer_placement
 from hf_ouroboros.simulate.simulator import (
     MEASURED_TICKS,
-    OURS,
     StageCost,
     as_timeline,
     execute,
     ideal_speedup,
+    ours,
     run_programs,
     simulate,
 )
@@ -65,7 +65,7 @@ def test_peers(name: str) -> None:
     placement = peer_placement(name, devices)
     part = devices / len(placement)
     found = simulate(name, placement, [StageCost(part, 2 * part)] * len(placement), m)
-    update = {"naive": 3 * m * 4, "gpipe": 3 * (m + 3), "interleaved": 3 * (m + 1.5), "zero-bubble": 3 * m + 3}[name]
+    update = {"naive": 3 * m * 4, "gpipe": 3 * (m + 3), "interleaved": 3 * (m + 1.5), "zb-h1": 3 * m + 3}[name]
     assert found.speedup == pytest.approx(3 * m * devices / update)
 
 
@@ -76,7 +76,7 @@ def test_untied_stages_on_devices_of_their_own() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 9), min_size=2, max_size=6), st.integers(1, 5), st.sampled_from(OURS))
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=6), st.integers(1, 5), st.sampled_from(ours()))
 @example([1, 9, 1, 7], 1, "pipelined")  # the first device catches up with the second for longer than the run
 def test_never_faster_than_the_busiest_device(costs: list[int], micro_batches: int, schedule: str) -> None:
     stages = [StageCost(c, 2 * c, step=1.0) for c in costs]
@@ -148,12 +148,12 @@ def test_in_flight() -> None:
     assert found.ticks_in_flight == (4, 3, 2, 1)
     assert found.bytes_in_flight == (4.0, 30.0, 200.0, 1000.0)
     assert simulate("gpipe", range(4), costs, 6).ticks_in_flight == (6, 6, 6, 6)
-    assert simulate("zero-bubble", range(4), costs, 6).ticks_in_flight == (4, 4, 4, 4)
+    assert simulate("zb-h1", range(4), costs, 6).ticks_in_flight == (4, 4, 4, 4)
     assert simulate("naive", range(4), costs, 6).ticks_in_flight == (1, 1, 1, 1)
 
 
 def test_timeline_of_zero_bubble_shows_weight_gradients() -> None:
-    found = simulate("zero-bubble", range(2), [StageCost(1.0, 2.0)] * 2, 2)
+    found = simulate("zb-h1", range(2), [StageCost(1.0, 2.0)] * 2, 2)
     assert {event.kind for event in found.timeline.events} == {"forward", "backward", "weights", "step"}
 
 
@@ -187,7 +187,7 @@ def order(timeline: Timeline) -> list[list[tuple[str, int | None, int]]]:
     ]
 
 
-@pytest.mark.parametrize("schedule", OURS)
+@pytest.mark.parametrize("schedule", ours())
 @pytest.mark.parametrize(
     "case",
     [

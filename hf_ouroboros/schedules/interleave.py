@@ -4,45 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ..simulate.replay import Deadlock, Task, prepare, run
-from .schedule import (
-    Backward,
-    Clock,
-    Forward,
-    Instruction,
-    Pause,
-    Program,
-    Slot,
-    dataflow_program,
-    lockstep_program,
-    stages_by_device,
-)
+from .clock import Clock, Pause, Slot
+from .instructions import Backward, Forward, Instruction, Program
+from .programs import dataflow_program, lockstep_program, stages_by_device
+from .replay import Deadlock, Task, prepare, run
 
 
-def device_programs(
-    schedule: str,
+def lockstep_programs(
     placement: Sequence[int],
     forward_costs: Sequence[float],
     backward_costs: Sequence[float],
-    micro_batches: int = 1,
-    exchange: bool = False,
+    micro_batches: int,
+    exchange: bool,
 ) -> list[Program]:
-    """The programs of all devices under a schedule.
+    """All devices in step, whatever the costs; see `device_programs`."""
+    return [lockstep_program(stages, len(placement), exchange) for stages in stages_by_device(placement)]
+
+
+def dataflow_programs(
+    placement: Sequence[int],
+    forward_costs: Sequence[float],
+    backward_costs: Sequence[float],
+    micro_batches: int,
+    exchange: bool,
+    drained: bool = False,
+) -> list[Program]:
+    """Every stage in its own order, those of one device interleaved as the simulation finds best; see `device_programs`.
 
     Args:
-        schedule: "lockstep", "pipelined" or "1f1b".
-        placement: device of each stage.
-        forward_costs: relative time of each stage's forward.
-        backward_costs: relative time of each stage's backward and share of the step.
-        micro_batches: ticks per update, for the simulation.
-        exchange: whether gradient norms are exchanged at every update.
+        placement, forward_costs, backward_costs, micro_batches, exchange: as there.
+        drained: whether the updates that are simulated are synchronous.
     """
     num_stages = len(placement)
     held = stages_by_device(placement)
-    if schedule == "lockstep":
-        return [lockstep_program(stages, num_stages, exchange) for stages in held]
     duration = _durations(forward_costs, backward_costs)
-    slots = sample_slots(num_stages, micro_batches, synchronous=schedule == "1f1b")
+    slots = sample_slots(num_stages, micro_batches, drained)
     prepared: dict[tuple[int, ...], tuple[Program, list[Task]]] = {}  # most devices do the same under all lags
 
     def program_and_tasks(device: int, lags: list[int]) -> tuple[Program, list[Task]]:
@@ -64,6 +60,17 @@ def device_programs(
     if best is None:
         raise Deadlock(f"no interleaving of the stages {held} runs without a deadlock")
     return best[1]
+
+
+def drained_programs(
+    placement: Sequence[int],
+    forward_costs: Sequence[float],
+    backward_costs: Sequence[float],
+    micro_batches: int,
+    exchange: bool,
+) -> list[Program]:
+    """The same for synchronous updates; see `device_programs`."""
+    return dataflow_programs(placement, forward_costs, backward_costs, micro_batches, exchange, drained=True)
 
 
 def engine_costs(stage_costs: Sequence[float], recompute: bool) -> tuple[list[float], list[float]]:
@@ -103,15 +110,20 @@ def candidate_lags(num_stages: int, most: int) -> list[list[int]]:
     ]
 
 
-def sample_slots(num_stages: int, micro_batches: int, synchronous: bool) -> list[Slot | Pause]:
-    """Slots of a run that is long enough for a steady state: about 4 K ticks, in whole updates."""
+def run_slots(num_stages: int, micro_batches: int, updates: int, synchronous: bool) -> list[Slot | Pause]:
+    """The slots that the engine feeds its devices in a run of whole updates that ends with a barrier."""
     clock = Clock(num_stages, lambda update: synchronous)
     slots: list[Slot | Pause] = []
-    for _ in range(max(2, -(-4 * num_stages // micro_batches))):
+    for _ in range(updates):
         for _ in range(micro_batches):
             slots += clock.next_tick()[1]
         slots += clock.close_update()[1]
     return [*slots, Pause()]
+
+
+def sample_slots(num_stages: int, micro_batches: int, synchronous: bool) -> list[Slot | Pause]:
+    """Slots of a run that is long enough for a steady state: about 4 K ticks, in whole updates."""
+    return run_slots(num_stages, micro_batches, max(2, -(-4 * num_stages // micro_batches)), synchronous)
 
 
 def _durations(forward_costs: Sequence[float], backward_costs: Sequence[float]) -> Callable[[Instruction], float]:

@@ -8,25 +8,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_ouroboros.engine.interleave import device_programs, sample_slots
-from hf_ouroboros.engine.schedule import (
+from hf_ouroboros.partition.device_map import default_placement
+from hf_ouroboros.schedules import device_programs
+from hf_ouroboros.schedules.clock import Clock, Pause, Slot
+from hf_ouroboros.schedules.instructions import (
     Backward,
-    Clock,
     Exchange,
     Forward,
     Instruction,
-    Pause,
     Rendezvous,
     Report,
     Settle,
-    Slot,
     Step,
-    dataflow_program,
-    lockstep_program,
-    stages_by_device,
 )
-from hf_ouroboros.partition.device_map import default_placement
-from hf_ouroboros.simulate.replay import Executed, replay
+from hf_ouroboros.schedules.interleave import sample_slots
+from hf_ouroboros.schedules.programs import dataflow_program, lockstep_program, stages_by_device
+from hf_ouroboros.schedules.replay import Executed, replay
 
 Updates = list[int]  # ticks of each update
 UPDATES = st.lists(st.integers(1, 5), min_size=1, max_size=8)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ..engine.schedule import Backward, Exchange, Forward, Instruction, Rendezvous
+from .instructions import Backward, Exchange, Forward, Instruction, Rendezvous
 
 
 class Deadlock(RuntimeError):

@@ -6,19 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_ouroboros.engine.interleave import sample_slots
-from hf_ouroboros.engine.schedule import (
-    Backward,
-    Exchange,
-    Forward,
-    Instruction,
-    Rendezvous,
-    Report,
-    Step,
-    dataflow_program,
-    lockstep_program,
-)
-from hf_ouroboros.simulate.replay import Deadlock, Executed, replay
+from hf_ouroboros.schedules.instructions import Backward, Exchange, Forward, Instruction, Rendezvous, Report, Step
+from hf_ouroboros.schedules.interleave import sample_slots
+from hf_ouroboros.schedules.programs import dataflow_program, lockstep_program
+from hf_ouroboros.schedules.replay import Deadlock, Executed, replay
 
 
 def one(instruction: Instruction) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_ouroboros.engine.interleave import engine_costs
+from hf_ouroboros.schedules.interleave import engine_costs
 
 
 def test_relative_to_the_mean() -> None:

@@ -1,0 +1,105 @@
+"""Programs as pure generators: what each device does, in which order, for the slots that it is fed (`clock.py`)."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+
+from .clock import Pause, Slot
+from .instructions import (
+    Backward,
+    Exchange,
+    Forward,
+    Instruction,
+    Program,
+    Rendezvous,
+    Report,
+    Settle,
+    Step,
+)
+
+
+def _halves(stage: int, slot: Slot, num_stages: int) -> tuple[list[Instruction], list[Instruction]]:
+    """What a stage does in a slot: its forward, and its backward with the step after it."""
+    forward: list[Instruction] = [] if slot.tick is None else [Forward(stage, slot.tick)]
+    rest: list[Instruction] = []
+    if (tick := slot.trail[num_stages - 1 - stage]) is not None:
+        rest.append(Backward(stage, tick))
+    if slot.update is not None:
+        rest.append(Step(stage, slot.update))
+    return forward, rest
+
+
+def dataflow_program(stages: Sequence[int], lags: Sequence[int], num_stages: int, exchange: bool = False) -> Program:
+    """A device of `pipelined` or `1f1b`: every stage keeps its own order and waits for nothing but its inputs.
+
+    Args:
+        stages: the device's stages.
+        lags: how many half slots (forward, backward-and-step) each of them stays behind the newest slot; this
+            interleaves the stages of one device.
+        num_stages: K.
+        exchange: whether norms are exchanged before every step (global clipping).
+    """
+    order = sorted(zip(stages, lags, strict=True), reverse=True)
+
+    def catch_up(waiting: dict[int, deque[list[Instruction]]]) -> Iterator[Instruction]:
+        # As if empty slots followed: the order that the simulation found free of deadlocks goes on to the end.
+        ahead = 0
+        while any(waiting.values()):
+            ahead += 2
+            for stage, lag in order:
+                while len(waiting[stage]) > max(lag - ahead, 0):
+                    yield from waiting[stage].popleft()
+
+    def program(slots: Iterable[Slot | Pause]) -> Iterator[Instruction]:
+        waiting: dict[int, deque[list[Instruction]]] = {stage: deque() for stage in stages}
+        for slot in slots:
+            if isinstance(slot, Pause):
+                yield from catch_up(waiting)
+                if slot.settle:
+                    yield from (Settle(stage) for stage, _ in order)
+                yield Report()
+                continue
+            exchanging = exchange and slot.update is not None
+            for stage, _ in order:
+                forward, rest = _halves(stage, slot, num_stages)
+                waiting[stage].extend((forward, rest[:-1] if exchanging else rest))
+            if exchanging:
+                yield from catch_up(waiting)
+                yield Exchange(slot.update)
+                yield from (Step(stage, slot.update) for stage, _ in order)
+                continue
+            for stage, lag in order:
+                while len(waiting[stage]) > lag:
+                    yield from waiting[stage].popleft()
+
+    return program
+
+
+def lockstep_program(stages: Sequence[int], num_stages: int, exchange: bool = False) -> Program:
+    """A device of the paper's schedule: forward through all stages in turn, then all backwards at once."""
+    up, down = sorted(stages), sorted(stages, reverse=True)
+
+    def program(slots: Iterable[Slot | Pause]) -> Iterator[Instruction]:
+        for slot in slots:
+            if isinstance(slot, Pause):
+                if slot.settle:
+                    yield from (Settle(stage) for stage in down)
+                yield Report()
+                continue
+            for stage in up:
+                yield from _halves(stage, slot, num_stages)[0]
+            yield Rendezvous()
+            rest = [_halves(stage, slot, num_stages)[1] for stage in down]
+            yield from (i for half in rest for i in half if isinstance(i, Backward))
+            if exchange and slot.update is not None:
+                yield Exchange(slot.update)
+            yield from (i for half in rest for i in half if isinstance(i, Step))
+            yield Rendezvous()
+
+    return program
+
+
+def stages_by_device(placement: Sequence[int]) -> list[list[int]]:
+    """[stages of device 0, stages of device 1, ...]."""
+    return [[k for k, d in enumerate(placement) if d == device] for device in range(max(placement) + 1)]

@@ -1,0 +1,135 @@
+"""One record per schedule: all that anybody has to know of it. Who adds a record here has added a schedule.
+
+Every schedule is a way to execute the same update rule, with delays or without; `reference` is the rule itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from .instructions import Program
+from .interleave import dataflow_programs, drained_programs, lockstep_programs
+
+MakePrograms = Callable[[Sequence[int], Sequence[float], Sequence[float], int, bool], list[Program]]
+"""As `device_programs`, of one schedule."""
+
+
+def _until_its_delay(stage: int, num_stages: int, micro_batches: int) -> int:
+    """A stage is K-1-k ticks late."""
+    return num_stages - stage
+
+
+def _within_an_update(stage: int, num_stages: int, micro_batches: int) -> int:
+    """The same, but no further than the update goes."""
+    return min(micro_batches, num_stages - stage)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What there is to know of a schedule.
+
+    Args:
+        name: as users give it.
+        summary: what it is, in a few words.
+        colour: of its curve.
+        programs: makes the devices' programs; None where one device does all in turn and simulates the delays.
+        is_synchronous: whether every update is drained before its step, so that no gradient is late and one version of the
+            weights lives; else the stages have the delays of the update rule, and keep the versions of pending backwards.
+        allows_global_norm: whether all stages may wait for each other in every update (`clip_scope="global"`).
+        allows_halves: whether the head's side of a tied matrix's gradient can be there a delay before the embedding's
+            (`tied_gradient="paper"`).
+        splits_backward: whether gradients of weights are an instruction of their own.
+        in_flight: (stage, K, M) -> most micro-batches that a stage keeps activations of.
+    """
+
+    name: str
+    summary: str
+    colour: str
+    programs: MakePrograms | None
+    is_synchronous: bool = False
+    allows_global_norm: bool = True
+    allows_halves: bool = False
+    splits_backward: bool = False
+    in_flight: Callable[[int, int, int], int] = _until_its_delay
+
+    @property
+    def uses_devices(self) -> bool:
+        """Whether several devices work at a time."""
+        return self.programs is not None
+
+    def delay(self, stage: int, num_stages: int) -> int:
+        """How many ticks late a stage applies its gradients."""
+        return 0 if self.is_synchronous else num_stages - 1 - stage
+
+    def old_versions(self, stage: int, num_stages: int, micro_batches: int) -> int:
+        """Versions of a stage's weights that pending backwards need besides the newest."""
+        return -(-self.delay(stage, num_stages) // micro_batches)
+
+
+SCHEDULES: dict[str, Schedule] = {
+    schedule.name: schedule
+    for schedule in (
+        Schedule(
+            "pipelined",
+            "the update rule as a dataflow, all devices busy",
+            "#d9772b",
+            dataflow_programs,
+            allows_global_norm=False,
+        ),
+        Schedule("lockstep", "the paper's", "#2f2f36", lockstep_programs, allows_halves=True),
+        Schedule(
+            "1f1b",
+            "synchronous, exact gradients, with bubbles",
+            "#3b78b8",
+            drained_programs,
+            is_synchronous=True,
+            in_flight=_within_an_update,
+        ),
+        Schedule("reference", "one device, delays simulated", "#6b6b73", None, allows_halves=True),
+    )
+}
+"""By name."""
+
+DEFAULT = next(iter(SCHEDULES))
+"""The schedule of those who ask for none."""
+
+
+def schedule_named(name: str) -> Schedule:
+    """The record of a schedule.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(f"schedule {name!r} is unknown; use one of {', '.join(SCHEDULES)}")
+    return SCHEDULES[name]
+
+
+def names_where(test: Callable[[Schedule], bool]) -> list[str]:
+    """Names of the schedules for which something is true."""
+    return [schedule.name for schedule in SCHEDULES.values() if test(schedule)]
+
+
+def device_programs(
+    schedule: str,
+    placement: Sequence[int],
+    forward_costs: Sequence[float],
+    backward_costs: Sequence[float],
+    micro_batches: int = 1,
+    exchange: bool = False,
+) -> list[Program]:
+    """The programs of all devices under a schedule that uses devices.
+
+    Args:
+        schedule: its name.
+        placement: device of each stage.
+        forward_costs: relative time of each stage's forward.
+        backward_costs: relative time of each stage's backward and share of the step.
+        micro_batches: ticks per update, for the simulation.
+        exchange: whether gradient norms are exchanged at every update.
+    """
+    make = schedule_named(schedule).programs
+    if make is None:
+        raise ValueError(f"schedule {schedule!r} has no programs: it does everything in turn")
+    return make(placement, forward_costs, backward_costs, micro_batches, exchange)
