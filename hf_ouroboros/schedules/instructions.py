@@ -25,8 +25,13 @@ class Backward:
 
 
 @dataclass(frozen=True)
+class InputGradient(Backward):
+    """The part of a backward that the stage before waits for, where it is done on its own."""
+
+
+@dataclass(frozen=True)
 class WeightGradient:
-    """The part of a backward that no other stage waits for, where it is done on its own."""
+    """The rest of a backward, for which no other stage waits."""
 
     stage: int
     tick: int

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from .filling import filling_programs, most_kept
 from .instructions import Program
 from .interleave import dataflow_programs, drained_programs, lockstep_programs
 
@@ -39,7 +40,6 @@ class Schedule:
         allows_global_norm: whether all stages may wait for each other in every update (`clip_scope="global"`).
         allows_halves: whether the head's side of a tied matrix's gradient can be there a delay before the embedding's
             (`tied_gradient="paper"`).
-        splits_backward: whether gradients of weights are an instruction of their own.
         in_flight: (stage, K, M) -> most micro-batches that a stage keeps activations of.
     """
 
@@ -50,7 +50,6 @@ class Schedule:
     is_synchronous: bool = False
     allows_global_norm: bool = True
     allows_halves: bool = False
-    splits_backward: bool = False
     in_flight: Callable[[int, int, int], int] = _until_its_delay
 
     @property
@@ -85,6 +84,14 @@ SCHEDULES: dict[str, Schedule] = {
             drained_programs,
             is_synchronous=True,
             in_flight=_within_an_update,
+        ),
+        Schedule(
+            "zero_bubble",
+            "synchronous, exact gradients, those of weights fill the bubbles",
+            "#1b7a52",
+            filling_programs,
+            is_synchronous=True,
+            in_flight=most_kept,
         ),
         Schedule("reference", "one device, delays simulated", "#6b6b73", None, allows_halves=True),
     )

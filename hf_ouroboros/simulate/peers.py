@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..schedules.instructions import Backward, Forward, Step, WeightGradient
+from ..schedules.instructions import Backward, Forward, InputGradient, Step, WeightGradient
 
 PEERS = {"naive": "#9a9aa2", "gpipe": "#7aa6d1", "interleaved": "#4fa3a5", "zb-h1": "#8a5bb0"}
 """Names, and the colours of their curves."""
@@ -108,7 +108,7 @@ def _zero_bubble(device: int, num_devices: int, micro_batches: int, first: int) 
     for n, tick in enumerate(ticks):
         if n + ahead < micro_batches:
             program.append(Forward(device, tick + ahead))
-        program.append(Backward(device, tick))
+        program.append(InputGradient(device, tick))
         if n >= device:
             program.append(WeightGradient(device, tick - device))
     return [*program, *(WeightGradient(device, t) for t in ticks[max(0, micro_batches - device) :])]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..schedules import SCHEDULES, device_programs, names_where
-from ..schedules.instructions import Backward, Forward, Step, WeightGradient
+from ..schedules.instructions import Backward, Forward, InputGradient, Step, WeightGradient
 from ..schedules.interleave import engine_costs, run_slots
 from ..schedules.replay import Executed, Message, replay
 from .links import Links
@@ -174,14 +174,14 @@ def execute(
     replicas: int = 1,
 ) -> list[Executed]:
     """Replays programs with the times of stages and links."""
-    split = {i.stage for program in programs for i in program if isinstance(i, WeightGradient)}
-
     def duration(instruction: Any) -> float:
         match instruction:
             case Forward(stage):
                 return costs[stage].forward
+            case InputGradient(stage):
+                return costs[stage].backward * (1 - costs[stage].weight_share)
             case Backward(stage):
-                return costs[stage].backward * (1 - costs[stage].weight_share if stage in split else 1)
+                return costs[stage].backward
             case WeightGradient(stage):
                 return costs[stage].backward * costs[stage].weight_share
             case Step(stage):
@@ -225,14 +225,13 @@ def in_flight(own: Sequence[Executed], costs: Sequence[StageCost]) -> tuple[int,
 
     A micro-batch counts once per stage. Where weight gradients are taken on their own, they end it.
     """
-    ending = WeightGradient if any(isinstance(e.instruction, WeightGradient) for e in own) else Backward
     ticks = most_ticks = 0
     size = most_size = 0.0
     for e in own:
         if isinstance(e.instruction, Forward):
             ticks, size = ticks + 1, size + costs[e.instruction.stage].activation_bytes
             most_ticks, most_size = max(most_ticks, ticks), max(most_size, size)
-        elif isinstance(e.instruction, ending):
+        elif isinstance(e.instruction, WeightGradient) or type(e.instruction) is Backward:
             ticks, size = ticks - 1, size - costs[e.instruction.stage].activation_bytes
     return most_ticks, most_size
 

@@ -17,7 +17,7 @@ def test_sweep(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     arguments = ["--counts", "4", "2", "--micro_batches", "2", "8", "--link", "25", "1", "--output", str(output)]
     assert main(["simulate", *SMALL, *arguments]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    rows = [line for line in lines if line and line[0] in ("pipelined", "lockstep", "1f1b", "zb-h1")]
+    rows = [line for line in lines if line and line[0] in ("pipelined", "lockstep", "1f1b", "zero_bubble")]
     assert len(rows) == 4 * 2 * 2 * 2
     assert [row[1] for row in rows[:2]] == ["2", "4"]
     assert output.read_bytes()[:4] == b"\x89PNG"

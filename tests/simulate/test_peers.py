@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from hf_ouroboros.schedules.instructions import Backward, Forward, Step, WeightGradient
+from hf_ouroboros.schedules.instructions import Backward, Forward, InputGradient, Step, WeightGradient
 from hf_ouroboros.schedules.replay import replay
 from hf_ouroboros.simulate.peers import CHUNKS, PEERS, peer_placement, peer_programs
 
@@ -28,7 +28,7 @@ def test_closed_formula(name: str, devices: int, micro_batches: int, updates: in
     part = devices / stages  # of a device's work that one stage has
 
     def duration(i: object) -> float:
-        whole = {Forward: 1.0, Backward: 1.0 if name == "zb-h1" else 2.0, WeightGradient: 1.0, Step: 0.0}
+        whole = {Forward: 1.0, Backward: 2.0, InputGradient: 1.0, WeightGradient: 1.0, Step: 0.0}
         return whole[type(i)] * part
 
     programs = peer_programs(name, devices, micro_batches, updates)
@@ -40,7 +40,7 @@ def test_closed_formula(name: str, devices: int, micro_batches: int, updates: in
 def test_everything_happens_once_and_where_it_belongs(name: str) -> None:
     programs, placement = peer_programs(name, 4, 8, 2), peer_placement(name, 4)
     counts = Counter(i for program in programs for i in program)
-    kinds = (Forward, Backward, WeightGradient) if name == "zb-h1" else (Forward, Backward)
+    kinds = (Forward, InputGradient, WeightGradient) if name == "zb-h1" else (Forward, Backward)
     expected = [kind(k, t) for kind in kinds for k in range(len(placement)) for t in range(16)]
     expected += [Step(k, u) for k in range(len(placement)) for u in range(2)]
     assert counts == Counter(expected)
