@@ -10,13 +10,16 @@ Those on modules are called in the backward, by autograd, with the weights of th
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.func import functional_call
 
 from ..errors import UnsupportedOptionError
+from .divided import DividedBackward
 from .noise import NoDraws, own_draws
 from .settings import EngineSettings
 
@@ -127,13 +130,31 @@ def stage_backward(
             _run(outputs, gradients, hooks_watched)
 
 
-def _run(outputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None], hooks_watched: bool = True) -> None:
+def _run(
+    outputs: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor | None],
+    hooks_watched: bool = True,
+    **options: Any,
+) -> None:
     """As `torch.autograd.backward`, which, of tensors, would hide what hooks do from those who watch it (`reads.py`)."""
     if not hooks_watched:
-        torch.autograd.backward(outputs, gradients)
+        torch.autograd.backward(outputs, gradients, **options)
         return
     given = [torch.ones_like(o) if g is None else g for o, g in zip(outputs, gradients, strict=True)]
-    torch.autograd.backward([torch.autograd.graph.get_gradient_edge(output) for output in outputs], given)
+    torch.autograd.backward([torch.autograd.graph.get_gradient_edge(output) for output in outputs], given, **options)
+
+
+def divided_backward(
+    divided: DividedBackward, gradients: Sequence[torch.Tensor | None], watched: bool, hooks_watched: bool
+) -> None:
+    """The first part of a divided backward, with which no hooks of a script on modules are called.
+
+    Args:
+        divided: the backward.
+        gradients, watched, hooks_watched: as for `stage_backward`.
+    """
+    with NoDraws() if watched else nullcontext():
+        divided.run_first(partial(_run, hooks_watched=hooks_watched), gradients)
 
 
 class _Backward(nn.Module):

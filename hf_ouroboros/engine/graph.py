@@ -18,10 +18,16 @@ Node = Any
 """A node of autograd's graph."""
 
 
+def beginning_of(tensor: torch.Tensor) -> Node | None:
+    """Where the graph of a tensor begins, unnoticed by those who watch what scripts look at."""
+    with torch._C.DisableTorchFunction():
+        return tensor.grad_fn
+
+
 def nodes_of(tree: Any) -> set[Node]:
     """Where the graphs of the tensors in nested containers begin."""
     if isinstance(tree, torch.Tensor):
-        return {tree.grad_fn} if tree.grad_fn is not None else set()
+        return {node} if (node := beginning_of(tree)) is not None else set()
     values = tree.values() if hasattr(tree, "values") else tree if isinstance(tree, (tuple, list)) else ()
     return set().union(*map(nodes_of, values))
 
@@ -36,8 +42,8 @@ def leaves_of(roots: Iterable[torch.Tensor], stops: Collection[Node] = ()) -> It
     seen = set(stops)
     waiting = []
     for root in roots:
-        if root.grad_fn is not None:
-            waiting.append(root.grad_fn)
+        if (node := beginning_of(root)) is not None:
+            waiting.append(node)
         elif root.requires_grad:
             yield root
     while waiting:
@@ -118,7 +124,7 @@ class GraphCheck:
         Raises:
             UnsupportedOptionError: the loss depends on a leaf that is none of those allowed.
         """
-        if loss.grad_fn in outputs:  # the model's own loss
+        if beginning_of(loss) in outputs:  # the model's own loss
             return
         if (leaf := foreign_leaf([loss], allowed, outputs)) is not None:
             raise UnsupportedOptionError(

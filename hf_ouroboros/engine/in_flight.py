@@ -25,6 +25,18 @@ class InFlight:
     context: Any = None
     output: Boundary | torch.Tensor | None = field(default=None, repr=False)
     meeting: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)  # tied matrices, as the stage used them
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)  # that a divided backward had at once
+
+    def upstream(self) -> Boundary | None:
+        """After a backward: the gradient for the stage before; None on the first stage."""
+        if self.received is None:
+            return None
+        # What had no effect on the loss has a gradient of zeros: the stage before waits for one.
+        return {
+            name: torch.zeros_like(t) if t.grad is None else t.grad
+            for name, t in self.received.items()
+            if t.requires_grad
+        }
 
     def given(self) -> list[torch.Tensor]:
         """The tensors in which the stage's graph may end."""

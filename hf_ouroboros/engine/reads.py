@@ -37,6 +37,9 @@ WITHOUT_VALUES = frozenset(
 )
 
 
+_HOOKING = frozenset(("register_hook", "retain_grad", "grad_fn"))
+
+
 class Moment(Enum):
     """Whose code runs."""
 
@@ -54,6 +57,10 @@ class ReadCheck:
         stage: that computes.
         owned: the parameters that belong to each stage.
         settings: of the run.
+
+    Attributes:
+        saw_hooks: whether code that was looked at has put hooks on tensors or reached for their graph, so that a backward may
+            call what must not be called twice.
     """
 
     def __init__(
@@ -84,6 +91,7 @@ class ReadCheck:
         self._kept: dict[int, int] | None = None
         self._leaves: Mapping[str, torch.Tensor] = {}
         self._first, self._has_loss = True, False
+        self.saw_hooks = False
         self.look_again()
 
     def look_again(self) -> None:
@@ -180,6 +188,7 @@ class ReadCheck:
 
     def _look(self, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
         name, writes = name_of(func)
+        self.saw_hooks |= name in _HOOKING and self._moment in (Moment.FORWARD, Moment.LOSS)
         if name in WITHOUT_VALUES and not writes:
             return
         if name == "backward" and self._moment is Moment.LOSS and not kwargs.get("inputs"):

@@ -16,7 +16,15 @@ from torch.nn.utils import get_total_norm
 from ..partition import Boundary, Finish, Memory, Partition, select, to_device
 from ..partition.ownership import parameter_places
 from .averaging import BucketedMean, ReplicaMean
-from .gradient_hooks import accumulated, calls_backward_hooks, hooked, refuse_on_halves, stage_backward
+from .divided import DividedBackward
+from .gradient_hooks import (
+    accumulated,
+    calls_backward_hooks,
+    divided_backward,
+    hooked,
+    refuse_on_halves,
+    stage_backward,
+)
 from .graph import GraphCheck
 from .host_copies import known, plain_positions
 from .in_flight import BufferCheck, InFlight, detached, roots_of
@@ -62,6 +70,7 @@ class StageRunner:
         self.settings = settings
         self.seed = settings.seed
         self.in_flight: dict[int, InFlight] = {}
+        self._divided_backwards: dict[int, tuple[InFlight, DividedBackward]] = {}
         self.settled: dict[int, Gradients] = {}
         self.window: Gradients = {}
         self.optimizer: StageOptimizer | None = None
@@ -229,10 +238,7 @@ class StageRunner:
                 alone = self._versions.parameters.values() if self._num_stages == 1 else ()
                 with self._reads.backward(item.leaves) as hooks:
                     stage_backward(self.stage, weights, outputs, output_gradients, alone, watched, hooks)
-        gradients: Gradients = {}
-        for name, leaf in item.leaves.items():
-            if leaf.requires_grad and leaf.grad is not None:
-                gradients[name], leaf.grad = leaf.grad, None
+        gradients = self._taken(item)
         if self.borrows:
             self._link.gradients[tick] = {n: gradients.pop(n) for n in self._link.names if n in gradients}
         for name, output_side in tied.items():
@@ -240,14 +246,74 @@ class StageRunner:
                 gradients[name].add_(output_side)
             else:  # the embedding was not used, as with inputs_embeds
                 gradients[name] = output_side
-        if item.received is None:
-            return gradients, None
-        # What had no effect on the loss has a gradient of zeros: the stage before waits for one.
-        return gradients, {
-            name: torch.zeros_like(t) if t.grad is None else t.grad
-            for name, t in item.received.items()
-            if t.requires_grad
-        }
+        return gradients, item.upstream()
+
+    def input_gradient(self, tick: int, gradient: Boundary | None) -> Boundary | None:
+        """The part of a backward that the stage before waits for; `weight_gradients` has to follow, in tick order.
+
+        Args:
+            tick: the micro-batch's number.
+            gradient: as for `backward`.
+
+        Returns:
+            The gradient for the stage before.
+        """
+        item = self.in_flight[tick]
+        if item.output is None and gradient:
+            item.output, _ = self._compute(item)
+        divided, output_gradients = self._divided(item, gradient)
+        if divided is None or not divided.is_worth_it:
+            for earlier in sorted(self._divided_backwards):
+                self.weight_gradients(earlier)
+            gradients, upstream = self.backward(tick, gradient, adding=True)
+            self.accumulate(gradients, tick)
+            return upstream
+        del self.in_flight[tick]
+        self._backwards += 1
+        with self._reads.backward(item.leaves) as hooks:
+            divided_backward(divided, output_gradients, self._backwards <= self.settings.micro_batches, hooks)
+        item.gradients, item.output = self._taken(item), None
+        self._divided_backwards[tick] = item, divided
+        return item.upstream()
+
+    def _divided(
+        self, item: InFlight, gradient: Boundary | None
+    ) -> tuple[DividedBackward | None, list[torch.Tensor | None]]:
+        """The backward of a micro-batch in two parts, and the gradients of its outputs; None where it has to stay whole."""
+        inputs = [t for t in (item.received or {}).values() if t.requires_grad]
+        if item.output is None or not inputs or self._reads.saw_hooks or calls_backward_hooks(self._modules):
+            return None, []
+        outputs, gradients = roots_of(item.output, gradient, self.device)
+        return DividedBackward(outputs, inputs, [x for x in item.leaves.values() if x.requires_grad]), gradients
+
+    def weight_gradients(self, tick: int, closing: bool = False) -> None:
+        """What `input_gradient` has left of a backward; the gradients go to the window.
+
+        Args:
+            tick: the micro-batch's number.
+            closing: as for `backward`.
+        """
+        if tick not in self._divided_backwards:  # it stayed whole
+            return
+        item, divided = self._divided_backwards.pop(tick)
+        averaging = closing and self.has_replicas
+        if not averaging:
+            self._add_to_window({name: leaf for name, leaf in item.leaves.items() if name not in item.gradients})
+        with self._averaging_meanwhile(tick, item.leaves) if averaging else contextlib.nullcontext():
+            divided.run_second()
+        gradients = self._taken(item) | item.gradients
+        if self.borrows:
+            self._link.gradients[tick] = {n: gradients.pop(n) for n in self._link.names if n in gradients}
+        self.accumulate({name: gradients[name] for name in item.leaves if name in gradients}, tick)
+
+    @staticmethod
+    def _taken(item: InFlight) -> Gradients:
+        """Gradients that a backward has left in a micro-batch's leaves, taken out of them."""
+        gradients: Gradients = {}
+        for name, leaf in item.leaves.items():
+            if leaf.requires_grad and leaf.grad is not None:
+                gradients[name], leaf.grad = leaf.grad, None
+        return gradients
 
     def _add_to_window(self, leaves: Gradients) -> None:
         """Lets a backward add to the open update's gradients, as far as nothing else has to be done with its own before."""
@@ -352,7 +418,8 @@ class StageRunner:
     @property
     def _in_use(self) -> bool:
         """Whether a pending forward or backward needs the present weights."""
-        return bool(self.in_flight) or (self._lends and bool(self._link.weights))
+        divided = bool(self._divided_backwards)
+        return bool(self.in_flight) or divided or (self._lends and bool(self._link.weights))
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """What this stage uses, and others may have made while it rested."""
@@ -393,6 +460,7 @@ class StageRunner:
     def release(self) -> None:
         """Lets go of activations, gradients, memories and old weights when the run is over."""
         self.in_flight.clear()
+        self._divided_backwards.clear()
         self.settled.clear()
         self.window.clear()
         self.memories.groups.clear()

@@ -17,12 +17,14 @@ from ..schedules.instructions import (
     Backward,
     Exchange,
     Forward,
+    InputGradient,
     Instruction,
     Program,
     Rendezvous,
     Report,
     Settle,
     Step,
+    WeightGradient,
 )
 from ..simulate.timeline import Event, Timeline
 from .device_queue import DeviceQueue, Moment
@@ -165,18 +167,30 @@ class Worker(threading.Thread):
                         self._transport.expect_hidden(stage, item.slot.tick, item.batch)
                 if item.slot.update is not None:
                     self._hyperparameters[stage][item.slot.update] = item.hyperparameters
-                    if (tick := item.slot.trail[self._num_stages - 1 - stage]) is not None:
+                    tick = item.slot.trail[self._num_stages - 1 - stage]
+                    if tick is not None and self._is_pending(stage, tick):
                         self._closing[stage].add(tick)
             yield item.slot
+
+    def _is_pending(self, stage: int, tick: int) -> bool:
+        """Whether the backward of a tick is still to come; the order of some schedules does not wait for the end of an update."""
+        return any(
+            tick in known for known in (self._work[stage], self.runners[stage].in_flight, self.runners[stage].settled)
+        )
 
     def _execute(self, instruction: Instruction) -> None:
         match instruction:
             case Forward(stage, tick):
                 self._finish_step(stage)
                 self._forward(self.runners[stage], tick)
+            case InputGradient(stage, tick):
+                self._finish_step(stage)
+                self._input_gradient(self.runners[stage], tick)
             case Backward(stage, tick):
                 self._finish_step(stage)
                 self._backward(self.runners[stage], tick)
+            case WeightGradient(stage, tick):
+                self._weight_gradients(self.runners[stage], tick)
             case Settle(stage):
                 self._finish_step(stage)
                 self._settle(self.runners[stage])
@@ -230,6 +244,22 @@ class Worker(threading.Thread):
         if runner.index == self._num_stages - 1 and tick in self._output_side_first:
             self._output_side_first.remove(tick)
             self.runners[0].add_output_side(tick)
+
+    def _input_gradient(self, runner: StageRunner, tick: int) -> None:
+        last = runner.index == self._num_stages - 1
+        gradient = None if last else self._transport.receive("gradient", runner.index, tick)
+        start = self._queue.moment()
+        upstream = runner.input_gradient(tick, gradient)
+        self._record("backward", runner, tick, start)
+        if runner.index > 0:
+            self._transport.send("gradient", runner.index - 1, tick, upstream)
+
+    def _weight_gradients(self, runner: StageRunner, tick: int) -> None:
+        closing = tick in self._closing[runner.index]
+        self._closing[runner.index].discard(tick)
+        start = self._queue.moment()
+        runner.weight_gradients(tick, closing)
+        self._record("weights", runner, tick, start)
 
     def _settle(self, runner: StageRunner) -> None:
         for tick in sorted(runner.in_flight):

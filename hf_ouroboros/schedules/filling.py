@@ -116,9 +116,7 @@ class _Devices:
         rule: what is most urgent.
     """
 
-    def __init__(
-        self, placement: Sequence[int], costs: Sequence[Costs], ticks: int, limits: Sequence[int], rule: Rule
-    ):
+    def __init__(self, placement: Sequence[int], costs: Sequence[Costs], ticks: int, limits: Sequence[int], rule: Rule):
         self.orders: list[list[Item]] = [[] for _ in range(max(placement) + 1)]
         self._placement, self._costs, self._ticks, self._limits, self._rule = placement, costs, ticks, limits, rule
         self._held = stages_by_device(placement)
@@ -287,9 +285,7 @@ def filling_programs(
     found: list[tuple[float, list[Program]]] = []
     for limits, rule in itertools.product(_limits(num_stages, ticks), RULES):
         orders = _Devices(placement, costs, ticks, limits, rule).run()
-        programs = [
-            filling_program(stages, order, ticks, exchange) for stages, order in zip(held, orders, strict=True)
-        ]
+        programs = [filling_program(stages, order, ticks, exchange) for stages, order in zip(held, orders, strict=True)]
         tasks = [prepare(program(slots), d, placement, duration) for d, program in enumerate(programs)]
         found.append((max(ends[-1] for ends in run(tasks)), programs))
     enough = min(span for span, _ in found) * (1 + WORTH)

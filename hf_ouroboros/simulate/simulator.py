@@ -174,6 +174,7 @@ def execute(
     replicas: int = 1,
 ) -> list[Executed]:
     """Replays programs with the times of stages and links."""
+
     def duration(instruction: Any) -> float:
         match instruction:
             case Forward(stage):
