@@ -1,12 +1,12 @@
 """Synchronous updates whose gradients of weights fill the bubbles: every device's order, by list scheduling from costs.
 
 A stage's backward is done in two parts. The gradient of its input is what the stage before waits for; the gradients of its weights
-are wanted at the step only. K = 3 on three devices, M = 3, all parts equal (F forward, B input gradient, W weight gradients;
-the first stage's backward is not divided: nobody waits for it):
+are wanted at the step only. K = 3 on three devices, M = 5, all parts of equal length (F forward, B input gradient, W weight gradients; the
+first stage's backward is not divided: nobody waits for it):
 
-    stage 0   F0 F1 F2       B0   B1   B2   S
-    stage 1      F0 F1 F2 B0 W0 B1 W1 B2 W2 S
-    stage 2         F0 B0 F1 B1 F2 B2 W0 W1 W2 S
+    stage 0   F0 F1 F2 F3 F4 B0 -- B1 -- B2 -- B3 -- B4 -- F5 F6 F7 ...
+    stage 1      F0 F1 F2 B0 F3 B1 F4 B2 W0 B3 W1 B4 W2 W3 W4 F5 F6 ...
+    stage 2         F0 B0 F1 B1 F2 B2 F3 B3 F4 B4 W0 W1 W2 W3 W4 F5 ...
 
 The order is found once, for an update of M ticks: whenever a device is free, it takes up the most urgent of what is ready. That is one
 order in time for all devices together, so no waiting in a circle can come of it, and neither of what is left of it when an

@@ -231,7 +231,7 @@ def placements(draw: st.DrawFn) -> list[int]:
 @settings(max_examples=120, deadline=None)
 @given(
     placements(),
-    st.sampled_from(["pipelined", "lockstep", "1f1b"]),
+    st.sampled_from(["pipelined", "lockstep", "1f1b"]),  # zero_bubble is in test_filling.py
     st.booleans(),
     UPDATES,
     st.integers(0, 4),
