@@ -13,6 +13,7 @@ from rig import in_processes
 from hf_ouroboros.processes import ProcessGrid
 from hf_ouroboros.processes.probe import boundary_specs
 from hf_ouroboros.processes.process_engine import ProcessEngine
+from hf_ouroboros.schedules import SCHEDULES
 
 
 class ProcessRun(Run):
@@ -75,7 +76,7 @@ def whole(parts: list[dict], devices: int) -> dict[str, Any]:
 
 def reference_result(case: Case, schedule: str, looks: dict) -> dict[str, Any]:
     """The same from the oracle."""
-    run = Run(case, "reference 1f1b" if schedule == "1f1b" else "reference").train(looks)
+    run = Run(case, "reference 1f1b" if SCHEDULES[schedule].is_synchronous else "reference").train(looks)
     names = {id(p): n for n, p in run.model.named_parameters()}
     return {
         "weights": {n: p.detach() for n, p in run.model.named_parameters()},

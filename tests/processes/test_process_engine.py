@@ -9,7 +9,7 @@ import torch
 from engine_runs import reference_result, run_all
 from helpers import Case, differences
 
-SCHEDULES = ["pipelined", "lockstep", "1f1b"]
+SCHEDULES = ["pipelined", "lockstep", "1f1b", "zero_bubble"]
 
 
 def check_all(processes: int, runs: list[tuple[Case, str, dict]]) -> None:
@@ -42,6 +42,7 @@ def test_global_clipping_and_the_papers_tied_gradient() -> None:
     cases = [
         (Case(4, updates=(2,) * 4, clip=0.3, scope="global"), "lockstep", {}),
         (Case(4, updates=(2,) * 4, clip=0.3, scope="global"), "1f1b", {}),
+        (Case(4, updates=(4, 2, 3), clip=0.3, scope="global", dropout=0.1), "zero_bubble", {}),
         (Case(4, updates=(2,) * 4, tied_gradient="paper", dropout=0.1), "lockstep", {}),
     ]
     check_all(3, cases)

@@ -12,7 +12,7 @@ from strict_backend import use_strict_backend
 
 from hf_ouroboros.processes.wires import Wires
 
-SCHEDULES = ["pipelined", "lockstep", "1f1b"]
+SCHEDULES = ["pipelined", "lockstep", "1f1b", "zero_bubble"]
 
 
 def part(rank: int, *args: Any) -> Any:
