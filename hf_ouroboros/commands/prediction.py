@@ -21,7 +21,11 @@ def stage_costs(plan: SplitPlan) -> list[StageCost]:
             stage.units[-1].output_bytes,
             _kept_bytes(plan, stage),
             sum(unit.parameter_bytes for unit in stage.units),
+            weight_share=_weight_share(plan, stage),
             plan_cost=sum(unit.plan_cost for unit in stage.units),
+            divided_bytes=_whole_bytes(stage)
+            - _kept_bytes(plan, stage)
+            + sum(unit.arrival_bytes for unit in stage.units),
         )
         for stage in plan.stages
     ]
@@ -31,7 +35,18 @@ def _kept_bytes(plan: SplitPlan, stage: PlannedStage) -> float:
     """What a stage keeps of a micro-batch from its forward to its backward; with recompute, its input."""
     if plan.options.recompute and stage is not plan.stages[-1]:
         return stage.units[0].output_bytes if stage.stage else 0.0
+    return _whole_bytes(stage)
+
+
+def _whole_bytes(stage: PlannedStage) -> float:
     return sum(unit.activation_bytes for unit in stage.units)
+
+
+def _weight_share(plan: SplitPlan, stage: PlannedStage) -> float:
+    """The part of a backward that is of the weights; the gradient of the input takes as long as a forward does."""
+    replayed = plan.options.recompute and stage is not plan.stages[-1]
+    spent = stage.forward * (1 + replayed)
+    return min(1.0, max(0.0, 1 - spent / stage.backward)) if stage.backward else 0.0
 
 
 def predict(plan: SplitPlan, schedule: str, links: Links, replicas: int = 1) -> Simulation:

@@ -1,11 +1,13 @@
 """How many bytes a stage needs on its device: weights and their versions, gradients, optimizer, activations.
 
-    stage k of K, delay d = K-1-k ticks, M ticks per update     delayed schedules    1f1b
-    micro-batches in flight                                     d + 1                min(M, d + 1)
-    weight versions, the newest included                        1 + ceil(d / M)      1
-    gradients: the update's sum, and those of one backward      2                    2
-    output-side gradients of a tied matrix (last stage)         K                    K, at most M
+    stage k of K, delay d = K-1-k ticks, M ticks per update     delayed schedules    1f1b             zero_bubble
+    micro-batches in flight, at most                            d + 1                min(M, d + 1)    min(M, 2K - 1)
+    weight versions, the newest included                        1 + ceil(d / M)      1                1
+    gradients: the update's sum, and those of one backward      2                    2                2
+    output-side gradients of a tied matrix (last stage)         K                    K, at most M     min(M, 2K - 1)
 
+A divided backward, that of all stages but the first under zero_bubble, keeps activations until the gradients of the weights are
+computed, and with them those that arrive where weights join; recompute=True makes no difference then.
 What a schedule keeps is in its record (`schedules/records.py`). Versions, gradients and optimizer are of the parameters that are trained. Of packed matrices, the largest is there unpacked,
 beside the activations. Buffers of kernels and of the allocator are not counted: leave a margin.
 """
@@ -83,7 +85,9 @@ def stage_memory(
     kept = sum(unit.activation_bytes for unit in units)
     flying = ticks_in_flight(stage, num_stages, options)
     last = stage == num_stages - 1
-    if options.recompute and not last:
+    if SCHEDULES[options.schedule].divides_backward and stage > 0:
+        kept += sum(unit.arrival_bytes for unit in units)
+    elif options.recompute and not last:
         inputs = 0.0 if stage == 0 else units[0].output_bytes
         kept, flying = kept + flying * inputs, 1
     tied = facts.tied_bytes * ticks_in_flight(0, num_stages, options) if last and num_stages > 1 else 0

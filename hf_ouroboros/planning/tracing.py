@@ -28,11 +28,13 @@ class Part:
     Args:
         flops: of its forward.
         kept_bytes: from its forward to its backward.
+        arrival_bytes: gradients that arrive where its weights join, in the backward.
         output_size: elements of the hidden state that a layer returns.
     """
 
     flops: float = 0.0
     kept_bytes: float = 0.0
+    arrival_bytes: float = 0.0
     output_size: int = 0
 
 
@@ -84,6 +86,7 @@ class _Tracer:
         """One forward with the loss."""
         handles = [layer.register_forward_pre_hook(self._enter(i + 1)) for i, layer in enumerate(self.layers)]
         handles += [layer.register_forward_hook(self._leave) for layer in self.layers]
+        handles += [part.register_forward_hook(self._join) for part in self.model.modules() if _has_trained(part)]
         ids = torch.zeros(batch, time, dtype=torch.long, device="meta")
         self.model.train()
         self.model.loss_type = "ForCausalLM"  # some configurations name none and would be warned of
@@ -114,6 +117,10 @@ class _Tracer:
     def _enter(self, part: int) -> Callable[[nn.Module, Any], None]:
         return lambda module, inputs: self._go_on_to(part)
 
+    def _join(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor):
+            self.parts[self._running].arrival_bytes += output.nbytes
+
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
         values = output if isinstance(output, (tuple, list)) else (output,)
         self.parts[self._running].output_size = next(v.numel() for v in values if isinstance(v, torch.Tensor))
@@ -137,6 +144,11 @@ class _Tracer:
             self._known[storage._cdata] = storage  # kept alive, so that the key stays its own
             self.parts[self._running].kept_bytes += storage.nbytes()
         return tensor
+
+
+def _has_trained(module: nn.Module) -> bool:
+    """Whether a module has trained parameters of its own."""
+    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
 
 
 class _FusedAttention(TorchFunctionMode):

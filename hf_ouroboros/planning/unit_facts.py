@@ -32,6 +32,8 @@ class UnitFacts:
         trained_bytes: size of the parameters that are trained; None for all.
         unpacked_bytes: size that its packed matrices have when they are unpacked for a product, one after the other.
         largest_unpacked: of these, the largest.
+        arrival_bytes: gradients that arrive where its weights join; a divided backward keeps them until those of the weights
+            are computed.
     """
 
     modules: tuple[str, ...]
@@ -46,6 +48,7 @@ class UnitFacts:
     trained_bytes: int | None = None
     unpacked_bytes: int = 0
     largest_unpacked: int = 0
+    arrival_bytes: float = 0.0
 
     @property
     def trained(self) -> int:
@@ -108,6 +111,7 @@ class ModelFacts:
                 unit,
                 flops=unit.flops * factor,
                 activation_bytes=unit.activation_bytes * factor,
+                arrival_bytes=unit.arrival_bytes * factor,
                 output_bytes=unit.output_bytes * factor,
             )
             for unit in self.units
@@ -204,6 +208,7 @@ def model_facts(
             None if lora_rank is None else sum(p.numel() * p.element_size() for p in parameters if p.requires_grad),
             sum(p.numel() * dtype.itemsize for p in parameters if id(p) in packed),
             max((p.numel() * dtype.itemsize for p in parameters if id(p) in packed), default=0),
+            part.arrival_bytes,
         )
         for unit, parameters, part, idle in zip(plan.units, owned, counted, asleep, strict=True)
     )

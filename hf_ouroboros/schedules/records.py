@@ -40,6 +40,7 @@ class Schedule:
         allows_global_norm: whether all stages may wait for each other in every update (`clip_scope="global"`).
         allows_halves: whether the head's side of a tied matrix's gradient can be there a delay before the embedding's
             (`tied_gradient="paper"`).
+        divides_backward: whether all stages but the first compute gradients of weights later than that of their input.
         in_flight: (stage, K, M) -> most micro-batches that a stage keeps activations of.
     """
 
@@ -50,6 +51,7 @@ class Schedule:
     is_synchronous: bool = False
     allows_global_norm: bool = True
     allows_halves: bool = False
+    divides_backward: bool = False
     in_flight: Callable[[int, int, int], int] = _until_its_delay
 
     @property
@@ -91,6 +93,7 @@ SCHEDULES: dict[str, Schedule] = {
             "#1b7a52",
             filling_programs,
             is_synchronous=True,
+            divides_backward=True,
             in_flight=most_kept,
         ),
         Schedule("reference", "one device, delays simulated", "#6b6b73", None, allows_halves=True),

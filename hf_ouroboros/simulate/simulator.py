@@ -38,6 +38,7 @@ class StageCost:
         step: seconds of its optimizer step, once per update.
         boundary_bytes: size of its output for the next stage; the gradient that comes back is as large.
         activation_bytes: what is kept between its forward and its backward.
+        divided_bytes: what is kept besides from the gradient of its input to those of its weights, where they are apart.
         gradient_bytes: what replicas average in every update.
         weight_share: part of the backward that the stage before does not wait for, where it is done on its own.
         plan_cost: relative cost by which the engine chooses how stages of one device are interleaved; None for
@@ -52,6 +53,7 @@ class StageCost:
     gradient_bytes: float = 0.0
     weight_share: float = 0.5
     plan_cost: float | None = None
+    divided_bytes: float = 0.0
 
     def per_tick(self, micro_batches: int) -> float:
         """Seconds of work per micro-batch, the step spread over the update."""
@@ -232,8 +234,13 @@ def in_flight(own: Sequence[Executed], costs: Sequence[StageCost]) -> tuple[int,
         if isinstance(e.instruction, Forward):
             ticks, size = ticks + 1, size + costs[e.instruction.stage].activation_bytes
             most_ticks, most_size = max(most_ticks, ticks), max(most_size, size)
-        elif isinstance(e.instruction, WeightGradient) or type(e.instruction) is Backward:
-            ticks, size = ticks - 1, size - costs[e.instruction.stage].activation_bytes
+        elif isinstance(e.instruction, InputGradient):
+            size += costs[e.instruction.stage].divided_bytes
+            most_size = max(most_size, size)
+        elif isinstance(e.instruction, (Backward, WeightGradient)):
+            cost = costs[e.instruction.stage]
+            divided = cost.divided_bytes if isinstance(e.instruction, WeightGradient) else 0.0
+            ticks, size = ticks - 1, size - cost.activation_bytes - divided
     return most_ticks, most_size
 
 

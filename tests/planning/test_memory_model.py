@@ -21,7 +21,10 @@ from hf_ouroboros.simulate.simulator import StageCost, simulate
 def toy(layers: int = 6, tied: int = 20) -> ModelFacts:
     """Layers of growing size."""
     units = [UnitFacts(("wte",), "embedding", 20, 20, 0.0, 3.0, 7.0, 0.0)]
-    units += [UnitFacts((f"h.{i}",), "layer", 10 + i, 10 + i, 1.0, 100.0 + i, 7.0, 1.0) for i in range(layers)]
+    units += [
+        UnitFacts((f"h.{i}",), "layer", 10 + i, 10 + i, 1.0, 100.0 + i, 7.0, 1.0, arrival_bytes=11.0)
+        for i in range(layers)
+    ]
     units += [UnitFacts(("ln_f",), "head", 1, 1, 0.0, 0.0, 7.0, 0.0)]
     units += [UnitFacts(("lm_head",), "head", 0, 0 if tied else 20, 1.0, 50.0, 7.0, 1.0)]
     return ModelFacts("Toy", tuple(units), tied, None, 1, 1, torch.float32)
@@ -50,6 +53,30 @@ def test_flights_are_those_of_the_simulator(schedule: str, micro_batches: int) -
     assert found.ticks_in_flight == tuple(ticks_in_flight(k, 5, options) for k in range(5))
 
 
+@pytest.mark.parametrize("micro_batches", [1, 3, 8, 16])
+def test_a_divided_backward_keeps_no_more_than_is_planned(micro_batches: int) -> None:
+    facts, options = toy(8), MemoryOptions("zero_bubble", micro_batches)
+    units = [facts.units[:3], facts.units[3:5], facts.units[5:7], facts.units[7:]]
+    kept = [sum(unit.activation_bytes for unit in own) for own in units]
+    arriving = [sum(unit.arrival_bytes for unit in own) for own in units]
+    costs = [StageCost(1.0, 2.0, activation_bytes=a, divided_bytes=b) for a, b in zip(kept, arriving, strict=True)]
+    found = simulate("zero_bubble", range(4), costs, micro_batches)
+    for stage, own in enumerate(units):
+        assert found.ticks_in_flight[stage] <= ticks_in_flight(stage, 4, options)
+        assert found.bytes_in_flight[stage] <= stage_memory(facts, own, stage, 4, options).activations
+        assert old_versions(stage, 4, options) == 0
+
+
+def test_a_divided_backward_by_hand() -> None:
+    facts = toy()
+    for recompute in (False, True):
+        options = MemoryOptions("zero_bubble", 16, recompute)
+        found = stage_memory(facts, facts.units[3:5], 1, 3, options)
+        assert found.activations == 5 * (102 + 103 + 2 * 11)  # 2K - 1 micro-batches
+        first = stage_memory(facts, facts.units[:3], 0, 3, options)
+        assert first.activations == (3 + 100 + 101) * (1 if recompute else 5)
+
+
 def test_a_stage_by_hand() -> None:
     facts = toy()
     first, last = facts.units[:3], facts.units[5:]
@@ -67,7 +94,7 @@ def test_a_stage_by_hand() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(
-    st.sampled_from(["pipelined", "lockstep", "1f1b"]),
+    st.sampled_from(["pipelined", "lockstep", "1f1b", "zero_bubble"]),
     st.integers(1, 5),
     st.booleans(),
     st.booleans(),
