@@ -232,7 +232,12 @@ def test_one_stage_logs_what_the_stock_trainer_logs(tmp_path: Path, case: str) -
 
 @pytest.mark.parametrize(
     ("schedule", "options"),
-    [("1f1b", {"clip_scope": "global"}), ("1f1b", {"max_grad_norm": 0.0}), ("delay warm-up", {"clip_scope": "global"})],
+    [
+        ("1f1b", {"clip_scope": "global"}),
+        ("1f1b", {"max_grad_norm": 0.0}),
+        ("zero_bubble", {"clip_scope": "global"}),
+        ("delay warm-up", {"clip_scope": "global"}),
+    ],
 )
 def test_synchronous_schedules_are_the_stock_trainer(tmp_path: Path, schedule: str, options: dict) -> None:
     if schedule == "delay warm-up":

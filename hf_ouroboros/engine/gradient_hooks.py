@@ -144,10 +144,10 @@ def _run(
     torch.autograd.backward([torch.autograd.graph.get_gradient_edge(output) for output in outputs], given, **options)
 
 
-def divided_backward(
+def first_part(
     divided: DividedBackward, gradients: Sequence[torch.Tensor | None], watched: bool, hooks_watched: bool
 ) -> None:
-    """The first part of a divided backward, with which no hooks of a script on modules are called.
+    """The first part of a divided backward, in which there are no hooks of a script on modules.
 
     Args:
         divided: the backward.
@@ -155,6 +155,12 @@ def divided_backward(
     """
     with NoDraws() if watched else nullcontext():
         divided.run_first(partial(_run, hooks_watched=hooks_watched), gradients)
+
+
+def second_part(divided: DividedBackward, watched: bool) -> None:
+    """The second part, likewise."""
+    with NoDraws() if watched else nullcontext():
+        divided.run_second()
 
 
 class _Backward(nn.Module):

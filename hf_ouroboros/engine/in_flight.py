@@ -27,6 +27,14 @@ class InFlight:
     meeting: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)  # tied matrices, as the stage used them
     gradients: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)  # that a divided backward had at once
 
+    def taken(self) -> dict[str, torch.Tensor]:
+        """Gradients that a backward has left in the weights of the forward, taken out of them."""
+        gradients: dict[str, torch.Tensor] = {}
+        for name, leaf in self.leaves.items():
+            if leaf.requires_grad and leaf.grad is not None:
+                gradients[name], leaf.grad = leaf.grad, None
+        return gradients
+
     def upstream(self) -> Boundary | None:
         """After a backward: the gradient for the stage before; None on the first stage."""
         if self.received is None:

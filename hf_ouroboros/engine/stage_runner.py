@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from torch.func import functional_call
-from torch.nn.utils import get_total_norm
 
 from ..partition import Boundary, Finish, Memory, Partition, select, to_device
 from ..partition.ownership import parameter_places
 from .averaging import BucketedMean, ReplicaMean
 from .divided import DividedBackward
 from .gradient_hooks import (
-    accumulated,
     calls_backward_hooks,
-    divided_backward,
-    hooked,
+    first_part,
     refuse_on_halves,
+    second_part,
     stage_backward,
 )
 from .graph import GraphCheck
@@ -35,13 +32,12 @@ from .optimizers import StageOptimizer
 from .randomness import has_dropout
 from .reads import ReadCheck
 from .settings import EngineSettings, Hyperparameters
+from .stage_updates import Gradients, StageUpdates
 from .streams import Memories, Segment
 from .weights import TiedLink, WeightVersions
 
-Gradients = dict[str, torch.Tensor]
 
-
-class StageRunner:
+class StageRunner(StageUpdates):
     """One stage at work. It knows ticks, but neither other stages nor the order of things.
 
     Args:
@@ -70,7 +66,7 @@ class StageRunner:
         self.settings = settings
         self.seed = settings.seed
         self.in_flight: dict[int, InFlight] = {}
-        self._divided_backwards: dict[int, tuple[InFlight, DividedBackward]] = {}
+        self._divided_backwards: dict[int, tuple[InFlight, DividedBackward, bool]] = {}
         self.settled: dict[int, Gradients] = {}
         self.window: Gradients = {}
         self.optimizer: StageOptimizer | None = None
@@ -238,9 +234,8 @@ class StageRunner:
                 alone = self._versions.parameters.values() if self._num_stages == 1 else ()
                 with self._reads.backward(item.leaves) as hooks:
                     stage_backward(self.stage, weights, outputs, output_gradients, alone, watched, hooks)
-        gradients = self._taken(item)
-        if self.borrows:
-            self._link.gradients[tick] = {n: gradients.pop(n) for n in self._link.names if n in gradients}
+        gradients = item.taken()
+        self._give_back(tick, gradients)
         for name, output_side in tied.items():
             if name in gradients:
                 gradients[name].add_(output_side)
@@ -270,11 +265,15 @@ class StageRunner:
             return upstream
         del self.in_flight[tick]
         self._backwards += 1
+        watched = self._backwards <= self.settings.micro_batches
         with self._reads.backward(item.leaves) as hooks:
-            divided_backward(divided, output_gradients, self._backwards <= self.settings.micro_batches, hooks)
-        item.gradients, item.output = self._taken(item), None
-        self._divided_backwards[tick] = item, divided
-        return item.upstream()
+            first_part(divided, output_gradients, watched, hooks)
+        item.gradients, item.output = item.taken(), None
+        self._divided_backwards[tick] = item, divided, watched
+        upstream = item.upstream()
+        for tensor in item.received.values():
+            tensor.grad = None  # the graph, and with it what was received, is kept
+        return upstream
 
     def _divided(
         self, item: InFlight, gradient: Boundary | None
@@ -295,167 +294,29 @@ class StageRunner:
         """
         if tick not in self._divided_backwards:  # it stayed whole
             return
-        item, divided = self._divided_backwards.pop(tick)
+        item, divided, watched = self._divided_backwards.pop(tick)
         averaging = closing and self.has_replicas
         if not averaging:
             self._add_to_window({name: leaf for name, leaf in item.leaves.items() if name not in item.gradients})
         with self._averaging_meanwhile(tick, item.leaves) if averaging else contextlib.nullcontext():
-            divided.run_second()
-        gradients = self._taken(item) | item.gradients
-        if self.borrows:
-            self._link.gradients[tick] = {n: gradients.pop(n) for n in self._link.names if n in gradients}
+            with self._reads.backward(item.leaves):
+                second_part(divided, watched)
+        gradients = item.taken() | item.gradients
+        self._give_back(tick, gradients)
         self.accumulate({name: gradients[name] for name in item.leaves if name in gradients}, tick)
 
-    @staticmethod
-    def _taken(item: InFlight) -> Gradients:
-        """Gradients that a backward has left in a micro-batch's leaves, taken out of them."""
-        gradients: Gradients = {}
-        for name, leaf in item.leaves.items():
-            if leaf.requires_grad and leaf.grad is not None:
-                gradients[name], leaf.grad = leaf.grad, None
-        return gradients
+    def _give_back(self, tick: int, gradients: Gradients) -> None:
+        """Takes those of borrowed matrices out, for the stage that they belong to."""
+        if self.borrows:
+            self._link.gradients[tick] = {n: gradients.pop(n) for n in self._link.names if n in gradients}
 
-    def _add_to_window(self, leaves: Gradients) -> None:
-        """Lets a backward add to the open update's gradients, as far as nothing else has to be done with its own before."""
-        if self._num_stages == 1:
-            return  # leaves are the parameters, whose gradients scripts see
-        tied = () if self._link is None else self._link.names  # the other side's gradient is added first
-        for name, leaf in leaves.items():
-            if name in self.window and name not in tied and leaf.requires_grad:
-                parameter = self._versions.parameters[name]
-                if not parameter._backward_hooks and not parameter._post_accumulate_grad_hooks:
-                    leaf.grad = self.window.pop(name)
-
-    @contextlib.contextmanager
-    def _averaging_meanwhile(self, tick: int, leaves: Gradients) -> Iterator[None]:
-        """Takes every gradient into the window, and hands it to the mean over replicas, as soon as it is complete."""
-
-        def take(name: str, leaf: torch.Tensor) -> None:
-            gradient, leaf.grad = leaf.grad, None
-            self.accumulate({name: gradient}, tick)
-            self._mean.ready(name, self.window)
-
-        tied = () if self._link is None else self._link.names  # complete only with the other side's gradient
-        hooks = [
-            leaf.register_post_accumulate_grad_hook(partial(take, name))
-            for name, leaf in leaves.items()
-            if leaf.requires_grad and name not in tied
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def accumulate(self, gradients: Gradients, tick: int = 0) -> None:
-        """Adds gradients of a tick, in tick order, to those of the update that is open."""
-        for name, gradient in gradients.items():
-            parameter = self._versions.parameters[name]
-            with self._reads.gradient(parameter):
-                gradient = hooked(parameter, gradient, self.seed, self.index, tick, name)
-                if name in self.window:
-                    self.window[name].add_(gradient)
-                else:
-                    self.window[name] = gradient
-                if (
-                    parameter._post_accumulate_grad_hooks
-                    and (left := accumulated(parameter, self.window.pop(name))) is not None
-                ):
-                    self.window[name] = left
-
-    # ---- step ----
-
-    @property
-    def has_replicas(self) -> bool:
-        """Whether other processes compute the same stage on other rows."""
-        return self._mean is not None
-
-    def start_mean(self) -> None:
-        """Begins to average what is not being averaged yet of the open update's gradients, where there are replicas."""
-        if self._mean is not None:
-            self._mean.rest(self.window)
-
-    def finish_mean(self) -> None:
-        """Waits until the open update's gradients are averaged."""
-        if self._mean is not None:
-            self._mean.wait()
-
-    def clip(self, bound: float) -> torch.Tensor | None:
-        """Norm of the open update's gradients, which are then scaled to at most `bound`; None without any."""
-        norm = self.norm()
-        if norm is not None:
-            self.scale(norm, bound)
-        return norm
-
-    def norm(self) -> torch.Tensor | None:
-        """Euclidean norm of the open update's gradients; None if there are none."""
-        return get_total_norm(self._ordered_window()) if self.window else None
-
-    def scale(self, norm: torch.Tensor, bound: float) -> None:
-        """Scales the open update's gradients by bound / norm if norm is larger."""
-        if bound != float("inf"):
-            factor = torch.clamp(bound / (norm + 1e-6), max=1.0)  # as torch.nn.utils.clip_grad_norm_
-            for gradient in self.window.values():
-                gradient.mul_(factor.to(gradient.device))
-
-    def add_output_side(self, tick: int) -> None:
-        """Takes the tied matrices' output-side gradients of a tick at once, as the paper does."""
-        self.accumulate(self._link.gradients.pop(tick, {}), tick)
-
-    def step(self, hyperparameters: Hyperparameters, update: int) -> None:
-        """Closes an update: applies its gradients, or does nothing at all if there are none."""
-        if not self.window:
-            return
-        self._versions.advance(self._in_use, self.window)
-        parameters = self._versions.parameters
-        ordered = [(parameters[name], self.window[name]) for name in parameters if name in self.window]
-        self.window = {}
-        at = self.settings.stage_update(self.index, self._num_stages, update)
-        self.optimizer.step(ordered, hyperparameters, at)
-
-    # ---- what scripts may do between ticks ----
+    # ---- between ticks ----
 
     @property
     def _in_use(self) -> bool:
         """Whether a pending forward or backward needs the present weights."""
         divided = bool(self._divided_backwards)
         return bool(self.in_flight) or divided or (self._lends and bool(self._link.weights))
-
-    def tensors(self) -> Iterator[torch.Tensor]:
-        """What this stage uses, and others may have made while it rested."""
-        yield from (p.data for p in self._versions.parameters.values())
-        yield from self.stage.buffers()
-        yield from self.window.values()
-        yield from (t for memory in self.memories.groups.values() for t in memory.values())
-
-    @property
-    def has_views(self) -> bool:
-        """Whether a script has views of its weights, which it may read or write without anybody noticing."""
-        return self._versions.have_views
-
-    def let_go(self) -> None:
-        """Lets others write the weights; what is in flight keeps those of its forward."""
-        self._versions.let_go(self._in_use)
-
-    def look_again(self) -> None:
-        """Takes weights, and what may have been changed about modules, as they are now."""
-        self._versions.look_again()
-        self.stage.train()
-        self._noise.look_again(self.stage.draws or has_dropout(self.stage))
-        self._reads.look_again()
-
-    def expose(self) -> None:
-        """Hands the open update's gradients over to the parameters."""
-        for name, gradient in self.window.items():
-            self._versions.parameters[name].grad = gradient
-        self.window = {}
-
-    def exposed(self) -> list[tuple[nn.Parameter, torch.Tensor]]:
-        """The gradients that parameters have, whose weights are to be stepped now; what is in flight keeps the old ones."""
-        found = {name: p for name, p in self._versions.parameters.items() if p.grad is not None}
-        if found:
-            self._versions.advance(self._in_use, found)
-        return [(p, p.grad) for p in found.values()]
 
     def release(self) -> None:
         """Lets go of activations, gradients, memories and old weights when the run is over."""
@@ -467,6 +328,3 @@ class StageRunner:
         if self._link is not None:
             self._link.weights.clear()
             self._link.gradients.clear()
-
-    def _ordered_window(self) -> list[torch.Tensor]:
-        return [self.window[name] for name in self._versions.parameters if name in self.window]

@@ -80,13 +80,15 @@ class _Tracer:
         self._running = 0
         self._counter = FlopCounterMode(display=False)
         self._counted = 0.0
+        self._kept_before: dict[nn.Module, float] = {}
         self._known = {p.untyped_storage()._cdata: p.untyped_storage() for p in model.parameters()}
 
     def run(self, batch: int, time: int) -> list[Part]:
         """One forward with the loss."""
         handles = [layer.register_forward_pre_hook(self._enter(i + 1)) for i, layer in enumerate(self.layers)]
         handles += [layer.register_forward_hook(self._leave) for layer in self.layers]
-        handles += [part.register_forward_hook(self._join) for part in self.model.modules() if _has_trained(part)]
+        for module in filter(_has_trained, self.model.modules()):
+            handles += [module.register_forward_pre_hook(self._begin), module.register_forward_hook(self._join)]
         ids = torch.zeros(batch, time, dtype=torch.long, device="meta")
         self.model.train()
         self.model.loss_type = "ForCausalLM"  # some configurations name none and would be warned of
@@ -117,9 +119,17 @@ class _Tracer:
     def _enter(self, part: int) -> Callable[[nn.Module, Any], None]:
         return lambda module, inputs: self._go_on_to(part)
 
+    def _begin(self, module: nn.Module, inputs: Any) -> None:
+        self._kept_before[module] = self.parts[self._running].kept_bytes
+
     def _join(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(output, torch.Tensor):
-            self.parts[self._running].arrival_bytes += output.nbytes
+        part, before = self.parts[self._running], self._kept_before.pop(module)
+        if any(parameter.dim() > 2 for parameter in module.parameters(recurse=False)):
+            part.arrival_bytes += (
+                part.kept_bytes - before
+            )  # experts in one module join inside: hardly more than is kept
+        elif isinstance(output, torch.Tensor):
+            part.arrival_bytes += output.nbytes
 
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
         values = output if isinstance(output, (tuple, list)) else (output,)

@@ -11,6 +11,7 @@ from stream_races import RacingBackend
 
 from hf_ouroboros.engine import core, device_queue
 from hf_ouroboros.engine.device_queue import AHEAD, AcceleratorQueue, DeviceQueue, handed_over, queue_of
+from hf_ouroboros.schedules import SCHEDULES
 
 FIRST, SECOND = torch.device("cuda:0"), torch.device("cuda:1")
 
@@ -56,7 +57,11 @@ SHARED, TWO = [FIRST] * 3, [FIRST, SECOND, FIRST]
 @pytest.mark.parametrize(
     ("name", "schedule", "devices"),
     [
-        *(("plain", schedule, devices) for schedule in ("pipelined", "lockstep", "1f1b") for devices in (SHARED, TWO)),
+        *(
+            ("plain", schedule, devices)
+            for schedule in ("pipelined", "lockstep", "1f1b", "zero_bubble")
+            for devices in (SHARED, TWO)
+        ),
         *((name, "pipelined", TWO) for name in CASES if name != "plain"),
         ("recomputed", "1f1b", SHARED),
         ("muon", "lockstep", SHARED),
@@ -64,7 +69,7 @@ SHARED, TWO = [FIRST] * 3, [FIRST, SECOND, FIRST]
 )
 def test_nothing_races(name: str, schedule: str, devices: list, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[name]
-    expected = Run(case, "reference 1f1b" if schedule == "1f1b" else "reference").train({1: "state"})
+    expected = Run(case, "reference 1f1b" if SCHEDULES[schedule].is_synchronous else "reference").train({1: "state"})
     found = Racing(case, schedule, devices, monkeypatch)
     found.train({1: "state"})
     assert found.backend.races == []

@@ -13,7 +13,7 @@ from helpers import Case, Run, assert_same_run, differences
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_ouroboros.engine.divided import DividedBackward
+from hf_ouroboros.engine.divided import DividedBackward, Junction
 from hf_ouroboros.errors import UnsupportedModelError
 
 CASES = {
@@ -30,11 +30,19 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_equals_1f1b_and_the_reference(name: str) -> None:
-    case = CASES[name]
+def test_equals_1f1b(name: str) -> None:
+    assert_same_run(Run(CASES[name], "1f1b").train(), Run(CASES[name], "zero_bubble").train())
+
+
+def test_equals_the_reference_and_divides(monkeypatch: pytest.MonkeyPatch) -> None:
+    later: list[int] = []
+    run = Junction.run
+    monkeypatch.setattr(Junction, "run", lambda self: later.extend(map(id, self.leaves)) or run(self))
+    case = Case(3, updates=(2, 3), tied=False, padded=True)
     found = Run(case, "zero_bubble").train()
-    assert_same_run(Run(case, "1f1b").train(), found)
     assert_same_run(Run(case, "reference 1f1b").train(), found)
+    partition = found.engine.partition
+    assert len(later) == 5 * sum(len(partition.owned(k)) for k in (1, 2))  # all weights of these stages, at every tick
 
 
 # ---- what scripts do to gradients ----

@@ -30,6 +30,12 @@ def test_without_delay_as_on_one_stage(tmp_path: Path) -> None:
     assert [len(logged(t, "loss")) for t in (expected, found)] == [6, 6]
 
 
+@pytest.mark.parametrize("model", ["gpt2", "llama-tied"])
+def test_a_divided_backward_is_the_whole(tmp_path: Path, model: str) -> None:
+    expected, found = (run(tmp_path / schedule, model, schedule=schedule) for schedule in ("1f1b", "zero_bubble"))
+    assert distance(expected, found) <= TOLERANCE
+
+
 @pytest.mark.parametrize(
     "options",
     [

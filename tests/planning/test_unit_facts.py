@@ -17,6 +17,7 @@ from transformers import (
     T5Config,
 )
 
+from hf_ouroboros.engine.divided import DividedBackward
 from hf_ouroboros.errors import UnsupportedModelError
 from hf_ouroboros.models.transfo_xl import TransfoXLConfig
 from hf_ouroboros.partition.late_logits import LARGE_VOCABULARY
@@ -244,3 +245,14 @@ def test_transformer_xl_without_memory() -> None:
 def test_what_cannot_be_counted(config: PretrainedConfig, message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
         model_facts(config, 1, 8)
+
+
+def test_arrivals_are_those_of_a_real_backward() -> None:
+    """Gradients that a divided backward keeps; of all weights but those of the embeddings."""
+    model = tiny_gpt2().train()
+    embedded = torch.randn(2, 7, 8).requires_grad_()
+    weights = [p for name, p in model.named_parameters() if "wpe" not in name]
+    divided = DividedBackward([model(inputs_embeds=embedded, labels=torch.ones(2, 7).long()).loss], [embedded], weights)
+    divided.run_first(torch.autograd.backward, [None])
+    kept = {id(g): g.nbytes for junction in divided.junctions for g in junction.gradients if g is not None}
+    assert sum(kept.values()) == sum(unit.arrival_bytes for unit in model_facts(model.config, 2, 7).units[1:])
