@@ -10,7 +10,7 @@ taken within a repetition. On CPU, "naive" computes with one core, which is what
 accelerators it is the model dispatched over the devices.
 
 Throughput is the steady state: whole updates after the first ten micro-batches. Those that apply gradients at once (naive,
-ddp, torch-*, 1f1b) must all have the losses of the naive run, or the table says that they have not.
+ddp, torch-*, 1f1b, zero_bubble) must all have the losses of the naive run, or the table says that they have not.
 
 With --until_loss, runs end at the first evaluation with the target loss. The clock stands still during evaluations; that
 the pipelines have to empty before and to fill after them is counted.

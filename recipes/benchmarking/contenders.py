@@ -3,7 +3,7 @@
     naive                                     the stock Trainer, one device computing at a time
     ddp                                       the stock Trainer with a whole model per process
     torch-gpipe  torch-1f1b  torch-zb         schedules of torch.distributed.pipelining, a process per device
-    pipelined  lockstep  1f1b  reference      ours, a thread per device
+    pipelined lockstep 1f1b zero_bubble       ours, a thread per device; so is reference
     pipelined@processes  ...                  ours, a process per device
 
 Settings stand behind a colon: `pipelined:M=8,learning_rate=5e-4@processes`. M splits the same global batch into so

@@ -17,6 +17,7 @@ THROUGHPUT = (
     *(f"{peer}{micro_batches}" for peer in ("torch-gpipe", "torch-1f1b", "torch-zb") for micro_batches in ("", ":M=8")),
     *("pipelined@processes", "pipelined:M=8@processes", "pipelined", "lockstep@processes", "lockstep"),
     *("1f1b@processes", "1f1b:M=8@processes", "1f1b"),
+    *("zero_bubble@processes", "zero_bubble:M=8@processes", "zero_bubble"),
 )
 TIME_TO_LOSS = (
     *("naive", "torch-1f1b", "torch-1f1b:M=8", "1f1b:M=8@processes"),
