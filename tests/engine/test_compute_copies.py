@@ -65,7 +65,9 @@ def shared_by(engine: Engine) -> list[tuple[int, int]]:
     for runner in list(engine._runners.values())[:-1]:
         kept = [saved_matrices(item.output.values()) for item in runner.in_flight.values()]
         widths = {shape for each in kept for shape in each}
-        found.append((len(kept), max((len(set().union(*(each.get(w, set()) for each in kept))) for w in widths), default=0)))
+        found.append(
+            (len(kept), max((len(set().union(*(each.get(w, set()) for each in kept))) for w in widths), default=0))
+        )
     return found
 
 
