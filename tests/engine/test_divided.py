@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_ouroboros.engine.divided import DividedBackward, Junction
+from hf_ouroboros.engine.settings import EngineSettings
 from hf_ouroboros.errors import UnsupportedModelError
 
 CASES = {
@@ -43,6 +44,19 @@ def test_equals_the_reference_and_divides(monkeypatch: pytest.MonkeyPatch) -> No
     assert_same_run(Run(case, "reference 1f1b").train(), found)
     partition = found.engine.partition
     assert len(later) == 5 * sum(len(partition.owned(k)) for k in (1, 2))  # all weights of these stages, at every tick
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_bfloat16_autocast(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where micro-batches share the weights' copies in lower precision."""
+    made = EngineSettings.__init__
+
+    def with_autocast(self: EngineSettings, **given: Any) -> None:
+        made(self, autocast_dtype=torch.bfloat16, **given)
+
+    monkeypatch.setattr(EngineSettings, "__init__", with_autocast)
+    case = Case(3, updates=(3, 2), tied=False, dropout=0.1, recompute=recompute)
+    assert_same_run(Run(case, "1f1b").train(), Run(case, "zero_bubble").train())
 
 
 # ---- what scripts do to gradients ----
