@@ -138,8 +138,9 @@ class DividedBackward:
             self.junctions.pop().run()
 
 
-def _node(leaf: torch.Tensor) -> Node:
-    return get_gradient_edge(leaf).node
+def _node(tensor: torch.Tensor) -> Node:
+    """Where a tensor's gradient arrives first."""
+    return get_gradient_edge(tensor).node
 
 
 class _Graph:
@@ -154,7 +155,7 @@ class _Graph:
     """
 
     def __init__(self, outputs: Iterable[torch.Tensor]):
-        self._roots = {output.grad_fn for output in outputs if output.grad_fn is not None}
+        self._roots = set(map(_node, outputs))  # what is handed on as it was received is a leaf
         self.users: dict[Node, list[Node]] = {root: [] for root in self._roots}
         self.is_compiled = False
         waiting = list(self._roots)

@@ -248,6 +248,18 @@ def test_lets_go_of_what_it_has_done() -> None:
     assert kept() is None
 
 
+def test_what_is_handed_on_as_it_was_received() -> None:
+    """As the encoder's output is, through the stages of a decoder; used there, or not."""
+    layer, x, y = nn.Linear(4, 4), torch.randn(5, 4).requires_grad_(), torch.randn(5, 4).requires_grad_()
+    z = torch.randn(5, 4).requires_grad_()
+    divided = DividedBackward([layer(x * y), y, z], [x, y, z], layer.parameters())
+    divided.run_first(torch.autograd.backward, [torch.ones(5, 4)] * 3)
+    assert torch.equal(z.grad, torch.ones(5, 4))
+    assert torch.equal(y.grad, torch.ones(5, 4) + x * layer.weight.sum(0))
+    divided.run_second()
+    assert torch.equal(layer.bias.grad, torch.full((4,), 5.0))
+
+
 class WritesOver(torch.autograd.Function):
     """A function that breaks autograd's rule not to write into what it is given."""
 
