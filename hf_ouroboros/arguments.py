@@ -28,7 +28,6 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     "auto_find_batch_size": (bool, "it restarts training after a failure; choose per_device_train_batch_size yourself"),
     "fsdp": (bool, "stages are placed whole; use more stages, or recompute=True to save memory"),
     "deepspeed": (bool, "stages are placed whole; use more stages, or recompute=True to save memory"),
-    "torch_compile": (bool, "stages run uncompiled; leave it off"),
     "use_liger_kernel": (bool, "it replaces the model's forward; leave it off"),
     "neftune_noise_alpha": (lambda value: value is not None, "its noise is not tied to micro-batches; leave it off"),
     "gradient_checkpointing": (bool, "it recomputes with the weights of now; use recompute=True"),

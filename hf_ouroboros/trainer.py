@@ -27,6 +27,7 @@ from .hooks.callbacks import CallbackHooks, ScriptCallbacks
 from .hooks.card import CardHooks
 from .hooks.changes import ChangeHooks
 from .hooks.checkpoints import CheckpointHooks
+from .hooks.compiling import compilation_of
 from .hooks.evaluation import EvaluationHooks
 from .hooks.logs import LogHooks
 from .hooks.moments import LateState, LossAtItsStep, MomentContext
@@ -35,7 +36,7 @@ from .hooks.preemption import SaveOnSigterm
 from .hooks.timeline import TimelineHooks
 from .hooks.touching import is_foreign
 from .hub.card_facts import TAG
-from .main_thread import MainThread
+from .main_thread import MainThread, unwatched
 from .partition import Home, Partition, StagePlan, split_model, torch_device
 from .partition.finite import check_finite
 from .partition.meta import is_encoder_decoder
@@ -297,6 +298,7 @@ class OuroborosTrainer(
         check_trainable(staged.optimizer, self.model)
         self._partition = refresh(self._partition)  # as parameters are frozen now
         self._partition.carry_hooks()
+        self._partition.compile_layers(compilation_of(self.args))
         check_surroundings()
         self._look_at_script()
         self._look_at_optimizer()
@@ -332,7 +334,8 @@ class OuroborosTrainer(
         context = MomentContext(num_items_in_batch, steps)
         context.moment, context.variables = (self.state.global_step, self.state.epoch), copy_context()
         self._take_settings()
-        tick = self.engine.submit(inputs, context)
+        with unwatched():  # of the reference, whose stages compute in this thread
+            tick = self.engine.submit(inputs, context)
         if self._step_is_own:
             self.engine.account_for_open()
             return torch.tensor(float(self.engine.collect()[-1].loss), device=self.args.device)

@@ -57,8 +57,8 @@ def _shadow(module: nn.Module, replacements: Mapping[int, Replacement], known: d
     twin = known[id(module)] = _copy(module)
     if twin._compiled_call_impl is not None:
         raise UnsupportedModelError(
-            f"a {type(module).__name__} of this model was compiled in place, for the model's weights of now; stages run "
-            "uncompiled: leave out module.compile()"
+            f"a {type(module).__name__} of this model was compiled in place, for the model's weights of now; leave out "
+            "module.compile(), and let the stages compile their layers (torch_compile=True)"
         )
     forward = twin.__dict__.get("forward")
     if hasattr(module, "_hf_hook") and "_old_forward" in vars(module):

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from ..errors import UnsupportedModelError
 from .anatomy import HIDDEN, Anatomy
 from .balancing import CHOSEN, PROBABILITIES, RouterLogits
+from .compiled import Compilation, compiled
 from .late_logits import with_late_logits, without_late
 from .meta import call_options
 from .model_inputs import batch_keys, check_config, foreign_outputs, of_last_stage, tokens_of, without_unused_labels
@@ -91,6 +92,7 @@ class ShadowStage(Stage):
         self._open(core)
         if self.is_last and (head := model.get_output_embeddings()) is not None:
             with_late_logits(core.get_submodule(next(name for name, m in model.named_modules() if m is head)))
+        self._compiled: dict[nn.Module, Callable[..., Any]] = {}
         self._routers: RouterLogits | None = None
         if num_stages > 1 and getattr(model.config, "output_router_logits", False):
             before = anatomy.layers[: self._own.start]
@@ -183,6 +185,19 @@ class ShadowStage(Stage):
         self._core.training = mode
         return super().train(mode)
 
+    def compile_layers(self, compilation: Compilation) -> None:
+        """See `Stage.compile_layers`."""
+        if self._routers is not None:
+            raise UnsupportedModelError(
+                "torch_compile with output_router_logits=True: routers are looked at while they run; leave one of them off"
+            )
+        self.compiles = True
+        for i in () if self._compiled else self._own:
+            layer = self._core.get_submodule(self._anatomy.layers[i])
+            self._compiled[layer] = compiled(layer, i, self._anatomy.calls[i].hidden, compilation)
+            if layer._compiled_call_impl is None:
+                layer._compiled_call_impl = partial(self._run_layer, layer)
+
     def _check(self, reached: bool, where: str) -> None:
         if not reached:
             raise UnsupportedModelError(
@@ -250,8 +265,6 @@ class ShadowStage(Stage):
             self._end_after(layers[anatomy.num_layers - 1])
 
     def _inject(self, module: nn.Module, hidden: Path | None, extras: Sequence[tuple[str, Path]]) -> None:
-        call = module._call_impl
-
         def injected(*args: Any, **kwargs: Any) -> Any:
             given: Any = (args, kwargs)
             if hidden is not None:
@@ -259,18 +272,23 @@ class ShadowStage(Stage):
                 given = with_leaf(given, hidden, self._received[HIDDEN])
             for name, path in extras:
                 given = with_leaf(given, path, self._received[name])
-            return call(*given[0], **given[1])
+            return self._run_layer(module, *given[0], **given[1])
 
         module._compiled_call_impl = injected  # around the module's hooks, which see what it is given
 
     def _end_after(self, layer: nn.Module) -> None:
-        run, call = layer._compiled_call_impl or layer._call_impl, self._anatomy.calls[-1]
+        run = layer._compiled_call_impl or partial(self._run_layer, layer)
+        call = self._anatomy.calls[-1]
 
         def ending(*args: Any, **kwargs: Any) -> Any:
             self._captured[HIDDEN] = call.hidden_of(run(*args, **kwargs))
             raise _EndReached
 
         layer._compiled_call_impl = ending  # around the layer's hooks, which may change what it returns
+
+    def _run_layer(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        run = self._compiled.get(module, module._call_impl) if self.compiles else module._call_impl
+        return run(*args, **kwargs)
 
     # ---- what stands in for foreign modules ----
 
