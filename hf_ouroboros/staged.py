@@ -16,6 +16,7 @@ from .errors import CheckpointError, EngineError, UnsupportedOptionError
 from .head_model import call_model, causal_name
 from .hooks.main_thread import unwatched
 from .partition import Finish, ModelCall, Partition, compose, to_device
+from .partition.module_hooks import OURS
 from .processes.relay import Relay
 
 
@@ -107,10 +108,10 @@ class StagedModel(nn.Module):
 
     def _run(self, inputs: dict[str, Any], finish: Finish) -> ModelOutput:
         if self._reading is None:
-            return compose(self.stages, inputs, finish=finish)
+            return compose(self._partition[0].stages, inputs, finish=finish)
         segment = self._reading.streams.enter(inputs)
         memories = [memory.recall(segment) for memory in self._reading.memories]
-        output = compose(self.stages, inputs, memories, finish)
+        output = compose(self._partition[0].stages, inputs, memories, finish)
         for kept, memory in zip(self._reading.memories, memories, strict=True):
             kept.keep(segment, memory)
         return output
@@ -158,8 +159,8 @@ def refuse_forward(model: PreTrainedModel) -> None:
             "the result with from_pretrained"
         )
 
-    refuse._refuses_forward = True  # not a script's hook
-    if not any(hasattr(hook, "_refuses_forward") for hook in model._forward_pre_hooks.values()):
+    vars(refuse)[OURS] = True  # not a script's hook
+    if not any(hasattr(hook, OURS) for hook in model._forward_pre_hooks.values()):
         model.register_forward_pre_hook(refuse)
 
 
@@ -215,9 +216,14 @@ class StagedOptimizer(torch.optim.Optimizer):
         """The complete optimizer's defaults."""
         return self.optimizer.defaults
 
-    def step(self, closure: Any = None) -> None:
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.optimizer.defaults = defaults
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Closes the update with the present hyper-parameters."""
-        self.optimizer._opt_called = True  # a scheduler built on the complete optimizer looks for this
+        # A scheduler built on the complete optimizer looks for this; torch does not declare it.
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]
         if self._shape != (shape := _shape_of(self.optimizer)):  # somebody has changed the groups themselves
             self._shape = shape
             self._attach()
