@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 from .engine.streams import Reading
 from .errors import CheckpointError, EngineError, UnsupportedOptionError
 from .head_model import call_model, causal_name
-from .hooks.main_thread import unwatched
+from .main_thread import unwatched
 from .partition import Finish, ModelCall, Partition, compose, to_device
 from .partition.module_hooks import OURS
 from .processes.relay import Relay

@@ -29,13 +29,13 @@ from .hooks.changes import ChangeHooks
 from .hooks.checkpoints import CheckpointHooks
 from .hooks.evaluation import EvaluationHooks
 from .hooks.logs import LogHooks
-from .hooks.main_thread import MainThread
 from .hooks.moments import LateState, LossAtItsStep, MomentContext
 from .hooks.optimizer import OptimizerHooks
 from .hooks.preemption import SaveOnSigterm
 from .hooks.timeline import TimelineHooks
 from .hooks.touching import is_foreign
 from .hub.card_facts import TAG
+from .main_thread import MainThread
 from .partition import Home, Partition, StagePlan, split_model, torch_device
 from .partition.finite import check_finite
 from .partition.meta import is_encoder_decoder

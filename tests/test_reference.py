@@ -1,4 +1,4 @@
-"""The reference against the update rule (DESIGN section 2) written out with all weight versions and no stages at all."""
+"""The reference against the update rule (README of the package) written out with all weight versions and no stages at all."""
 
 from __future__ import annotations
 

@@ -24,6 +24,9 @@ class InFlight:
     full_batch: Mapping[str, Any] | None = None
     context: Any = None
     output: Boundary | torch.Tensor | None = field(default=None, repr=False)
+    copies: dict[str, torch.Tensor] = field(
+        default_factory=dict, repr=False
+    )  # of its weight version, in lower precision
     meeting: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)  # tied matrices, as the stage used them
 
     def given(self) -> list[torch.Tensor]:

@@ -88,7 +88,7 @@ class ReadCheck:
 
     def look_again(self) -> None:
         """Whether a script's code is in the stage may have changed."""
-        self._has_script = not self._alone and has_script(self._stage)
+        self.has_script = not self._alone and has_script(self._stage)
 
     @contextmanager
     def forward(self, leaves: Mapping[str, torch.Tensor]) -> Iterator[None]:
@@ -98,7 +98,7 @@ class ReadCheck:
             leaves: the weights that it uses.
         """
         first, self._first = self._first, False
-        watched = self._has_script or (first and not self._alone)
+        watched = self.has_script or (first and not self._alone)
         with self._using(leaves), self._during(Moment.FORWARD) if watched else nullcontext():
             yield
 
@@ -112,7 +112,7 @@ class ReadCheck:
         """Surrounds the call of the model within a script's loss."""
         if self._moment is None:
             yield
-        elif self._has_script or _get_current_function_mode() is not self._mode:
+        elif self.has_script or _get_current_function_mode() is not self._mode:
             with self._during(Moment.FORWARD):
                 yield
         else:
@@ -129,7 +129,7 @@ class ReadCheck:
         Args:
             leaves: the weights of its forward.
         """
-        watched = self._has_script or (self._has_loss and not self._alone)
+        watched = self.has_script or (self._has_loss and not self._alone)
         with self._using(leaves), self._during(Moment.BACKWARD) if watched else nullcontext():
             yield watched
 

@@ -16,6 +16,7 @@ from torch.nn.utils import get_total_norm
 from ..partition import Boundary, Finish, Memory, Partition, select, to_device
 from ..partition.ownership import parameter_places
 from .averaging import BucketedMean, ReplicaMean
+from .compute_copies import ComputeCopies
 from .gradient_hooks import accumulated, calls_backward_hooks, hooked, refuse_on_halves, stage_backward
 from .graph import GraphCheck
 from .host_copies import known, plain_positions
@@ -87,6 +88,9 @@ class StageRunner:
         self._kept = KeptState(self.stage, isinstance(loss_fn, LossOfModel) and loss_fn.is_of_script)
         self._buffers = BufferCheck(self.stage, replayed=settings.recompute and not self.stage.is_last)
         self._backwards, self._modules = 0, list(self.stage.modules())
+        # The last stage has one micro-batch in flight, and a stage that recomputes keeps no graph.
+        shares = not (self.stage.is_last or settings.recompute or settings.autocast_dtype is None)
+        self._copies = ComputeCopies(self.stage, self._bindings, settings.autocast_dtype) if shares else None
         refuse_on_halves(partition.tied, settings)
 
     @property
@@ -148,7 +152,7 @@ class StageRunner:
             }
         memory = self.memories.recall(segment)
         selected = known(select(self.stage, batch, self.device), batch)
-        item = InFlight(tick, selected, leaves, received, memory)
+        item = InFlight(tick, selected, leaves, received, memory, copies=self._versions.copies)
         if self.stage.is_last:
             item.full_batch, item.context = batch, context
         self.in_flight[tick] = item
@@ -164,6 +168,18 @@ class StageRunner:
 
     def _compute(self, item: InFlight) -> tuple[Boundary | torch.Tensor, Memory | None]:
         """Output and memory of a forward, which leaves what it was given as it is: it may be replayed."""
+        copies = None if self._reads.has_script else self._copies
+        if copies is None or copies.proven:
+            return self._attempt(item, copies)
+        found, shared = self._attempt(item, None), self._attempt(item, copies)
+        copies.proven = all(torch.equal(value, shared[0][name]) for name, value in found[0].items())
+        if copies.proven:
+            return shared
+        self._copies = None
+        item.copies.clear()
+        return found
+
+    def _attempt(self, item: InFlight, copies: ComputeCopies | None) -> tuple[Boundary | torch.Tensor, Memory | None]:
         # Evaluation between ticks leaves modules in eval mode; a replayed forward has to be a training forward.
         if not self.stage.training:
             self.stage.train()
@@ -175,13 +191,19 @@ class StageRunner:
                 scopes.enter_context(torch.autocast(self.device.type, dtype=self.settings.autocast_dtype))
             item.meeting = {name: item.leaves[name].view_as(item.leaves[name]) for name in self._meeting}
             weights = {name: item.meeting.get(source, item.leaves[source]) for name, source in self._bindings}
+            if copies is not None:
+                weights |= copies.of(item.leaves, item.copies)
             memory = None if item.memory is None else dict(item.memory)
             finish: Finish | None = None
             if self.stage.is_last:
                 check = None if self._check is None else partial(self._check.loss, allowed=item.given())
                 given = item.full_batch, item.batch, item.context, self.device
                 finish = finishing(self._loss_fn, *given, check, self._reads)
-            arguments = item.batch, item.received, memory, finish
+            received = item.received
+            if received is not None and self.settings.autocast_dtype is not None:
+                # Of a leaf, autocast keeps what it converts, and adds up the gradients of all its uses in lower precision.
+                received = {name: tensor.view_as(tensor) for name, tensor in received.items()}
+            arguments = item.batch, received, memory, finish
             output = functional_call(self.stage, weights, arguments, tie_weights=False)
             if self._check is not None:
                 self._check.forward([output] if self.stage.is_last else output.values(), item.given())
@@ -396,6 +418,7 @@ class StageRunner:
         self.settled.clear()
         self.window.clear()
         self.memories.groups.clear()
+        self._versions.look_again()
         if self._link is not None:
             self._link.weights.clear()
             self._link.gradients.clear()

@@ -35,6 +35,9 @@ class WeightVersions:
         self._lent: set[str] = set()  # parameters on whose storage there may be leaves
         self._moving: set[str] = set()  # those that have been trained
         self.have_views = False  # whether a script had views of some of them when their leaves were made
+        self.copies: dict[
+            str, torch.Tensor
+        ] = {}  # of the newest version, in autocast's precision, as forwards make them
 
     def predict(self, predicted: dict[str, torch.Tensor]) -> None:
         """Lets leaves from now on, until the next step or prediction, have other values than their parameters.
@@ -42,7 +45,8 @@ class WeightVersions:
         Args:
             predicted: values by name, in storage of their own; parameters without one keep their real values.
         """
-        self._leaves, self._predicted = None, predicted
+        self._forget()
+        self._predicted = predicted
 
     def leaves(self) -> dict[str, torch.Tensor]:
         """Leaves of the newest version, the same objects until the next step or prediction."""
@@ -76,7 +80,8 @@ class WeightVersions:
             in_use: whether a pending forward or backward still needs the present values.
             stepping: names of parameters that the step writes although they may have been frozen since.
         """
-        self._leaves, self._predicted = None, {}
+        self._forget()
+        self._predicted = {}
         if in_use:
             self._move([name for name in self._lent if name in stepping or self.parameters[name].requires_grad])
         self._lent = set()
@@ -87,14 +92,17 @@ class WeightVersions:
         Args:
             in_use: whether a pending forward or backward still needs the present values.
         """
-        self._leaves = None
+        self._forget()
         if in_use:
             self._move(self._lent)
         self._lent = set()
 
     def look_again(self) -> None:
         """Somebody else may have written, or frozen parameters: leaves are made anew."""
-        self._leaves = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._leaves, self.copies = None, {}
 
     def _move(self, names: Collection[str]) -> None:
         for name in names:

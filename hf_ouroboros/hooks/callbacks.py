@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_callback import CallbackHandler
 
 from ..errors import UnsupportedOptionError
-from .main_thread import unwatched
+from ..main_thread import unwatched
 from .shared_state import shares_state
 from .structure import Structure
 from .touching import Watching, is_foreign, names_model, sets_attributes, speaks_of

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..adapters import is_adapted, saving
+from ..adapters import is_adapted
 from ..adapters.describing import frozen_digests
 from ..checkpoint import save_state_part, write_manifest
 from ..checkpoint.fit import describe_run
@@ -25,6 +25,7 @@ from ..checkpoint.reading import RNG_STATE, SCHEDULER, TRAINER_STATE
 from ..engine.state import RunState
 from ..errors import OutputFolderError
 from ..partition.owned_weights import without_progress_bars
+from ..processes import saving
 from ..processes.files import bring_home, save_optimizer, save_weights, together
 from .agreement import AgreementHooks
 from .resuming import ResumeHooks

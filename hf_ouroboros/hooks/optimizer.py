@@ -14,12 +14,12 @@ from ..adapters import is_adapted
 from ..engine.optimizers import check_optimizer
 from ..engine.steps_at_once import has_hooks, why_at_once
 from ..errors import UnsupportedOptionError
+from ..main_thread import unwatched
 from ..optim import Choice, choose
 from ..optim.advice import automatic, warning
 from ..optim.matrices import hidden_matrices
 from ..partition import Partition
 from ..staged import StagedOptimizer
-from .main_thread import unwatched
 from .touching import is_foreign
 
 logger = logging.get_logger(__name__)

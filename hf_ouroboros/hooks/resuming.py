@@ -13,7 +13,6 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
-from ..adapters import saving
 from ..checkpoint.earlier import advice
 from ..checkpoint.fit import check_run, describe_run
 from ..checkpoint.manifest import STATE_META, find_changes, read_manifest
@@ -23,7 +22,7 @@ from ..checkpoint.trainer_state import best_checkpoint
 from ..engine.state import RunState
 from ..errors import CheckpointError, CheckpointMismatchError
 from ..partition import Partition
-from ..processes import ProcessGrid
+from ..processes import ProcessGrid, saving
 from ..processes.files import together
 from .position import position
 

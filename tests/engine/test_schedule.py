@@ -50,7 +50,7 @@ def make_slots(
 
 
 def expected_order(stage: int, num_stages: int, updates: Updates, warmup: int) -> list[Instruction]:
-    """DESIGN section 2 for one stage, read aloud.
+    """The update rule for one stage, read aloud.
 
     Delayed: F(t), B(t-d) if t-d is a delayed tick, Step after the update's last tick.
     Drained: the same lag within the update, then the rest of its backwards, Step.

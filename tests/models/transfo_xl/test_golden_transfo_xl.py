@@ -13,20 +13,18 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_ouroboros.models.transfo_xl  # noqa: F401  registers the model
 
-GOLDEN = Path(__file__).resolve().parents[4] / "shared/golden/transfo_xl"
-CASES = sorted(folder.name for folder in GOLDEN.glob("*/"))
+FIXTURES = Path(__file__).parent / "fixtures"
+CASES = sorted(path.parent.name for path in FIXTURES.glob("*/golden.json"))
 IMPLEMENTATIONS = ("sdpa", "eager")
-
-pytestmark = pytest.mark.skipif(not CASES, reason=f"no golden files in {GOLDEN}")
 
 
 class Case:
     """A checkpoint and what the reference made of it."""
 
     def __init__(self, name: str, implementation: str):
-        self.tensors = load_file(GOLDEN / name / "golden.safetensors")
-        self.facts = json.loads((GOLDEN / name / "golden.json").read_text())
-        self.model = AutoModelForCausalLM.from_pretrained(GOLDEN / name, attn_implementation=implementation).eval()
+        self.tensors = load_file(FIXTURES / name / "golden.safetensors")
+        self.facts = json.loads((FIXTURES / name / "golden.json").read_text())
+        self.model = AutoModelForCausalLM.from_pretrained(FIXTURES / name, attn_implementation=implementation).eval()
 
     def check(self, found: torch.Tensor, name: str, kind: str = "outputs") -> None:
         """Ten times the float32 rounding of the reference itself, as its README asks for."""
@@ -101,6 +99,10 @@ def test_the_same_parameters_are_tied(case: Case) -> None:
     assert tied == {frozenset(names) for names in case.facts["tied"] if not names[0].endswith(("r_w_bias", "r_r_bias"))}
 
 
+def test_all_kinds_are_there() -> None:
+    assert len(CASES) == 11
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_old_configs_attend_to_zero_rows(name: str) -> None:
-    assert AutoConfig.from_pretrained(GOLDEN / name).mem_init == "zeros"
+    assert AutoConfig.from_pretrained(FIXTURES / name).mem_init == "zeros"

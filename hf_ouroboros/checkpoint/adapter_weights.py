@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 from safetensors import safe_open
 
-from ..checkpoint.weights import READING, SavedTensor, check_tensor, saved_weights
 from ..errors import CheckpointError, CheckpointMismatchError, UnsupportedModelError
+from .weights import READING, SavedTensor, check_tensor, saved_weights
 
 WEIGHTS = "adapter_model.safetensors"
 Saved = dict[tuple[str, str], SavedTensor]

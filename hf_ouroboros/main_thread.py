@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
-from ..engine.reads import WITHOUT_VALUES, name_of, storage_of, tensors_in
-from ..errors import UnsupportedOptionError
+from .engine.reads import WITHOUT_VALUES, name_of, storage_of, tensors_in
+from .errors import UnsupportedOptionError
 
 
 class MainThread(TorchFunctionMode):

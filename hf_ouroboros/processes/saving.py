@@ -10,11 +10,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from ..checkpoint import weights
-from ..processes import ProcessGrid
-from ..processes.files import bring_home, together
-from . import files
-from .wrapping import is_adapted
+from ..adapters import is_adapted
+from ..checkpoint import adapter_weights, weights
+from .files import bring_home, together
+from .grid import ProcessGrid
 
 
 def look_at(model: Any, directory: str | Path, model_files: Any = None) -> Any:
@@ -26,18 +25,18 @@ def look_at(model: Any, directory: str | Path, model_files: Any = None) -> Any:
         model_files: gives the tensors of a model without adapters; None for what its index names.
     """
     if is_adapted(model):
-        return files.look_at(model, Path(directory))
+        return adapter_weights.look_at(model, Path(directory))
     return weights.saved_weights(Path(directory)) if model_files is None else model_files()
 
 
 def check(model: Any, saved: Mapping[Any, weights.SavedTensor], directory: str | Path) -> None:
     """Raises CheckpointMismatchError where it is another model's."""
-    (files.check if is_adapted(model) else weights.check_weights)(model, saved, Path(directory))
+    (adapter_weights.check if is_adapted(model) else weights.check_weights)(model, saved, Path(directory))
 
 
 def load(model: Any, directory: str | Path, saved: Mapping[Any, weights.SavedTensor]) -> None:
     """Reads what this process holds; raises CheckpointError."""
-    (files.load if is_adapted(model) else weights.load_weights)(model, Path(directory), saved)
+    (adapter_weights.load if is_adapted(model) else weights.load_weights)(model, Path(directory), saved)
 
 
 def gathered(model: Any, directory: Path, grid: ProcessGrid, group: dist.ProcessGroup) -> dict[str, torch.Tensor]:
@@ -50,12 +49,14 @@ def gathered(model: Any, directory: Path, grid: ProcessGrid, group: dist.Process
         group: of all processes; all of them call this at the same point.
     """
     # Whether embeddings are saved, the main process decides: PEFT may ask the Hub.
-    wanted = together(grid, group, set(files.names_in_files(model, "auto").values()) if grid.rank == 0 else None)[0]
+    wanted = together(
+        grid, group, set(adapter_weights.names_in_files(model, "auto").values()) if grid.rank == 0 else None
+    )[0]
     part = f".adapters-{grid.device_index}.safetensors"
     own = []
     if grid.replica == 0:
         directory.mkdir(parents=True, exist_ok=True)
-        save_file(files.held(model, wanted), directory / part)
+        save_file(adapter_weights.held(model, wanted), directory / part)
         own = [part]
     bring_home(directory, own, grid, group)
     found: dict[str, torch.Tensor] = {}
