@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .engine.streams import Reading
@@ -18,6 +17,9 @@ from .main_thread import unwatched
 from .partition import Finish, ModelCall, Partition, compose, to_device
 from .partition.module_hooks import OURS
 from .processes.relay import Relay
+
+if TYPE_CHECKING:
+    from .hooks.interfaces import RunningEngine
 
 
 class StagedModel(nn.Module):
@@ -43,7 +45,7 @@ class StagedModel(nn.Module):
         super().__init__()
         self.relay = relay
         self.loss_only = False
-        self.engine: Any = None
+        self.engine: RunningEngine | None = None
         self._reading: Reading | None = None
         self.stages = nn.ModuleList(partition.stages)
         self.config = partition.model.config
@@ -149,7 +151,7 @@ class StagedModel(nn.Module):
             yield
 
 
-def refuse_forward(model: PreTrainedModel) -> None:
+def refuse_forward(model: nn.Module) -> None:
     """Makes calls of a model whose other parts are in other processes (generate, for example) a named error."""
 
     def refuse(module: nn.Module, *inputs: Any) -> None:
@@ -176,7 +178,7 @@ class StagedOptimizer(torch.optim.Optimizer):
 
     def __init__(self, optimizer: torch.optim.Optimizer, compensation: str = "none"):
         self.optimizer = optimizer
-        self.engine: Any = None
+        self.engine: RunningEngine | None = None
         self._compensation = compensation
         self._shape = _shape_of(optimizer)
         if compensation != "none":
@@ -220,8 +222,14 @@ class StagedOptimizer(torch.optim.Optimizer):
     def defaults(self, defaults: dict[str, Any]) -> None:
         self.optimizer.defaults = defaults
 
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Closes the update with the present hyper-parameters."""
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure: gradients come from the stages
+        """Closes the update with the present hyper-parameters.
+
+        Raises:
+            EngineError: there is no update, outside of `train()`.
+        """
+        if self.engine is None:
+            raise EngineError("step() of the optimizer outside of train(): the stages' workers run in train() only")
         # A scheduler built on the complete optimizer looks for this; torch does not declare it.
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
         if self._shape != (shape := _shape_of(self.optimizer)):  # somebody has changed the groups themselves

@@ -89,7 +89,7 @@ class WeightPrediction(Compensation):
             return None if previous is None else torch.lerp(parameter, previous, -steps)
         rate: float = group["lr"]
         if algorithm_of(group) == "muon":
-            decayed = parameter - (steps * rate * group["weight_decay"]) * parameter
+            decayed: torch.Tensor = parameter - (steps * rate * group["weight_decay"]) * parameter
             direction = step_direction(state["momentum_buffer"], state, group)
             return decayed.sub(direction, alpha=steps * adjusted_rate(group, parameter))
         if algorithm_of(group) == "rotated":
