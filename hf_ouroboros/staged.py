@@ -223,13 +223,8 @@ class StagedOptimizer(torch.optim.Optimizer):
         self.optimizer.defaults = defaults
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure: gradients come from the stages
-        """Closes the update with the present hyper-parameters.
-
-        Raises:
-            EngineError: there is no update, outside of `train()`.
-        """
-        if self.engine is None:
-            raise EngineError("step() of the optimizer outside of train(): the stages' workers run in train() only")
+        """Closes the update with the present hyper-parameters."""
+        assert self.engine is not None  # there is one whenever Trainer steps
         # A scheduler built on the complete optimizer looks for this; torch does not declare it.
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
         if self._shape != (shape := _shape_of(self.optimizer)):  # somebody has changed the groups themselves

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -61,12 +61,12 @@ class ReferenceModel(nn.Module):
 
 
 @contextmanager
-def adapters_off(stages: Any, off: bool) -> Iterator[None]:
+def adapters_off(stages: Iterable[nn.Module], off: bool) -> Iterator[None]:
     """Within this context stages compute what they would without adapters; the model itself stays as it is.
 
     PEFT's own way, `disable_adapter`, would switch off the training of their parameters as well.
     """
-    switched = [
+    switched: list[Any] = [  # layers of PEFT
         module
         for stage in stages
         if off
