@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from loopback_hub import Hub, running_hub
+from trainer_helpers import EVERY
 
 TINY = """
 import torch, transformers
@@ -137,7 +138,7 @@ def test_push_and_load_a_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["end", "all_checkpoints"])
+@pytest.mark.parametrize("strategy", ["end", "all_checkpoints"] if EVERY else ["all_checkpoints"])
 def test_trainer_pushes(tmp_path: Path, strategy: str) -> None:
     with running_hub() as hub:
         client(hub, tmp_path / "train", TINY + TRAIN, strategy)

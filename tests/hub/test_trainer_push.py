@@ -8,7 +8,7 @@ import pytest
 import torch
 from loopback_hub import running_hub
 from test_loopback_hub import client
-from trainer_helpers import trained
+from trainer_helpers import EVERY, trained
 
 from hf_ouroboros import OuroborosTrainer
 
@@ -45,7 +45,7 @@ def card_is_ours(card: bytes) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["end", "every_save"])
+@pytest.mark.parametrize("strategy", ["end", "every_save"] if EVERY else ["every_save"])
 def test_pushes(tmp_path: Path, strategy: str) -> None:
     with running_hub() as hub:
         client(hub, tmp_path / "train", TRAIN, strategy)

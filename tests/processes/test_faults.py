@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from rig import Ended, ends_of, in_processes
-from trainer_helpers import AtStep, differing, split_options
+from trainer_helpers import EVERY, AtStep, differing, split_options
 from trainer_runs import accuracy, held, made, most_likely, run_here
 
 import hf_ouroboros.checkpoint.run_state
@@ -105,7 +105,7 @@ def kill_points(count: int) -> list[tuple[int, str, int]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("victim", "place", "nth"), kill_points(16))
+@pytest.mark.parametrize(("victim", "place", "nth"), kill_points(16 if EVERY else 10))
 def test_killed(tmp_path: Path, undisturbed: dict[str, Any], victim: int, place: str, nth: int) -> None:
     ends = ends_of(2, doomed, str(tmp_path), RUN, victim, place, nth, "killed")
     if isinstance(ends[victim], Ended):
