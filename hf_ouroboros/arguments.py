@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import TrainingArguments
@@ -189,7 +190,7 @@ class OuroborosArguments(TrainingArguments):
         if launched_processes() > 1 and not torch.accelerator.is_available() and not args.use_cpu:
             args.use_cpu = True
             args.__dict__.pop("__cached__setup_devices", None)  # this time, accelerate connects the processes
-        options = object.__new__(_with_defaults(type(args)))
+        options = object.__new__(_with_defaults(cast(Hashable, type(args))))  # mypy looks for the hash of its objects
         options.__dict__ = args.__dict__
         with refusing(args.use_cpu, args.ddp_backend):
             check_launch()
@@ -355,6 +356,9 @@ class OuroborosArguments(TrainingArguments):
 @functools.cache
 def _with_defaults(cls: type[TrainingArguments]) -> type[OuroborosArguments]:
     """A class of a script's arguments with the options of this package, which its objects have the defaults of."""
-    made = type(f"Ouroboros{cls.__name__}", (OuroborosArguments, cls), {"__module__": __name__})
+    made = cast(
+        type[OuroborosArguments],
+        type(f"Ouroboros{cls.__name__}", (OuroborosArguments, cls), {"__module__": __name__}),
+    )
     made.__dataclass_fields__ = {**cls.__dataclass_fields__, **OuroborosArguments.__dataclass_fields__}
     return made

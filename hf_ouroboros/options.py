@@ -19,7 +19,7 @@ import operator
 import os
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -287,6 +287,7 @@ class Checked:
     """
 
     given_by: ClassVar[str] = ""
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]  # subclasses are dataclasses
 
     def __post_init__(self) -> None:
         where = f"{self.given_by}: " if self.given_by else ""

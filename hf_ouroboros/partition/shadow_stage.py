@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -33,6 +33,9 @@ from .stages import Boundary, Finish, Memory, Stage
 from .stand_ins import identity, nothing, output_on_meta, without_values
 from .units import StageSpan, Unit
 
+if TYPE_CHECKING:
+    from .families import Family
+
 
 class _EndReached(Exception):
     """The forward has got to the end of the stage."""
@@ -50,10 +53,12 @@ class ShadowStage(Stage):
         num_stages: K.
     """
 
+    _core: PreTrainedModel
+
     def __init__(
         self,
         model: PreTrainedModel,
-        family: Any,
+        family: Family,
         anatomy: Anatomy,
         units: Sequence[Unit],
         span: StageSpan,
@@ -117,7 +122,10 @@ class ShadowStage(Stage):
             return self._attempt(batch, received)
         run = partial(self._attempt, received=received)
         call = OneCall(run, batch, keys, self.foreign_outputs, alone=self.is_first)
-        return call(**batch).logits if finish is None else finish(call)
+        if finish is not None:
+            return finish(call)
+        output: Any = call(**batch)
+        return output.logits
 
     def _attempt(self, inputs: dict[str, Any], received: Boundary | None) -> Any:
         try:
@@ -141,8 +149,10 @@ class ShadowStage(Stage):
             relayed = {name: name for name in self._relayed}
             if self._relayed_hidden is not None:
                 relayed[HIDDEN] = self._relayed_hidden
-            for name, source in relayed.items():  # a view: a node at which gradients from further on arrive first
-                self._captured[name] = received[source].view_as(received[source])
+            if relayed:
+                assert received is not None  # only what is received is relayed
+                for name, source in relayed.items():  # a view: a node at which gradients from further on arrive first
+                    self._captured[name] = received[source].view_as(received[source])
             return self._captured
         finally:
             self._received, self._captured = None, {}
@@ -214,7 +224,7 @@ class ShadowStage(Stage):
         made: dict[int, Callable[[nn.Module], nn.Module]] = {}
         for i, layer in enumerate(anatomy.layers):
             if i not in self._own:
-                made[id(model.get_submodule(layer))] = lambda module, i=i: self._passing(module, i)
+                made[id(model.get_submodule(layer))] = partial(self._passing, i=i)
         if not self.is_first:
             made |= {id(model.get_submodule(name)): identity for name in anatomy.early_dropouts}
         if self._exit == anatomy.num_layers + 1:
@@ -267,11 +277,13 @@ class ShadowStage(Stage):
     def _inject(self, module: nn.Module, hidden: Path | None, extras: Sequence[tuple[str, Path]]) -> None:
         def injected(*args: Any, **kwargs: Any) -> Any:
             given: Any = (args, kwargs)
+            received = self._received
+            assert received is not None  # only a stage with others before it has an entry
             if hidden is not None:
                 self._entered = True
-                given = with_leaf(given, hidden, self._received[HIDDEN])
+                given = with_leaf(given, hidden, received[HIDDEN])
             for name, path in extras:
-                given = with_leaf(given, path, self._received[name])
+                given = with_leaf(given, path, received[name])
             return self._run_layer(module, *given[0], **given[1])
 
         module._compiled_call_impl = injected  # around the module's hooks, which see what it is given
@@ -308,6 +320,7 @@ class ShadowStage(Stage):
             hidden = leaf(given, call.hidden)
             if i == last and self._entry == last + 1:
                 self._entered = True
+                assert self._received is not None  # there are stages before an entry
                 hidden = self._received[HIDDEN]
             return call.returning(hidden)
 
@@ -315,10 +328,11 @@ class ShadowStage(Stage):
         return twin
 
     def _ending_head(self, module: nn.Module) -> nn.Module:
-        twin = without_values(module)
+        twin, place = without_values(module), self._anatomy.head_input
+        assert place is not None  # else no stage ends before the head
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            self._captured[HIDDEN] = leaf((args, kwargs), self._anatomy.head_input)
+            self._captured[HIDDEN] = leaf((args, kwargs), place)
             raise _EndReached
 
         twin.forward = forward

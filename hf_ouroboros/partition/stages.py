@@ -14,7 +14,6 @@ from transformers.utils import ModelOutput
 
 from ..errors import UnsupportedModelError
 from . import packed
-from .anatomy import HIDDEN
 from .units import StageSpan, Unit
 
 if TYPE_CHECKING:
@@ -144,11 +143,6 @@ class Stage(nn.Module, ABC):
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.device != device:
                     module._buffers[name] = buffer.to(device)
-
-
-def hidden_of(received: Mapping[str, torch.Tensor] | None) -> torch.Tensor | None:
-    """The hidden state among what a stage received."""
-    return None if received is None else received[HIDDEN]
 
 
 def to_device(values: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
