@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import TrainingArguments
@@ -29,7 +30,6 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     "auto_find_batch_size": (bool, "it restarts training after a failure; choose per_device_train_batch_size yourself"),
     "fsdp": (bool, "stages are placed whole; use more stages, or recompute=True to save memory"),
     "deepspeed": (bool, "stages are placed whole; use more stages, or recompute=True to save memory"),
-    "torch_compile": (bool, "stages run uncompiled; leave it off"),
     "use_liger_kernel": (bool, "it replaces the model's forward; leave it off"),
     "neftune_noise_alpha": (lambda value: value is not None, "its noise is not tied to micro-batches; leave it off"),
     "gradient_checkpointing": (bool, "it recomputes with the weights of now; use recompute=True"),
@@ -195,7 +195,7 @@ class OuroborosArguments(TrainingArguments):
         if launched_processes() > 1 and not torch.accelerator.is_available() and not args.use_cpu:
             args.use_cpu = True
             args.__dict__.pop("__cached__setup_devices", None)  # this time, accelerate connects the processes
-        options = object.__new__(_with_defaults(type(args)))
+        options = object.__new__(_with_defaults(cast(Hashable, type(args))))  # mypy looks for the hash of its objects
         options.__dict__ = args.__dict__
         with refusing(args.use_cpu, args.ddp_backend):
             check_launch()
@@ -310,6 +310,11 @@ class OuroborosArguments(TrainingArguments):
                 "train_sampling_strategy='batch_rebalance' gives every process its own rows, but the processes of a replica "
                 "need the same ones; use 'random', 'sequential' or 'group_by_length'"
             )
+        if self.torch_compile and schedule.divides_backward:
+            raise UnsupportedOptionError(
+                f"torch_compile=True makes backwards that compute all gradients at once, so that schedule={self.schedule!r} has "
+                "nothing to fill bubbles with; use schedule='1f1b', to the same numbers, or leave torch_compile off"
+            )
         if self.tied_gradient == "paper" and not schedule.allows_halves:
             raise UnsupportedOptionError(
                 f"tied_gradient='paper' needs the output side's gradient in the same tick, which schedule="
@@ -364,6 +369,9 @@ class OuroborosArguments(TrainingArguments):
 @functools.cache
 def _with_defaults(cls: type[TrainingArguments]) -> type[OuroborosArguments]:
     """A class of a script's arguments with the options of this package, which its objects have the defaults of."""
-    made = type(f"Ouroboros{cls.__name__}", (OuroborosArguments, cls), {"__module__": __name__})
+    made = cast(
+        type[OuroborosArguments],
+        type(f"Ouroboros{cls.__name__}", (OuroborosArguments, cls), {"__module__": __name__}),
+    )
     made.__dataclass_fields__ = {**cls.__dataclass_fields__, **OuroborosArguments.__dataclass_fields__}
     return made

@@ -103,7 +103,8 @@ class AutoStagedModelForCausalLM:
         if packing is not None:
             packing.of_meta(skeleton, packing.exceptions(skeleton))
         index = args.process_index % len(args.device_names)
-        return plan_ownership(skeleton, args.device_names, args.device_map, args.num_stages, args.max_memory, index)
+        memory: Any = args.max_memory  # text on the command line, and read by now
+        return plan_ownership(skeleton, args.device_names, args.device_map, args.num_stages, memory, index)
 
 
 class AutoStagedModelForSeq2SeqLM(AutoStagedModelForCausalLM):

@@ -103,8 +103,8 @@ def call_model(call: ModelCall, inputs: Mapping[str, Any], without_labels: bool)
     given = {key: value for key, value in inputs.items() if key not in (COLUMNS, SEGMENTS)}
     if not without_labels:
         return call(**given)
-    logits = call(**{key: value for key, value in given.items() if key not in ("labels", "shift_labels")}).logits
-    return causal_lm_output(logits, given)
+    output: Any = call(**{key: value for key, value in given.items() if key not in ("labels", "shift_labels")})
+    return causal_lm_output(output.logits, given)
 
 
 def causal_lm_output(logits: torch.Tensor, inputs: Mapping[str, Any]) -> CausalLMOutput:

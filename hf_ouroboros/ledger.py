@@ -88,15 +88,16 @@ class LossLedger:
     def next_log(self) -> tuple[DueLog, float, Any] | None:
         """The first log that is due, with its loss and gradient norm; None if there is none whose losses have all come."""
         self._advance()
-        if not self._turns or not isinstance(self._turns[0], DueLog):
+        log = self._turns[0] if self._turns else None
+        if not isinstance(log, DueLog):
             return None
-        log = self._turns.popleft()
+        self._turns.popleft()
         total = float(self._sum)
         with np.errstate(invalid="ignore"):
             self._sum = self._sum - self._sum  # Trainer's way to start anew, which keeps what is no number
         self._total += total
         self._logged_at = log.step
-        norm = self._norms.get(log.update)
+        norm = None if log.update is None else self._norms.get(log.update)
         self._wanted.discard(log.update)
         return log, total / log.steps, norm
 
@@ -106,8 +107,9 @@ class LossLedger:
         return self._total, float(self._sum)
 
     def _advance(self) -> None:
-        while self._turns and not isinstance(self._turns[0], DueLog) and self._turns[0][0] in self._losses:
-            tick, step = self._turns.popleft()
+        while self._turns and not isinstance(turn := self._turns[0], DueLog) and turn[0] in self._losses:
+            self._turns.popleft()
+            tick, step = turn
             loss = np.float32(float(self._losses.pop(tick)))
             with np.errstate(over="ignore", invalid="ignore"):
                 if self._without_nan and not np.isfinite(loss):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from .engine.reads import WITHOUT_VALUES, name_of, storage_of, tensors_in
 from .errors import UnsupportedOptionError
+
+if TYPE_CHECKING:
+    from .hooks.interfaces import SplitTrainer
 
 
 class MainThread(TorchFunctionMode):
@@ -28,7 +31,7 @@ class MainThread(TorchFunctionMode):
         trainer: whose model and engine.
     """
 
-    def __init__(self, trainer: Any):
+    def __init__(self, trainer: SplitTrainer):
         super().__init__()
         self._trainer = trainer
         self._process = os.getpid()
@@ -50,7 +53,8 @@ class MainThread(TorchFunctionMode):
         for tensor in tensors_in((args, kwargs)):
             touched = self._own.get(id(tensor))
             if touched is None:
-                touched = self._views.get(storage := storage_of(tensor))
+                storage = storage_of(tensor)
+                touched = None if storage is None else self._views.get(storage)
                 if touched is not None and storage_of(touched) != storage:  # what was there is gone
                     touched = None
             if touched is not None:
@@ -59,15 +63,15 @@ class MainThread(TorchFunctionMode):
     def _touched(self, tensor: torch.Tensor, name: str) -> None:
         if os.getpid() != self._process:  # in a worker of a data loader
             return
-        trainer = self._trainer
+        engine = self._trainer._running_engine
         self.paused = True
         try:
-            if name == "grad" and isinstance(tensor, nn.Parameter) and trainer.engine.holds_gradients:
+            if name == "grad" and isinstance(tensor, nn.Parameter) and engine.holds_gradients:
                 raise UnsupportedOptionError(
                     "a gradient is asked for within an update, but the stages still hold it; look at gradients in "
                     "on_pre_optimizer_step"
                 )
-            trainer.engine.open_weights()
+            engine.open_weights()
         finally:
             self.paused = False
         if isinstance(tensor, nn.Parameter) and (storage := storage_of(tensor)) is not None:

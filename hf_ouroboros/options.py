@@ -19,7 +19,7 @@ import operator
 import os
 import reprlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -182,7 +182,12 @@ class OneOf(Rule):
 
     def __init__(self, *words: str | Mapping[str, Any]):
         """The words, or a registry of them, which may grow."""
-        self.words: Collection[str] = words[0].keys() if isinstance(words[0], Mapping) else words
+        registry = words[0]
+        self.words: Collection[str]
+        if isinstance(registry, Mapping):
+            self.words = registry.keys()
+        else:
+            self.words = tuple(word for word in words if isinstance(word, str))
 
     def __repr__(self) -> str:
         return f"OneOf{tuple(self.words)}"
@@ -288,6 +293,7 @@ class Checked:
     """
 
     given_by: ClassVar[str] = ""
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]  # subclasses are dataclasses
 
     def __post_init__(self) -> None:
         where = f"{self.given_by}: " if self.given_by else ""

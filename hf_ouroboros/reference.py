@@ -41,6 +41,7 @@ from .engine.noise import NoDraws, StageNoise
 from .engine.optimizers import snapshot_hyperparameters
 from .engine.randomness import has_dropout
 from .engine.reads import ReadCheck
+from .engine.rehearsal import rehearse
 from .engine.settings import EngineSettings, FinishedLoss, FinishedNorm
 from .engine.state import RunState
 from .engine.streams import Memories, Segment, Streams, memories_on
@@ -178,6 +179,12 @@ class Reference:
             if not self._alone:  # the last stage may end in its own weights and in what it has received
                 received, own = nodes_of(state), list(replaced.values())
                 check = partial(self._check_loss, received, own)
+            rehearse(
+                stage,
+                self._noise[k],
+                self._reads[k],
+                partial(self._rehearsal, k, tick, batch, replaced, state, segment),
+            )
             with ExitStack() as scopes:
                 scopes.enter_context(self._reads[k].forward(replaced))
                 scopes.enter_context(self._noise[k].scope(self._seed, tick, self._device))
@@ -194,6 +201,21 @@ class Reference:
                     outputs = [state] if stage.is_last else state.values()
                     self._checks[k].forward(outputs, [*leaves.values(), *heads.values()])
         return state, heads
+
+    def _rehearsal(
+        self,
+        k: int,
+        tick: int,
+        batch: Mapping[str, Any],
+        weights: Mapping[str, torch.Tensor],
+        state: Any,
+        segment: Segment | None,
+    ) -> None:
+        """A forward of a stage, without the loss, of which nothing is kept."""
+        stage = self.partition.stages[k]
+        with self._reads[k].forward(weights), self._noise[k].scope(self._seed, tick, self._device):
+            arguments = select(stage, batch, self._device), state, self._memories[k].recall(segment), None
+            functional_call(stage, dict(weights), arguments, tie_weights=False)
 
     def _check_loss(self, received: set[Any], own: list[torch.Tensor], loss: torch.Tensor, outputs: set[Any]) -> None:
         self._checks[-1].loss(loss, received | outputs, own)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .engine.streams import Reading
@@ -16,7 +15,11 @@ from .errors import CheckpointError, EngineError, UnsupportedOptionError
 from .head_model import call_model, causal_name
 from .main_thread import unwatched
 from .partition import Finish, ModelCall, Partition, compose, to_device
+from .partition.module_hooks import OURS
 from .processes.relay import Relay
+
+if TYPE_CHECKING:
+    from .hooks.interfaces import RunningEngine
 
 
 class StagedModel(nn.Module):
@@ -42,7 +45,7 @@ class StagedModel(nn.Module):
         super().__init__()
         self.relay = relay
         self.loss_only = False
-        self.engine: Any = None
+        self.engine: RunningEngine | None = None
         self._reading: Reading | None = None
         self.stages = nn.ModuleList(partition.stages)
         self.config = partition.model.config
@@ -107,10 +110,10 @@ class StagedModel(nn.Module):
 
     def _run(self, inputs: dict[str, Any], finish: Finish) -> ModelOutput:
         if self._reading is None:
-            return compose(self.stages, inputs, finish=finish)
+            return compose(self._partition[0].stages, inputs, finish=finish)
         segment = self._reading.streams.enter(inputs)
         memories = [memory.recall(segment) for memory in self._reading.memories]
-        output = compose(self.stages, inputs, memories, finish)
+        output = compose(self._partition[0].stages, inputs, memories, finish)
         for kept, memory in zip(self._reading.memories, memories, strict=True):
             kept.keep(segment, memory)
         return output
@@ -148,7 +151,7 @@ class StagedModel(nn.Module):
             yield
 
 
-def refuse_forward(model: PreTrainedModel) -> None:
+def refuse_forward(model: nn.Module) -> None:
     """Makes calls of a model whose other parts are in other processes (generate, for example) a named error."""
 
     def refuse(module: nn.Module, *inputs: Any) -> None:
@@ -158,8 +161,8 @@ def refuse_forward(model: PreTrainedModel) -> None:
             "the result with from_pretrained"
         )
 
-    refuse._refuses_forward = True  # not a script's hook
-    if not any(hasattr(hook, "_refuses_forward") for hook in model._forward_pre_hooks.values()):
+    vars(refuse)[OURS] = True  # not a script's hook
+    if not any(hasattr(hook, OURS) for hook in model._forward_pre_hooks.values()):
         model.register_forward_pre_hook(refuse)
 
 
@@ -175,7 +178,7 @@ class StagedOptimizer(torch.optim.Optimizer):
 
     def __init__(self, optimizer: torch.optim.Optimizer, compensation: str = "none"):
         self.optimizer = optimizer
-        self.engine: Any = None
+        self.engine: RunningEngine | None = None
         self._compensation = compensation
         self._shape = _shape_of(optimizer)
         if compensation != "none":
@@ -215,9 +218,15 @@ class StagedOptimizer(torch.optim.Optimizer):
         """The complete optimizer's defaults."""
         return self.optimizer.defaults
 
-    def step(self, closure: Any = None) -> None:
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.optimizer.defaults = defaults
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure: gradients come from the stages
         """Closes the update with the present hyper-parameters."""
-        self.optimizer._opt_called = True  # a scheduler built on the complete optimizer looks for this
+        assert self.engine is not None  # there is one whenever Trainer steps
+        # A scheduler built on the complete optimizer looks for this; torch does not declare it.
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]
         if self._shape != (shape := _shape_of(self.optimizer)):  # somebody has changed the groups themselves
             self._shape = shape
             self._attach()

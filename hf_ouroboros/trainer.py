@@ -27,6 +27,7 @@ from .hooks.callbacks import CallbackHooks, ScriptCallbacks
 from .hooks.card import CardHooks
 from .hooks.changes import ChangeHooks
 from .hooks.checkpoints import CheckpointHooks
+from .hooks.compiling import compilation_of
 from .hooks.evaluation import EvaluationHooks
 from .hooks.logs import LogHooks
 from .hooks.moments import LateState, LossAtItsStep, MomentContext
@@ -35,8 +36,8 @@ from .hooks.preemption import SaveOnSigterm
 from .hooks.timeline import TimelineHooks
 from .hooks.touching import is_foreign
 from .hub.card_facts import TAG
-from .main_thread import MainThread
-from .partition import Home, Partition, StagePlan, split_model, torch_device
+from .main_thread import MainThread, unwatched
+from .partition import Home, StagePlan, split_model, torch_device
 from .partition.finite import check_finite
 from .partition.meta import is_encoder_decoder
 from .partition.trained import refresh
@@ -111,12 +112,10 @@ class OuroborosTrainer(
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             callbacks=callbacks,
         )
-        self.engine: Engine | Reference | None = None
-        self.timeline: Timeline | None = None
-        self._partition: Partition | None = None
-        self._staged: StagedModel | None = None
+        self.engine = None
+        self.timeline = None
         self._grid = _grid_of(options)
-        self._watch: Watch | None = None
+        self._watch = None
         self._phase: str | None = None
         self._counts_all_replicas = False
         self._own_optimizer = optimizers[0] is not None or optimizer_cls_and_kwargs is not None
@@ -179,14 +178,15 @@ class OuroborosTrainer(
         check_quantized(model)
         if self._grid is not None:
             check_finite(model)  # in one process, the comparison of logits finds out
-        outer, model = model, base_of(model)
+        inner: PreTrainedModel = base_of(model)  # a module of another kind is refused now
+        memory: Any = args.max_memory  # text on the command line, and read by now
         schedule = SCHEDULES[args.schedule]
         self._partition = split_model(
-            model,
+            inner,
             args.device_names,
             args.device_map,
             args.num_stages,
-            args.max_memory,
+            memory,
             delayed=not schedule.is_synchronous,
             colocate=not schedule.uses_devices,
             home=None if self._grid is None else Home(self._grid.device_index, self._grid.device),
@@ -199,14 +199,14 @@ class OuroborosTrainer(
             with self._guarded("setting up"):
                 self._specs = boundary_specs(self._partition, self._grid, self._row_group, dtype)
                 relay = Relay(self._partition, self._grid, self._specs)
-            for whole in {model, outer}:
+            for whole in {inner, model}:
                 refuse_forward(whole)
-        self._staged = StagedModel(self._partition, dtype, relay, outer)
+        self._staged = StagedModel(self._partition, dtype, relay, model)
         # Without it, Trainer counts one label too many per row of GPT-2 and the loss comes out too small.
-        if not is_encoder_decoder(model):
-            model.loss_type = "ForCausalLM"
-        if hasattr(model, "add_model_tags"):
-            model.add_model_tags([TAG])
+        if not is_encoder_decoder(inner):
+            inner.loss_type = "ForCausalLM"
+        if hasattr(inner, "add_model_tags"):
+            inner.add_model_tags([TAG])
 
     def synchronize(self) -> None:
         """Waits until all stages have finished the newest micro-batch; then the weights may be looked at.
@@ -287,7 +287,7 @@ class OuroborosTrainer(
         return self._staged
 
     def _start_engine(self) -> None:
-        staged = self._staged_optimizer
+        staged = self._face
         if self.engine is not None:
             self.engine.close()
         plan = self.stage_plan
@@ -299,17 +299,20 @@ class OuroborosTrainer(
         check_trainable(staged.optimizer, self.model)
         self._partition = refresh(self._partition)  # as parameters are frozen now
         self._partition.carry_hooks()
+        self._partition.compile_layers(compilation_of(self.args))
         check_surroundings()
         self._look_at_script()
         self._look_at_optimizer()
         self._agree_on_training(settings, str(self.delay_compensation))
         self._warn_of_delay(staged.optimizer)
-        common = self._partition, staged.optimizer, LossAtItsStep(self), settings, self.timeline
+        common = self._partition, staged.optimizer, LossAtItsStep(self), settings
         if self._grid is not None:
             specs = with_gradients(self._specs, self._partition)
-            self.engine = ProcessEngine(*common, self._grid, specs, self._watch.check)
+            self.engine = ProcessEngine(*common, self.timeline, self._grid, specs, self._check_others)
+        elif settings.record.uses_devices:
+            self.engine = Engine(*common, self.timeline)
         else:
-            self.engine = Engine(*common) if settings.record.uses_devices else Reference(*common)
+            self.engine = Reference(*common)
         staged.engine = self._staged.engine = self.engine
         self._start_ledger()
         self._save_due = False
@@ -334,10 +337,11 @@ class OuroborosTrainer(
         context = MomentContext(num_items_in_batch, steps)
         context.moment, context.variables = (self.state.global_step, self.state.epoch), copy_context()
         self._take_settings()
-        tick = self.engine.submit(inputs, context)
+        with unwatched():  # of the reference, whose stages compute in this thread
+            tick = self.engine.submit(inputs, context)
         if self._step_is_own:
             self.engine.account_for_open()
-            return torch.tensor(float(self.engine.collect()[-1].loss), device=self.args.device)
+            return torch.tensor(float(self._collect()[-1].loss), device=self.args.device)
         if self._rests_each_time:
             self.engine.rest()
         if self._tr_loss.device != self._nothing.device:  # Trainer looks at every loss that it is given
@@ -354,7 +358,7 @@ class OuroborosTrainer(
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         control = self.control
-        if self.engine.update_open:  # an epoch of data without a length may end within an update
+        if self._running_engine.update_open:  # an epoch of data without a length may end within an update
             self._save_due |= control.should_save
             control.should_save = False
         elif self._save_due:

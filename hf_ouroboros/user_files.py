@@ -13,9 +13,13 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from .errors import InputFileError, OutputFileError
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 MOST_BYTES = 2**30  # of a text file that is read at once
 
@@ -43,6 +47,12 @@ def read_text(path: str | Path, most: int = MOST_BYTES) -> str:
         raise InputFileError(f"{str(path)!r} can't be read: {error.strerror}") from error
     except ValueError as error:  # no UTF-8, or no path at all
         raise InputFileError(f"{str(path)!r} can't be read ({error})") from error
+
+
+def output_folder(args: TrainingArguments) -> Path:
+    """Where a run writes; `TrainingArguments` names a folder where a script does not, so that there always is one."""
+    assert args.output_dir is not None
+    return Path(args.output_dir)
 
 
 def check_writable(option: str, *paths: str | Path) -> None:

@@ -214,7 +214,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"fp16_full_eval": True}, "fp16_full_eval"),
     ({"bf16_full_eval": True}, "bf16_full_eval"),
     ({"auto_find_batch_size": True}, "auto_find_batch_size.*per_device_train_batch_size"),
-    ({"torch_compile": True}, "torch_compile"),
     ({"use_liger_kernel": True}, "use_liger_kernel"),
     ({"neftune_noise_alpha": 0.0}, "neftune_noise_alpha"),
     ({"gradient_checkpointing": True}, "gradient_checkpointing.*recompute=True"),

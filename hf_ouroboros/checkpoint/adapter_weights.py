@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -24,7 +24,7 @@ Saved = dict[tuple[str, str], SavedTensor]
 """{(file, name in it): what is there}"""
 
 
-def names_in_files(model: Any, embeddings: bool | str = False) -> dict[tuple[str, str], str]:
+def names_in_files(model: Any, embeddings: bool | Literal["auto"] = False) -> dict[tuple[str, str], str]:
     """{(file, name in it): name in the model's `state_dict()`} of everything that PEFT saves.
 
     Args:

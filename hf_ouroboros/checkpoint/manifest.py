@@ -94,10 +94,10 @@ def write_manifest(
     directory = Path(directory)
     names = [name for name in files_in(directory) if name != STATE_META]
     known = dict(hashed or {})
-    known |= digests_of(directory, [name for name in names if name not in known])
-    for digest in known.values():
+    for name, digest in digests_of(directory, [name for name in names if name not in known]).items():
         if isinstance(digest, OSError):
             raise digest
+        known[name] = digest
     ticks = {stage: entries for part in parts for stage, entries in part.meta["pending_ticks"].items()}
     listed = [{"file": part.file, "replica": part.replica, "streams": part.meta["streams"]} for part in parts]
     meta = {**parts[0].meta, "pending_ticks": ticks, "replicas": replicas, "parts": listed, "run": dict(run or {})}
@@ -215,9 +215,9 @@ def find_changes(directory: str | Path, manifest: Manifest, share: tuple[int, in
             same_size.append(name)
     # The large ones first, dealt out in turn: then the shares are about equal.
     same_size.sort(key=lambda name: (-manifest.files[name].bytes, name))
-    for name, found in digests_of(directory, same_size[share[0] :: share[1]]).items():
-        if isinstance(found, OSError):
-            changes[name] = f"can't be read ({found})"
-        elif found != manifest.files[name]:
+    for name, read in digests_of(directory, same_size[share[0] :: share[1]]).items():
+        if isinstance(read, OSError):
+            changes[name] = f"can't be read ({read})"
+        elif read != manifest.files[name]:
             changes[name] = "has another content (its SHA-256 differs)"
     return changes

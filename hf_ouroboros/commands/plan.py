@@ -170,7 +170,7 @@ def _devices(
 
     here = [kind for kind in kinds if isinstance(kind, str)]
     if not here:
-        return [estimated(facts, kind) for kind in kinds]
+        return [estimated(facts, kind) for kind in kinds if not isinstance(kind, str)]
     return measured(config, facts, here, CACHE, again=arguments.measure_again)
 
 

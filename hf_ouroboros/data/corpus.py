@@ -73,8 +73,10 @@ def default_corpus(
     root = Path(sysconfig.get_paths()["stdlib"] if stdlib is None else stdlib)
     names = _source_names(root)
     held_out = {name for name in names if _hash_fraction("split", name) < validation_share}
-    validation_bytes = None if max_bytes is None else round(max_bytes * validation_share)
-    train_bytes = None if max_bytes is None else max_bytes - validation_bytes
+    train_bytes, validation_bytes = None, None
+    if max_bytes is not None:
+        validation_bytes = round(max_bytes * validation_share)
+        train_bytes = max_bytes - validation_bytes
     corpus = Corpus(
         train=_take(root, [name for name in names if name not in held_out], train_bytes),
         validation=_take(root, sorted(held_out), validation_bytes),

@@ -16,7 +16,7 @@ micro-batches of one update or the shares of replicas; each keeps its columns fo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,7 @@ from hf_ouroboros.errors import UnsupportedOptionError
 if TYPE_CHECKING:
     from datasets import Dataset as HFDataset
     from transformers import PreTrainedTokenizerBase, TrainingArguments
+    from transformers.trainer_pt_utils import AcceleratorConfig
 
     from hf_ouroboros.data.tokenizing import Texts
 
@@ -201,7 +202,8 @@ def check_stream_arguments(
 
 def _replicas(args: TrainingArguments) -> int:
     """How many batches of the data loader make one step of the run."""
-    if args.accelerator_config.split_batches:
+    # Annotated as what it may be given as; this is what TrainingArguments makes of it.
+    if cast("AcceleratorConfig", args.accelerator_config).split_batches:
         return 1
     return getattr(args, "data_parallel_replicas", args.world_size)
 

@@ -88,10 +88,10 @@ def load_texts(
     train_paths = None if train_file is None else _existing("train_file", train_file)
     validation_paths = None if validation_file is None else _existing("validation_file", validation_file)
 
-    train, validation = None, None
     if train_paths is not None:
-        train = _load_files("train_file", train_paths, cache_dir)
+        train, validation = _load_files("train_file", train_paths, cache_dir), None
     else:
+        assert dataset_name is not None  # the one or the other is given
         train, validation = _load_named(dataset_name, dataset_config, cache_dir)
     if validation_paths is not None:
         validation = _load_files("validation_file", validation_paths, cache_dir)
@@ -153,7 +153,7 @@ def _checked_kind(what: str, rows: Dataset, text_column: str) -> Literal["text",
     """Whether the rows are texts or completions, after making sure that they are usable."""
     if len(rows) == 0:
         raise EmptyDataError(f"The {what} have no rows.")
-    kind = "text" if text_column in rows.column_names else "completion"
+    kind: Literal["text", "completion"] = "text" if text_column in rows.column_names else "completion"
     columns = (text_column,) if kind == "text" else COMPLETION_COLUMNS
     if not set(columns) <= set(rows.column_names):
         raise MissingColumnError(

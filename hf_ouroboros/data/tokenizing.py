@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from datasets import Dataset as HFDataset
     from transformers import PreTrainedTokenizerBase
 
-    Texts = Iterable[str] | HFDataset
+    Texts: TypeAlias = Iterable[str] | HFDataset
 
 TokenArray = npt.NDArray[np.int32]
 
@@ -89,10 +89,11 @@ def _strings(texts: Texts, text_column: str) -> Iterator[str]:
     if not hasattr(texts, "column_names"):
         yield from texts
         return
+    dataset = cast("HFDataset", texts)
     # An iterable dataset may not know its columns before it is read.
-    if texts.column_names is not None and text_column not in texts.column_names:
-        raise MissingColumnError(f"The dataset has no column {text_column!r}; it has {texts.column_names}.")
-    for rows in texts.iter(batch_size=1000):
+    if dataset.column_names is not None and text_column not in dataset.column_names:
+        raise MissingColumnError(f"The dataset has no column {text_column!r}; it has {dataset.column_names}.")
+    for rows in dataset.iter(batch_size=1000):
         yield from rows[text_column]
 
 

@@ -57,6 +57,11 @@ class StageNoise:
         """
         self._draws = draws
 
+    @property
+    def everything(self) -> bool | None:
+        """Whether more is drawn than dropout; None before the first forward, in which it is found out."""
+        return self._everything
+
     @contextlib.contextmanager
     def scope(self, seed: int, tick: int, device: torch.device) -> Iterator[None]:
         """Surrounds the stage's forward of a tick, or its replay.

@@ -36,8 +36,12 @@ def seeded_dropout(seed: int, stage: int, tick: int | str, device: torch.device)
     value = mask_seed(seed, stage, tick)
     generator = torch.Generator().manual_seed(value)
     if device.type == "cpu":
-        with _OwnGenerator(generator):
-            yield generator
+        before, _of_this_thread.generator = getattr(_of_this_thread, "generator", None), generator
+        try:
+            with _OwnGenerator(generator):
+                yield generator
+        finally:
+            _of_this_thread.generator = before
         return
     module = torch.get_device_module(device)
     with _device_lock(device):
@@ -50,11 +54,23 @@ def seeded_dropout(seed: int, stage: int, tick: int | str, device: torch.device)
             module.set_rng_state(state, device)
 
 
+_of_this_thread = threading.local()
 _locks: dict[str, threading.RLock] = {}
 
 
 def _device_lock(device: torch.device) -> threading.RLock:
     return _locks.setdefault(str(device), threading.RLock())
+
+
+@torch.library.custom_op("hf_ouroboros::drawn_here", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def _drawn_here(like: torch.Tensor, probability: float) -> torch.Tensor:
+    """Ones with a probability, else zeros, from the generator of this thread: an operation that compilers leave as it is."""
+    return torch.empty_like(like, requires_grad=False).bernoulli_(probability, generator=_of_this_thread.generator)
+
+
+@_drawn_here.register_fake
+def _(like: torch.Tensor, probability: float) -> torch.Tensor:
+    return torch.empty_like(like)
 
 
 class _OwnGenerator(TorchFunctionMode):
@@ -77,7 +93,10 @@ class _OwnGenerator(TorchFunctionMode):
     ) -> torch.Tensor:
         if not training or p == 0:
             return input
-        keep = torch.empty_like(input, requires_grad=False).bernoulli_(1 - p, generator=self.generator)
+        if torch.compiler.is_dynamo_compiling():  # in this thread
+            keep = _drawn_here(input.detach(), 1 - p)
+        else:
+            keep = torch.empty_like(input, requires_grad=False).bernoulli_(1 - p, generator=self.generator)
         if p < 1:
             keep.div_(1 - p)
         return input.mul_(keep) if inplace else input * keep

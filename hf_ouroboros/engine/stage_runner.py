@@ -26,6 +26,7 @@ from .noise import StageNoise
 from .optimizers import StageOptimizer
 from .randomness import has_dropout
 from .reads import ReadCheck
+from .rehearsal import rehearse
 from .settings import EngineSettings, Hyperparameters
 from .stage_updates import Gradients, StageUpdates
 from .streams import Memories, Segment
@@ -167,6 +168,7 @@ class StageRunner(StageUpdates):
 
     def _compute(self, item: InFlight) -> tuple[Boundary | torch.Tensor, Memory | None]:
         """Output and memory of a forward, which leaves what it was given as it is: it may be replayed."""
+        rehearse(self.stage, self._noise, self._reads, lambda: self._attempt(item, None, rehearsal=True))
         copies = None if self._reads.has_script else self._copies
         if copies is None or copies.proven:
             return self._attempt(item, copies)
@@ -178,7 +180,9 @@ class StageRunner(StageUpdates):
         item.copies.clear()
         return found
 
-    def _attempt(self, item: InFlight, copies: ComputeCopies | None) -> tuple[Boundary | torch.Tensor, Memory | None]:
+    def _attempt(
+        self, item: InFlight, copies: ComputeCopies | None, rehearsal: bool = False
+    ) -> tuple[Boundary | torch.Tensor, Memory | None]:
         # Evaluation between ticks leaves modules in eval mode; a replayed forward has to be a training forward.
         if not self.stage.training:
             self.stage.train()
@@ -194,7 +198,7 @@ class StageRunner(StageUpdates):
                 weights |= copies.of(item.leaves, item.copies)
             memory = None if item.memory is None else dict(item.memory)
             finish: Finish | None = None
-            if self.stage.is_last:
+            if self.stage.is_last and not rehearsal:
                 check = None if self._check is None else partial(self._check.loss, allowed=item.given())
                 given = item.full_batch, item.batch, item.context, self.device
                 finish = finishing(self._loss_fn, *given, check, self._reads)

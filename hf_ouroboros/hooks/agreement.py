@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainingArguments
 
 from ..arguments import OuroborosArguments
 from ..engine.settings import EngineSettings
 from ..engine.state import RunState
-from ..partition import Partition
-from ..processes import ProcessGrid, run_digest
+from ..processes import run_digest
 from ..processes.meeting import present
-from ..processes.watch import Watch
+from .interfaces import SplitTrainer
 
 
-class AgreementHooks(Trainer):
+class AgreementHooks(SplitTrainer):
     """Has all processes compare options, model, split, optimizer and data before anything depends on them.
 
     They meet when the trainer is made, twice (options; then the model, the plan and the accelerator), at `train()`, at
     every evaluation and at `save_model()`. In a run of a single process nothing happens.
     """
 
-    _grid: ProcessGrid | None
-    _watch: Watch | None
-    _partition: Partition | None
     _resumed_state: RunState | None
     _train_data: Mapping[str, Any] | None = None
     _beside: tuple[TrainingArguments, OuroborosArguments] | None = None
@@ -45,8 +41,13 @@ class AgreementHooks(Trainer):
         args = self.args if args is None else args
         meeting = present() if args.world_size > 1 else None
         if meeting is not None:
-            watch = getattr(self, "_watch", None)
-            meeting.agree(where, sections, args.ddp_timeout_delta, (lambda: None) if watch is None else watch.check)
+            meeting.agree(where, sections, args.ddp_timeout_delta, self._check_others)
+
+    @property
+    def _check_others(self) -> Callable[[], None]:
+        """Raises if another process is known to have failed, from the moment on when somebody watches over them."""
+        watch = getattr(self, "_watch", None)
+        return (lambda: None) if watch is None else watch.check
 
     def _agree_on_options(self, args: TrainingArguments, **given: Any) -> None:
         """When processes meet: software, options, and which functions and callbacks a script has given."""
@@ -78,7 +79,7 @@ class AgreementHooks(Trainer):
         if self._grid is None:
             return
         resumed = self._resumed_state
-        optimizer, scheduler = self._staged_optimizer.optimizer, self.lr_scheduler
+        optimizer, scheduler = self._face.optimizer, self.lr_scheduler
         # Hosts may have different numbers of cores.
         names = [field.name for field in fields(settings) if field.name not in ("threads", "compensations")]
         self._agree(

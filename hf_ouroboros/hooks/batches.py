@@ -5,16 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ..engine.device_queue import has_queues
 from ..engine.streams import COLUMNS, SEGMENTS
 from ..partition.meta import target_labels
-from ..processes import ProcessGrid
 from ..processes.accelerator import ReplicaAccelerator
 from ..processes.awaiting import summed
 from ..processes.same_batches import SameBatches
-from ..processes.watch import Watch
 from .agreement import AgreementHooks
 from .touching import is_foreign
 
@@ -24,11 +21,9 @@ _COUNTS = ("num_parameters", "floating_point_ops", "estimate_tokens")
 class BatchHooks(AgreementHooks):
     """Makes Trainer share batches within a replica, shard them among replicas, and count everything once."""
 
-    _grid: ProcessGrid | None
-    _eval_sums: list[tuple[float, float]] | None
+    current_flos: float  # type: ignore[assignment]  # Trainer begins with a whole number, and goes on with any
+    _signature_columns: list[str] | None  # type: ignore[assignment]  # mypy has only seen that Trainer begins with None
     _same_batches: SameBatches | None = None
-    _watch: Watch | None
-    _control_group: dist.ProcessGroup | None
     _counted_for: Any = None
     _operations_each: float = 0.0
 
@@ -39,7 +34,7 @@ class BatchHooks(AgreementHooks):
         if self._grid is None and has_queues(self.args.device.type):
             self.accelerator.device_placement = False  # each stage fetches what it needs from the host's memory
         if self._grid is not None:
-            self.accelerator = ReplicaAccelerator.over(self.accelerator, self._grid, self._watch.check)
+            self.accelerator = ReplicaAccelerator.over(self.accelerator, self._grid, self._check_others)
             self.gather_function = self.accelerator.gather_for_metrics
 
     def get_tp_size(self) -> int:
@@ -56,7 +51,8 @@ class BatchHooks(AgreementHooks):
             target_labels(batch["labels"], self.model) if batch.get("shift_labels") is None else batch["shift_labels"]
             for batch in batch_samples
         ]
-        count = sum(target.ne(-100).sum() for target in targets)
+        first, *others = (target.ne(-100).sum() for target in targets)
+        count = sum(others, first)
         if self._grid is None and self._eval_sums is None and count.device.type == "cpu" and has_queues(device.type):
             return count.pin_memory()  # where the last stage fetches it
         count = count.to(device)
@@ -68,17 +64,19 @@ class BatchHooks(AgreementHooks):
         """As in Trainer; what is said about a batch's targets and its place in a stream is needed, too."""
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            self._signature_columns += ["shift_labels", COLUMNS, SEGMENTS]
+            self._signature_columns = [*(self._signature_columns or ()), "shift_labels", COLUMNS, SEGMENTS]
 
     def store_flos(self) -> None:
         """As in Trainer; while it waits for another process it hears of that one's failure."""
         if self._grid is not None:
-            self.current_flos = summed(self.current_flos, self._control_group, self._watch.check)
+            self.current_flos = summed(self.current_flos, self._control_group, self._check_others)
             self.state.total_flos, self.current_flos = self.state.total_flos + self.current_flos, 0
         else:
             super().store_flos()
 
-    def floating_point_ops(self, inputs: dict[str, torch.Tensor | Any]) -> int:
+    def floating_point_ops(  # type: ignore[override]  # a share need not be a whole number, nor is it one in Trainer's sum
+        self, inputs: dict[str, torch.Tensor | Any]
+    ) -> float:
         """This process's share of the operations of a batch; Trainer sums over processes.
 
         Trainer counts the model's parameters for each batch; as stages keep theirs, once in a run is enough.

@@ -11,11 +11,12 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl
+from transformers import TrainerCallback, TrainerControl
 from transformers.trainer_callback import CallbackHandler
 
 from ..errors import UnsupportedOptionError
 from ..main_thread import unwatched
+from .interfaces import SplitTrainer
 from .shared_state import shares_state
 from .structure import Structure
 from .touching import Watching, is_foreign, names_model, sets_attributes, speaks_of
@@ -45,7 +46,7 @@ class ScriptCallbacks(CallbackHandler):
         trainer: whose callbacks they are.
     """
 
-    def __init__(self, handler: CallbackHandler, trainer: Any):
+    def __init__(self, handler: CallbackHandler, trainer: CallbackHooks):
         self.__dict__.update(handler.__dict__)
         self._trainer = trainer
 
@@ -63,13 +64,13 @@ class ScriptCallbacks(CallbackHandler):
         return control
 
 
-class CallbackHooks(Trainer):
+class CallbackHooks(SplitTrainer):
     """Lets a script's callbacks look at the model, write, freeze and add to it between micro-batches."""
 
-    engine: Any
     _loss_is_own: bool = False
     _rests_each_time: bool = False
     _sets: bool = False
+    _loss_sets: bool = False
 
     @property
     def _pipeline_runs(self) -> bool:
@@ -113,11 +114,11 @@ class CallbackHooks(Trainer):
         Raises:
             UnsupportedOptionError: the loss may have changed them, while other stages are at other micro-batches.
         """
-        if not self._sets:
+        if not self._sets or (before := self._settings) is None:
             return
-        self.engine.rest()
-        now, before = Structure.of(self.model), self._settings
-        self._settings = now
+        engine = self._running_engine
+        engine.rest()
+        now = self._settings = Structure.of(self.model)
         changed = now.settings_since(before)
         if not changed:
             return
@@ -128,7 +129,7 @@ class CallbackHooks(Trainer):
                 "stages are at other micro-batches; change it in a callback (on_step_begin)"
             )
         self._tell_stages(changed)
-        self.engine.take_weights()
+        engine.take_weights()
 
     def _tell_stages(self, changed: list[tuple[str, str, Any]]) -> None:
         partition = self._partition
@@ -146,7 +147,7 @@ class CallbackHooks(Trainer):
         if (
             self._loss_is_own
             or self.compute_loss_func is not None
-            or self.engine.has_views
+            or self._running_engine.has_views
             or names_model(callback, event)
         ):
             visit.begin()
@@ -158,7 +159,7 @@ class CallbackHooks(Trainer):
 class _Visit:
     """One call of a callback."""
 
-    def __init__(self, trainer: Any, callback: TrainerCallback, event: str):
+    def __init__(self, trainer: SplitTrainer, callback: TrainerCallback, event: str):
         self._trainer, self._event = trainer, event
         self._who = f"{type(callback).__name__}.{event}"
         self._begun = False
@@ -169,7 +170,7 @@ class _Visit:
         if self._begun:
             return
         self._begun = True
-        engine = self._trainer.engine
+        engine = self._trainer._running_engine
         if self._event == "on_pre_optimizer_step" and self._trainer._grid is None:
             with unwatched():
                 engine.expose_gradients()
@@ -210,7 +211,7 @@ class _Visit:
             )
         self._trainer._tell_stages(now.settings_since(before))
         self._trainer._settings = now
-        self._trainer.engine.take_weights()
+        self._trainer._running_engine.take_weights()
 
 
 def _tell(stage: nn.Module, name: str, attribute: str, value: Any) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
-
 from ..hub.card_facts import collect_facts
+from ..user_files import output_folder
+from .interfaces import SplitTrainer
 
 
-class CardHooks(Trainer):
+class CardHooks(SplitTrainer):
     """Writes a card that says how the model was trained."""
 
     def create_model_card(
@@ -46,6 +45,6 @@ class CardHooks(Trainer):
             dataset_name=dataset,
             **facts,
         )
-        path = Path(self.args.output_dir) / "README.md"
+        path = output_folder(self.args) / "README.md"
         path.parent.mkdir(parents=True, exist_ok=True)
         build_card(known).save(path)

@@ -4,24 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from ..adapters import base_of
-from ..arguments import OuroborosArguments
 from ..errors import UnsupportedOptionError
-from ..partition import Partition
-from ..processes import ProcessGrid
+from .interfaces import SplitTrainer
 from .structure import Structure
 
 
-class ChangeHooks:
+class ChangeHooks(SplitTrainer):
     """Remembers of what the stages were made, and makes new ones at `train()`, `evaluate()` and `predict()` if it changed."""
 
-    model: nn.Module
-    options: OuroborosArguments
-    _grid: ProcessGrid | None
-    _partition: Partition
-    _split: Any
     _made_of: tuple[Structure, dict[str, Any]] | None = None
 
     def _remember_model(self) -> None:

@@ -27,6 +27,7 @@ from ..errors import OutputFolderError
 from ..partition.owned_weights import without_progress_bars
 from ..processes import saving
 from ..processes.files import bring_home, save_optimizer, save_weights, together
+from ..user_files import output_folder
 from .agreement import AgreementHooks
 from .resuming import ResumeHooks
 
@@ -34,7 +35,6 @@ from .resuming import ResumeHooks
 class CheckpointHooks(AgreementHooks, ResumeHooks):
     """Saving, on top of resuming. Where devices are processes, each writes and reads what it holds."""
 
-    _control_group: dist.ProcessGroup | None
     _staging_dir: str | None = None
     _save_due: bool = False
     _lock: FolderLock | None = None
@@ -42,7 +42,12 @@ class CheckpointHooks(AgreementHooks, ResumeHooks):
 
     # ---- one run at a time ----
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, **kwargs: Any) -> TrainOutput:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
         """As in Trainer; a run that saves, or looks for the last checkpoint, has its output folder for itself.
 
         Raises:
@@ -54,12 +59,15 @@ class CheckpointHooks(AgreementHooks, ResumeHooks):
         with ExitStack() as stack:
             if saves:
                 stack.enter_context(self._holding(self._run_dir))
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, trial=trial, **kwargs)
+            return super().train(
+                resume_from_checkpoint=resume_from_checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval
+            )
 
     @contextmanager
     def _holding(self, run_dir: str) -> Iterator[None]:
         """The lock of a folder, held by the main process for all; where this run holds it already, nothing."""
-        problem, main = None, self._grid is None or self._grid.rank == 0
+        problem: OutputFolderError | None = None
+        main = self._grid is None or self._grid.rank == 0
         with ExitStack() as stack:
             if main and self._lock is None:
                 try:
@@ -70,30 +78,33 @@ class CheckpointHooks(AgreementHooks, ResumeHooks):
                 except OutputFolderError as error:
                     problem = error
             if self._grid is not None:
-                message = [problem and str(problem)]
+                message = [None if problem is None else str(problem)]
                 dist.broadcast_object_list(message, 0, group=self._control_group)
-                problem = problem or (message[0] and OutputFolderError(message[0]))
-            if problem:
+                if problem is None and message[0]:
+                    problem = OutputFolderError(message[0])
+            if problem is not None:
                 raise problem
             yield
 
     # ---- saving ----
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.engine.update_open:
+        engine = self._running_engine
+        if engine.update_open:
             # Asked for within an update (a just-in-time checkpoint): Trainer saves as soon as the update is closed.
             self._save_due = True
             return
-        state = None if self.args.save_only_model else self.engine.state_dict()
+        state = None if self.args.save_only_model else engine.state_dict()
         run_dir = super()._get_output_dir(trial)
         folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with self._guarded(f"saving {folder}"), self._holding(run_dir), self._putting_together(run_dir) as staging:
-            with closing(FileHashes(staging / folder)) as self._hashes:
+            with closing(FileHashes(staging / folder)) as hashes:
+                self._hashes = hashes
                 super()._save_checkpoint(model, trial)
                 self._name_best_checkpoint(run_dir)
                 if self.args.should_save:
                     self.state.save_to_json(os.path.join(staging, folder, TRAINER_STATE))
-                self._complete(staging / folder, state)
+                self._complete(staging / folder, state, hashes)
             self._hashes = None
         if self.args.push_to_hub:
             self._push_from_checkpoint(os.path.join(run_dir, folder))
@@ -105,21 +116,21 @@ class CheckpointHooks(AgreementHooks, ResumeHooks):
         """A directory, the same for all processes, whose contents move into `run_dir` when all are done."""
         try:
             if self._grid is None or self._grid.rank == 0:
-                self._lock.check()
+                self._held_lock.check()
             if self._grid is None:
                 with appearing_whole(run_dir) as staging:
                     self._staging_dir = str(staging)
                     yield staging
-                    self._lock.check()
+                    self._held_lock.check()
                 return
-            message = [None]
+            message = [""]
             if self._grid.rank == 0:
                 with appearing_whole(run_dir) as staging:
                     dist.broadcast_object_list([str(staging)], 0, group=self._control_group)
                     self._staging_dir = str(staging)
                     yield staging
                     dist.barrier(self._control_group)  # all have written
-                    self._lock.check()
+                    self._held_lock.check()
             else:
                 dist.broadcast_object_list(message, 0, group=self._control_group)
                 self._staging_dir = message[0]
@@ -129,9 +140,15 @@ class CheckpointHooks(AgreementHooks, ResumeHooks):
         finally:
             self._staging_dir = self._hashes = None
 
-    def _complete(self, directory: Path, state: RunState | None) -> None:
+    @property
+    def _held_lock(self) -> FolderLock:
+        """The lock that the main process holds while it saves."""
+        assert self._lock is not None  # `_holding` is around it
+        return self._lock
+
+    def _complete(self, directory: Path, state: RunState | None, hashes: FileHashes) -> None:
         """The run state, if it is to be saved, and the manifest; all files are on the disk then."""
-        grid, hashes = self._grid, self._hashes
+        grid = self._grid
         directory.mkdir(parents=True, exist_ok=True)
         parts, known, frozen = [], {}, {}
         if state is not None:
@@ -148,7 +165,7 @@ class CheckpointHooks(AgreementHooks, ResumeHooks):
         hashes.add(name for name in files_in(directory) if name not in known)
         known |= hashes.results()
         if state is not None:
-            staged = self._staged_optimizer
+            staged = self._face
             run = describe_run(self.model, staged.optimizer, staged.compensation, self.lr_scheduler)
             if frozen:  # in all processes
                 run["frozen"] = frozen
@@ -188,7 +205,7 @@ class CheckpointHooks(AgreementHooks, ResumeHooks):
                 self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        directory = Path(output_dir if output_dir is not None else self.args.output_dir)
+        directory = output_folder(self.args) if output_dir is None else Path(output_dir)
         hashes = self._hashes if self._hashes is not None and self._hashes.directory == directory else None
         if self._grid is None:
             super()._save(output_dir, state_dict)
@@ -212,11 +229,12 @@ class CheckpointHooks(AgreementHooks, ResumeHooks):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._grid is None:
             super()._save_optimizer_and_scheduler(output_dir)
-            self._hashes.add()
+            if self._hashes is not None:
+                self._hashes.add()
             return
-        files = save_optimizer(self.optimizer.state_dict(), Path(output_dir), self._grid)
+        files = save_optimizer(self._made_optimizer.state_dict(), Path(output_dir), self._grid)
         bring_home(Path(output_dir), files, self._grid, self._control_group, self._hashes)
-        if self.args.should_save:
+        if self.args.should_save and self.lr_scheduler is not None:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER))
 
     def _save_rng_state(self, output_dir: str) -> None:

@@ -14,8 +14,6 @@ from ..partition.late_logits import only_loss_wanted
 from ..partition.meta import target_labels
 from ..processes import ProcessGrid
 from ..processes.relay import AheadLoader
-from ..processes.same_batches import SameBatches
-from ..staged import StagedModel
 from .agreement import AgreementHooks
 from .loss import has_late_logits, head_computes_loss
 
@@ -27,9 +25,6 @@ class EvaluationHooks(AgreementHooks):
     processes then get, so that best model, early stopping and callbacks agree everywhere.
     """
 
-    _grid: ProcessGrid | None
-    _same_batches: SameBatches | None
-    _staged: StagedModel
     _eval_sums: list[tuple[float, float]] | None = None
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
@@ -43,9 +38,9 @@ class EvaluationHooks(AgreementHooks):
         self._partition.carry_hooks()
         self._agree_on_evaluation(dataloader, args, kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        if self._grid is not None:
+        if (relay := self._staged.relay) is not None and self._same_batches is not None:  # devices are processes
             dataloader = self._same_batches.of(dataloader, "evaluation")
-            dataloader = AheadLoader(dataloader, self._staged.relay, self.accelerator, self._staged.forward_scope)
+            dataloader = AheadLoader(dataloader, relay, self.accelerator, self._staged.forward_scope)
         self._eval_sums = []
         try:
             with self._staged.reading(**self.options.evaluation_options):
@@ -54,18 +49,18 @@ class EvaluationHooks(AgreementHooks):
         finally:
             self._eval_sums = None
         loss = self._token_weighted(sums)
-        if loss is not None and f"{prefix}_loss" in output.metrics:
+        if loss is not None and output.metrics is not None and f"{prefix}_loss" in output.metrics:
             output.metrics[f"{prefix}_loss"] = loss
-        return output if self._grid is None else self._tell_all(output)
+        return output if self._grid is None else self._tell_all(self._grid, output)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
     ) -> tuple:
         """As in Trainer; remembers how many tokens the batch's loss stands for."""
-        if self._grid is not None:
-            if not self._staged.relay.has_logits:
+        if (relay := self._staged.relay) is not None:
+            if not relay.has_logits:
                 with torch.no_grad(), self._staged.forward_scope():
-                    self._staged.relay.run(inputs)
+                    relay.run(inputs)
                 return None, None, None
             inputs = self._without_repeated_rows(inputs)
         count = self._get_target_count(inputs)
@@ -91,14 +86,15 @@ class EvaluationHooks(AgreementHooks):
     def _token_weighted(self, sums: list[tuple[float, float]]) -> float | None:
         """Mean loss over the target tokens of all replicas; None where this process has no losses."""
         totals = torch.tensor([sum(loss * n for loss, n in sums if n), sum(n for _, n in sums)], dtype=torch.float64)
-        if self._grid is not None and self._grid.replicas > 1 and self._staged.relay.has_logits:
+        grid, relay = self._grid, self._staged.relay
+        if grid is not None and grid.replicas > 1 and relay is not None and relay.has_logits:
             totals = self.accelerator.gather(totals[None].to(self.args.device)).sum(0).cpu()
         return (totals[0] / totals[1]).item() if totals[1] else None
 
     def _without_repeated_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Rows that only fill up the last batch of a replica don't count in the loss."""
         rows_left = self.accelerator.rows_left
-        if rows_left is None or inputs.get("labels") is None:
+        if self._grid is None or rows_left is None or inputs.get("labels") is None:
             return inputs
         rows = len(inputs["labels"])
         own = max(0, min(rows, rows_left - self._grid.replica * rows))
@@ -107,9 +103,8 @@ class EvaluationHooks(AgreementHooks):
         keys = [key for key in ("labels", "shift_labels") if inputs.get(key) is not None]
         return {**inputs, **{key: torch.cat([inputs[key][:own], inputs[key][own:] * 0 - 100]) for key in keys}}
 
-    def _tell_all(self, output: EvalLoopOutput) -> EvalLoopOutput:
+    def _tell_all(self, grid: ProcessGrid, output: EvalLoopOutput) -> EvalLoopOutput:
         """The metrics go to all processes, predictions to the main one."""
-        grid = self._grid
         source = grid.rank_of(self.stage_plan.placement[-1], 0)
         message = [(output.metrics, output.num_samples)]
         dist.broadcast_object_list(message, source)

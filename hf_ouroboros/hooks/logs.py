@@ -8,32 +8,31 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
+from ..engine.settings import FinishedLoss
 from ..ledger import DueLog, LossLedger
+from .interfaces import SplitTrainer
 from .touching import is_foreign
 
 
 class Moment(NamedTuple):
     """What Trainer's state says when a log is due."""
 
-    epoch: float | None
+    epoch: float
     tokens: int
     flos: float
     learning_rate: float
     start_time: float | None
 
 
-class LogHooks(Trainer):
+class LogHooks(SplitTrainer):
     """Writes Trainer's logs as soon as their losses are known, in order, without making the pipeline wait for them.
 
     A log waits for its losses where nothing is late, before evaluations, checkpoints and the end of the run, and where the
     script has callbacks of its own (`on_log`) or a `log` of its own: these may decide by what they are told.
     """
 
-    engine: Any
-    _ledger: LossLedger
     _logs_wait: bool = False
     _rests_each_time: bool = False
     _step_is_own: bool = False
@@ -48,10 +47,14 @@ class LogHooks(Trainer):
 
     def _take_reports(self) -> None:
         """Takes in what is known of losses and norms."""
-        for finished in self.engine.collect():
-            self._ledger.add_loss(finished.tick, finished.loss)
-        for finished in self.engine.collect_norms():
-            self._ledger.add_norm(finished.update, finished)
+        for loss in self._collect():
+            self._ledger.add_loss(loss.tick, loss.loss)
+        for norm in self._running_engine.collect_norms():
+            self._ledger.add_norm(norm.update, norm)
+
+    def _collect(self) -> list[FinishedLoss]:
+        """Losses that have come since the last call."""
+        return self._running_engine.collect()
 
     def _log_is_due(self, update: int | None, learning_rate: float | None, start_time: float | None) -> None:
         """Remembers what Trainer would log now."""
@@ -60,7 +63,7 @@ class LogHooks(Trainer):
         rate = self._get_learning_rate() if learning_rate is None else learning_rate
         moment = Moment(state.epoch, state.num_input_tokens_seen, state.total_flos, rate, start_time)
         steps = state.global_step - self._globalstep_last_logged
-        self._ledger.due(DueLog(state.global_step, steps, update, self.engine.updates, moment))
+        self._ledger.due(DueLog(state.global_step, steps, update, self._running_engine.updates, moment))
         self._globalstep_last_logged = state.global_step
         self.control.should_log = False
 
@@ -70,18 +73,20 @@ class LogHooks(Trainer):
         Args:
             wait: whether all of them are wanted now, whatever it takes; else those that nobody has to wait for.
         """
+        engine = self._running_engine
         while (log := self._ledger.waiting) is not None:
             last = log.before - 1
-            if wait or self.engine.updates - 1 >= last + self.engine.lag(last):
-                self.engine.account_for(log.before)
+            if wait or engine.updates - 1 >= last + engine.lag(last):
+                engine.account_for(log.before)
             elif not self._logs_wait:
                 return
             self._take_reports()
             found = self._ledger.next_log()
             if found is None:  # there are micro-batches of an update that is still open
-                self.engine.account_for_open()
+                engine.account_for_open()
                 self._take_reports()
                 found = self._ledger.next_log()
+                assert found is not None  # all of its losses have come
             self._write(*found)
 
     def _write(self, log: DueLog, loss: float, norm: Any) -> None:
@@ -119,7 +124,7 @@ class LogHooks(Trainer):
         control = self.control
         if self._step_is_own:  # its losses are in tr_loss
             if control.should_log and grad_norm is not None:
-                self.engine.account_for(grad_norm + 1)
+                self._running_engine.account_for(grad_norm + 1)
                 self._take_reports()
                 grad_norm = self._ledger.norm(grad_norm)
             super()._maybe_log_save_evaluate(
@@ -130,17 +135,18 @@ class LogHooks(Trainer):
             self._log_is_due(grad_norm, learning_rate, start_time)
         looks = control.should_evaluate or control.should_save or control.should_training_stop
         if looks:
-            self.engine.synchronize()
+            self._running_engine.synchronize()
         self._write_logs(wait=bool(looks) or self._logs_wait)
         super()._maybe_log_save_evaluate(
             tr_loss, None, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=learning_rate
         )
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        self.engine.settle()  # so that nothing stays on its way between devices
+        engine = self._running_engine
+        engine.settle()  # so that nothing stays on its way between devices
         if not self._step_is_own:
             self._write_logs(wait=True)
-            self.engine.account_for(self.engine.updates)
+            engine.account_for(engine.updates)
             self._take_reports()
             self._total_loss_scalar, rest = self._ledger.finish()
             self._tr_loss = torch.tensor(rest, dtype=torch.float64)

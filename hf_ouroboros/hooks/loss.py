@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 from torch import nn
@@ -16,6 +16,8 @@ from ..errors import EngineError
 from ..head_model import HeadModel
 from ..partition import ModelCall
 from ..partition.late_logits import LARGE_VOCABULARY, only_loss_wanted
+from ..partition.module_hooks import OURS
+from .interfaces import SplitTrainer
 
 
 class LossContext(NamedTuple):
@@ -25,35 +27,39 @@ class LossContext(NamedTuple):
     accumulation_steps: int
 
 
-class TrainerLoss(LossOfModel):
+Context = TypeVar("Context", bound=LossContext)
+
+
+class TrainerLoss(LossOfModel, Generic[Context]):
     """Labels, smoothing and custom losses as in Trainer, which calls the model as it always does.
 
     Args:
         trainer: whose `compute_loss` decides.
     """
 
-    def __init__(self, trainer: Any):
+    def __init__(self, trainer: SplitTrainer):
         self._trainer = trainer
 
     @property
-    def is_of_script(self) -> bool:
+    def is_of_script(self) -> bool:  # type: ignore[override]  # the engine only reads it
         """Whether more than the model computes it."""
         return not head_computes_loss(self._trainer)
 
-    def __call__(self, model: ModelCall, inputs: dict[str, Any], context: LossContext) -> torch.Tensor:
+    def __call__(self, model: ModelCall, inputs: dict[str, Any], context: Context) -> torch.Tensor:
         """See `LossOfModel`."""
         trainer = self._trainer
         alone, partition = trainer.stage_plan.num_stages == 1, trainer._partition
         without_labels = partition.stages[-1].family.computes_loss and not head_computes_loss(trainer)
         head = HeadModel(partition.model, model, without_labels, alone=alone)
         count = context.num_items
-        if torch.is_tensor(count):  # from memory of the host that no accelerator has to wait for
+        if isinstance(count, torch.Tensor):  # from memory of the host that no accelerator has to wait for
             count = count.to(trainer._partition.stages[-1].device, non_blocking=True)
         late = head_computes_loss(trainer) and has_late_logits(trainer)
         with contextlib.nullcontext() if alone else _refused_here(trainer.model), only_loss_wanted(late):
-            loss = trainer.compute_loss(head, inputs, num_items_in_batch=count)
-        if trainer._counts_all_replicas and context.num_items is not None:
-            loss = loss * trainer._grid.replicas  # gradients and losses are averaged over the replicas
+            found = trainer.compute_loss(head, inputs, num_items_in_batch=count)
+        loss = cast(torch.Tensor, found)  # as no outputs are asked for
+        if (grid := trainer._grid) is not None and trainer._counts_all_replicas and context.num_items is not None:
+            loss = loss * grid.replicas  # gradients and losses are averaged over the replicas
         return loss if self._is_scaled(context) else loss / context.accumulation_steps
 
     def _is_scaled(self, context: LossContext) -> bool:
@@ -78,7 +84,7 @@ def _refused_here(model: nn.Module) -> Iterator[None]:
                 "model that compute_loss gets, once, or a copy made before training, or train with num_stages=1"
             )
 
-    refuse._refuses_forward = True
+    vars(refuse)[OURS] = True
     handle = model.register_forward_pre_hook(refuse)
     try:
         yield
@@ -86,14 +92,14 @@ def _refused_here(model: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-def has_late_logits(trainer: Any) -> bool:
+def has_late_logits(trainer: SplitTrainer) -> bool:
     """Whether the head is not to build logits where nobody looks at them."""
     if trainer.options.fused_head == "auto":
         return trainer._partition.model.config.get_text_config().vocab_size >= LARGE_VOCABULARY
     return trainer.options.fused_head == "on"
 
 
-def head_computes_loss(trainer: Any) -> bool:
+def head_computes_loss(trainer: Trainer) -> bool:
     """Whether calling the model with labels gives the loss that this trainer wants, so that nobody needs logits."""
     stock = trainer.compute_loss_func is None and type(trainer).compute_loss is Trainer.compute_loss
     return stock and trainer.label_smoother is None

@@ -31,34 +31,34 @@ class LateState(TrainerState):
         self.__dict__["global_step"] = value
 
     @property
-    def epoch(self) -> float | None:
+    def epoch(self) -> float:
         """Epochs made so far."""
         moment = getattr(_of_this_thread, "moment", None)
         return self.__dict__["epoch"] if moment is None else moment[1]
 
     @epoch.setter
-    def epoch(self, value: float | None) -> None:
+    def epoch(self, value: float) -> None:
         self.__dict__["epoch"] = value
 
 
 class MomentContext(LossContext):
     """What the loss of a micro-batch needs, the step and epoch that it belongs to, and the context variables of its thread."""
 
-    moment: tuple[int, float | None]
+    moment: tuple[int, float]
     variables: contextvars.Context
 
 
-class LossAtItsStep(TrainerLoss):
+class LossAtItsStep(TrainerLoss[MomentContext]):
     """The loss as Trainer computes it, while its state says what it said when the micro-batch was submitted."""
 
-    def __call__(self, model: ModelCall, inputs: dict[str, Any], context: LossContext) -> torch.Tensor:
+    def __call__(self, model: ModelCall, inputs: dict[str, Any], context: MomentContext) -> torch.Tensor:
         """See `LossOfModel`."""
         with _at(context.moment):
             return context.variables.run(super().__call__, model, inputs, context)
 
 
 @contextmanager
-def _at(moment: tuple[int, float | None]) -> Iterator[None]:
+def _at(moment: tuple[int, float]) -> Iterator[None]:
     _of_this_thread.moment = moment
     try:
         yield

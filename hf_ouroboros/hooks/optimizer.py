@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
-from transformers import Trainer
 from transformers.utils import logging
 
 from ..adapters import is_adapted
@@ -18,46 +17,44 @@ from ..main_thread import unwatched
 from ..optim import Choice, choose
 from ..optim.advice import automatic, warning
 from ..optim.matrices import hidden_matrices
-from ..partition import Partition
+from ..optim.nesterov import Nesterov
 from ..schedules import SCHEDULES
 from ..staged import StagedOptimizer
+from .interfaces import SplitTrainer
 from .touching import is_foreign
 
 logger = logging.get_logger(__name__)
 
 
-class OptimizerHooks(Trainer):
+class OptimizerHooks(SplitTrainer):
     """Makes the optimizer whose stages step on their own, and says what is done about delays."""
-
-    _partition: Partition
-    _own_optimizer: bool
-    _shows_gradients: bool
-    engine: Any
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The complete optimizer, as Trainer makes it, or that of the delay compensation."""
         if self._staged_optimizer is not None:
-            return self.optimizer
+            return self._made_optimizer
         choice, given = self.delay_compensation, self.optimizer_cls_and_kwargs
-        if choice.optimizer is not None:
+        if (own := choice.optimizer) is not None:
             decayed = self.get_decay_parameter_names(self._partition.model)
-            matrices = hidden_matrices(self._partition.stages, decayed, choice.optimizer.adapters)
-            if is_adapted(self.model) and not choice.optimizer.adapters and not any(p.requires_grad for p in matrices):
+            matrices = hidden_matrices(self._partition.stages, decayed, own.adapters)
+            if is_adapted(self.model) and not own.adapters and not any(p.requires_grad for p in matrices):
+                assert not isinstance(own, Nesterov)  # which takes everything
                 raise UnsupportedOptionError(
                     f"delay_compensation={str(choice)!r} has no matrix to train here: those of adapters are left to AdamW; "
-                    f"give delay_compensation_args='{choice.optimizer.adapters_option}=true', or choose another compensation"
+                    f"give delay_compensation_args='{own.adapters_option}=true', or choose another compensation"
                 )
-            self.optimizer_cls_and_kwargs = choice.optimizer.optimizer(self.args, matrices)
+            self.optimizer_cls_and_kwargs = own.optimizer(self.args, matrices)
         super().create_optimizer()
         self.optimizer_cls_and_kwargs = given
-        return self.optimizer
+        return self._made_optimizer
 
     def _face_optimizer(self) -> None:
         """Puts our face before the optimizer, whoever has made it: it tells the engine about updates."""
         if self._staged_optimizer is None:
-            check_optimizer(self.optimizer, self.model.parameters())
-            self.delay_compensation.check(self.optimizer)
-            self.optimizer = StagedOptimizer(self.optimizer, str(self.delay_compensation))
+            optimizer = self._made_optimizer
+            check_optimizer(optimizer, self.model.parameters())
+            self.delay_compensation.check(optimizer)
+            self.optimizer = StagedOptimizer(optimizer, str(self.delay_compensation))
 
     def _look_at_optimizer(self) -> None:
         """When training begins: whether the optimizer steps each parameter by itself, so that the stages can.
@@ -66,7 +63,7 @@ class OptimizerHooks(Trainer):
             UnsupportedOptionError: it does not, and can't be given all gradients at once either.
         """
         trusted = not self._own_optimizer and not is_foreign(self, "create_optimizer")
-        reason = why_at_once(self._staged_optimizer.optimizer, self.lr_scheduler, trusted)
+        reason = why_at_once(self._face.optimizer, self.lr_scheduler, trusted)
         if reason is None:
             return
         if self._grid is not None:
@@ -131,6 +128,13 @@ class OptimizerHooks(Trainer):
         optimizer = self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
         return optimizer if isinstance(optimizer, StagedOptimizer) else None
 
+    @property
+    def _face(self) -> StagedOptimizer:
+        """Our face of the optimizer, once `_face_optimizer` has put it there."""
+        face = self._staged_optimizer
+        assert face is not None
+        return face
+
     def _clip_grad_norm(self, model: nn.Module) -> None:
         """Nothing: the workers clip."""
 
@@ -140,14 +144,15 @@ class OptimizerHooks(Trainer):
         Raises:
             UnsupportedOptionError: the bound of the norm is another than when the workers began.
         """
-        began, now = self.engine.settings.max_grad_norm, self.args.max_grad_norm or None
+        engine = self._running_engine
+        began, now = engine.settings.max_grad_norm, self.args.max_grad_norm or None
         if began != now:
             raise UnsupportedOptionError(
                 f"max_grad_norm={now} was set while training, which began with {began}; set it before train()"
             )
-        if not self._shows_gradients and has_hooks(self._staged_optimizer.optimizer):
+        if not self._shows_gradients and has_hooks(self._face.optimizer):
             self._look_at_optimizer()  # a callback has put them there
         if self._shows_gradients:
             with unwatched():
-                self.engine.expose_gradients()
-        return self.engine.updates
+                engine.expose_gradients()
+        return engine.updates

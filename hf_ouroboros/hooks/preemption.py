@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .interfaces import SplitTrainer
+
 
 class SaveOnSigterm(TrainerCallback):
     """What `enable_jit_checkpoint` means here: save after the update, then stop.
@@ -19,7 +21,7 @@ class SaveOnSigterm(TrainerCallback):
         trainer: whose engine carries the request.
     """
 
-    def __init__(self, trainer: Any):
+    def __init__(self, trainer: SplitTrainer):
         self._trainer = trainer
         self._received = False
         self._previous: Any = None
@@ -39,7 +41,7 @@ class SaveOnSigterm(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Asks for the checkpoint and the end of training, once all processes know."""
-        engine = self._trainer.engine
+        engine = self._trainer._running_engine
         if self._received:
             engine.request_stop()
         if engine.stop_requested:

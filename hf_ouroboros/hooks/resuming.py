@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import nn
-from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
 from ..checkpoint.earlier import advice
@@ -21,20 +20,17 @@ from ..checkpoint.reading import RNG_STATE, Checkpoint
 from ..checkpoint.trainer_state import best_checkpoint
 from ..engine.state import RunState
 from ..errors import CheckpointError, CheckpointMismatchError
-from ..partition import Partition
-from ..processes import ProcessGrid, saving
+from ..processes import saving
 from ..processes.files import together
+from .interfaces import SplitTrainer
 from .position import position
 
 T = TypeVar("T")
 
 
-class ResumeHooks(Trainer):
+class ResumeHooks(SplitTrainer):
     """All reading of checkpoints. Where devices are processes, they agree on what they found."""
 
-    _grid: ProcessGrid | None
-    _control_group: dist.ProcessGroup | None
-    _partition: Partition
     _run_dir: str
     _resumed: Checkpoint | None = None
     _resumed_state: RunState | None = None
@@ -50,9 +46,10 @@ class ResumeHooks(Trainer):
         grid = self._grid
         replica, replicas = (0, 1) if grid is None else (grid.replica, grid.replicas)
 
-        self._resumed_state = self._agreed(lambda: checkpoint.read_all(held, replica, replicas), resume_from_checkpoint)
+        state = self._agreed(lambda: checkpoint.read_all(held, replica, replicas), resume_from_checkpoint)
+        self._resumed_state = state
         self._resumed_rng = checkpoint.rng_state()
-        saved = self._agreed(lambda: self._fitting(checkpoint, held))
+        saved = self._agreed(lambda: self._fitting(checkpoint, state, held))
         self._agreed(lambda: saving.load(self.model, checkpoint.directory, saved), resume_from_checkpoint)
         self._resumed = checkpoint
 
@@ -68,7 +65,7 @@ class ResumeHooks(Trainer):
         accept = self.options.resume_changed == "accept"
         return self._agreed(lambda: Checkpoint(directory, manifest, changes, accept), directory)
 
-    def _fitting(self, checkpoint: Checkpoint, held: list[int]) -> Any:
+    def _fitting(self, checkpoint: Checkpoint, state: RunState, held: list[int]) -> Any:
         """Its weights, once everything in it is known to be of a run like this one.
 
         Raises:
@@ -77,8 +74,8 @@ class ResumeHooks(Trainer):
         saved = saving.look_at(self.model, checkpoint.directory, checkpoint.weights)
         saving.check(self.model, saved, checkpoint.directory)
         settings = self.options.engine_settings(self.stage_plan.num_workers)
-        self._resumed_state.check(self._partition, settings, held)
-        staged = self._staged_optimizer
+        state.check(self._partition, settings, held)
+        staged = self._face
         check_run(checkpoint.manifest.run, describe_run(self.model, staged.optimizer, staged.compensation))
         try:
             self._resumed_best = best_checkpoint(checkpoint.trainer_state(), checkpoint.directory)
@@ -98,16 +95,17 @@ class ResumeHooks(Trainer):
             work: may raise CheckpointErrors.
             damaged: the checkpoint that these are about; the newest complete one before it is offered.
         """
-        value, error, grid = None, None, self._grid
+        value: list[T] = []
+        error, grid = None, self._grid
         try:
-            value = work()
+            value.append(work())
         except CheckpointError as caught:
             error = caught
         found = None if error is None else (str(error), isinstance(error, CheckpointMismatchError))
         everywhere = [found] if grid is None else together(grid, self._control_group, found)
         failed = next((entry for entry in everywhere if entry is not None), None)
         if failed is None:
-            return value
+            return value[0]
         text, mismatch = failed
         if mismatch:
             raise CheckpointMismatchError(text) from error
@@ -128,16 +126,17 @@ class ResumeHooks(Trainer):
         if checkpoint is None:
             return
         resumed, self._resumed = self._resumed, None
-        here = [p for group in self.optimizer.param_groups for p in group["params"]]
-        staged = self._staged_optimizer
-        check_run(
-            resumed.manifest.run, describe_run(self.model, staged.optimizer, staged.compensation, self.lr_scheduler)
-        )
+        optimizer, scheduler, state = self._made_optimizer, self.lr_scheduler, self._resumed_state
+        assert resumed is not None and state is not None  # `_load_from_checkpoint` comes before
+        assert scheduler is not None  # so does the making of optimizer and scheduler
+        here = [p for group in optimizer.param_groups for p in group["params"]]
+        staged = self._face
+        check_run(resumed.manifest.run, describe_run(self.model, staged.optimizer, staged.compensation, scheduler))
 
         def load() -> None:
             try:
-                self.optimizer.load_state_dict(resumed.optimizer(lambda index: not here[index].is_meta))
-                self.lr_scheduler.load_state_dict(resumed.scheduler())
+                optimizer.load_state_dict(resumed.optimizer(lambda index: not here[index].is_meta))
+                scheduler.load_state_dict(resumed.scheduler())
             except (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
                 if isinstance(error, CheckpointError):
                     raise
@@ -146,13 +145,14 @@ class ResumeHooks(Trainer):
                 ) from error
 
         self._agreed(load, checkpoint)
-        self.engine.load_state_dict(self._resumed_state)
+        self._running_engine.load_state_dict(state)
         self._resumed_state = None
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """From what was read when the run was resumed, in a file with the name that Trainer expects."""
         if checkpoint is None:
             return
+        assert self._resumed_rng is not None  # `_load_from_checkpoint` comes before
         name = RNG_STATE if self._grid is None else f"rng_state_{self._grid.rank}.pth"
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, name).write_bytes(self._resumed_rng)
@@ -169,6 +169,7 @@ class ResumeHooks(Trainer):
         self.control.should_training_stop = True
 
     def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None  # Trainer asks first
         best = Path(self.state.best_model_checkpoint)
         saved = self._agreed(lambda: self._unchanged_weights(best))
         self._agreed(lambda: saving.load(self.model, best, saved))

@@ -16,6 +16,7 @@ from typing import Any
 import numpy
 import torch
 from torch import nn
+from transformers import Trainer
 
 from ..engine.reads import is_of_script
 from ..partition import Stage
@@ -28,7 +29,7 @@ _CONTAINERS = (list, dict, set, deque, types.SimpleNamespace, torch.Tensor, nump
 _CONSTANTS = (int, float, complex, str, bytes, bool, type(None), type, types.ModuleType, torch.dtype, torch.device)
 
 
-def shares_state(stages: Sequence[Stage], trainer: Any) -> bool:
+def shares_state(stages: Sequence[Stage], trainer: Trainer) -> bool:
     """Whether a script's code in one stage writes something that its code in another one, or its loss, can reach.
 
     Args:
@@ -59,7 +60,7 @@ def _code_of(stage: Stage) -> Iterator[Any]:
             yield forward
 
 
-def _reach(code: Any, trainer: Any, found: dict[int, Any]) -> bool:
+def _reach(code: Any, trainer: Trainer, found: dict[int, Any]) -> bool:
     """Collects what code can reach; tells whether it writes anything but its own variables."""
     waiting, seen, writes = [code], set(), False
     while waiting:

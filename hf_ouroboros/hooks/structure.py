@@ -61,7 +61,7 @@ class Structure:
                 for attribute, value in vars(module).items()
                 if attribute not in _NOT_OF_THE_MODEL and _is_setting(attribute, value)
             },
-            _without_bookkeeping(config.to_dict()) if hasattr(config, "to_dict") else None,
+            _without_bookkeeping(config.to_dict()) if config is not None and hasattr(config, "to_dict") else None,
         )
 
     def change_since(self, before: Structure) -> str | None:

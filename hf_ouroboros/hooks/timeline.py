@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import torch.distributed as dist
-from transformers import Trainer
 from transformers.utils import logging
 
 from ..errors import OutputFileError
-from ..processes import ProcessGrid
 from ..processes.clocks import record_of_all
 from ..simulate.timeline import Timeline, timeline_files
 from ..user_files import check_writable
+from .interfaces import SplitTrainer
 
 logger = logging.get_logger(__name__)
 
 
-class TimelineHooks(Trainer):
+class TimelineHooks(SplitTrainer):
     """Writes what the workers have executed; where devices are processes, the main process does, for the first replica."""
-
-    _grid: ProcessGrid | None
-    _control_group: dist.ProcessGroup | None
-    timeline: Timeline | None
 
     def _check_timeline(self) -> None:
         """Raises before the first update what would be raised after the last one.
@@ -32,7 +26,8 @@ class TimelineHooks(Trainer):
             check_writable("timeline", *timeline_files(self.options.timeline))
 
     def _write_timeline(self) -> None:
-        if self.timeline is None:
+        path = self.options.timeline
+        if self.timeline is None or path is None:
             return
         if self._grid is not None:
             events = record_of_all(self._grid, self._control_group, self.timeline.events)
@@ -41,6 +36,6 @@ class TimelineHooks(Trainer):
                 self.timeline.record(event)
         if self.is_world_process_zero():
             try:
-                self.timeline.write(self.options.timeline)
+                self.timeline.write(path)
             except OutputFileError as error:  # it could be when training began; the trained model is worth more
-                logger.warning(f"timeline={self.options.timeline!r} is lost: {error}")
+                logger.warning(f"timeline={path!r} is lost: {error}")

@@ -12,10 +12,11 @@ from ..adapters import is_adapted
 from ..partition.meta import is_encoder_decoder
 from ..partition.packed import sizes
 from ..simulate.timeline import timeline_files
+from ..user_files import output_folder
 from .card import TAG, CardFacts
 
 if TYPE_CHECKING:
-    from ..trainer import OuroborosTrainer
+    from ..hooks.interfaces import SplitTrainer
 
 _HYPERPARAMETERS = (
     "learning_rate",
@@ -38,7 +39,7 @@ _HYPERPARAMETERS = (
 __all__ = ["TAG", "collect_facts"]
 
 
-def collect_facts(trainer: OuroborosTrainer, **given: Any) -> CardFacts:
+def collect_facts(trainer: SplitTrainer, **given: Any) -> CardFacts:
     """What the trainer knows about its run; `given` fields of CardFacts that are not None win.
 
     The timeline picture, where there is one, is copied beside the card.
@@ -48,7 +49,7 @@ def collect_facts(trainer: OuroborosTrainer, **given: Any) -> CardFacts:
     summary = next((entry for entry in reversed(history) if "train_runtime" in entry), {})
     evaluation = next((entry for entry in reversed(history) if "eval_loss" in entry), {})
     skipped = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
-    output = Path(args.output_dir)
+    output = output_folder(args)
     trained = sum(row.parameters - row.frozen for row in plan.rows)
     facts: dict[str, Any] = {
         "model_name": trainer.hub_model_id or output.absolute().name,

@@ -119,7 +119,8 @@ class CausalLMMetrics:
 
 def _batches(prediction: EvalPrediction) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """(ids, nll, labels) of each batch; a list of batches comes from `eval_do_concat_batches=False`."""
-    predictions, labels = prediction.predictions, prediction.label_ids
+    predictions: Any = prediction.predictions
+    labels: Any = prediction.label_ids
     if not isinstance(labels, list):
         predictions, labels = [predictions], [labels]
     for batch_predictions, batch_labels in zip(predictions, labels, strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import nn
@@ -52,6 +52,12 @@ class RotatedAdam(torch.optim.Optimizer):
         values = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
         super().__init__(params, {**values, "covariance_decay": covariance_decay, "refresh": refresh})
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step of the matrices that have a gradient."""
@@ -67,9 +73,10 @@ class RotatedAdam(torch.optim.Optimizer):
 def rotated_direction(state: Mapping[str, Any], group: Mapping[str, Any]) -> torch.Tensor:
     """What a step subtracts, divided by the learning rate, without decay: a matrix in the original basis."""
     (beta1, beta2), count = group["betas"], float(state["step"])
-    left, right = state["left_basis"], state["right_basis"]
-    momentum = left.T @ state["exp_avg"] @ right / (1 - beta1**count)
-    scaled = momentum / ((state["exp_avg_sq"] / (1 - beta2**count)).sqrt() + group["eps"])
+    left: torch.Tensor = state["left_basis"]
+    right: torch.Tensor = state["right_basis"]
+    momentum: torch.Tensor = left.T @ state["exp_avg"] @ right / (1 - beta1**count)
+    scaled: torch.Tensor = momentum / ((state["exp_avg_sq"] / (1 - beta2**count)).sqrt() + group["eps"])
     return left @ scaled @ right.T
 
 
@@ -98,7 +105,8 @@ def _observe(gradient: torch.Tensor, state: dict[str, Any], group: Mapping[str, 
 
 def _eigenvectors(covariance: torch.Tensor) -> torch.Tensor:
     """Columns by falling eigenvalue, the order that orthogonal iteration keeps."""
-    return torch.linalg.eigh(covariance.float()).eigenvectors.flip(1).to(covariance.dtype)
+    vectors: torch.Tensor = torch.linalg.eigh(covariance.float()).eigenvectors
+    return vectors.flip(1).to(covariance.dtype)
 
 
 class RotatedAdamW(MatricesAndAdamW):

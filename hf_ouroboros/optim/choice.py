@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -99,10 +99,11 @@ def choose(text: str | Sequence[str], options: str | None = None) -> Choice:
             )
     kinds = {name: OPTIMIZERS.get(name) or COMPENSATIONS[name] for name in NAMES if name in names}
     values = _read_options(options, kinds)
-    made = {name: kind(**values[name]) for name, kind in kinds.items()}
+    optimizers: Mapping[str, Callable[..., OptimizerChoice]] = OPTIMIZERS  # which take what is written, too
+    compensations: Mapping[str, Callable[..., Compensation]] = COMPENSATIONS
     return Choice(
-        next((made[name] for name in OPTIMIZERS if name in made), None),
-        tuple(made[name] for name in COMPENSATIONS if name in made),
+        next((make(**values[name]) for name, make in optimizers.items() if name in names), None),
+        tuple(make(**values[name]) for name, make in compensations.items() if name in names),
     )
 
 

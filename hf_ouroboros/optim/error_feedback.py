@@ -51,7 +51,8 @@ class ErrorFeedback(Compensation):
         back = math.ceil(update.delay)
         if back == 0 or HISTORY not in state or len(state[HISTORY]) < back:
             return gradient
-        return gradient + (self.feedback * update.delay / back) * (gradient - state[HISTORY][back - 1])
+        then: torch.Tensor = state[HISTORY][back - 1]
+        return gradient + (self.feedback * update.delay / back) * (gradient - then)
 
     def record(
         self,

@@ -42,9 +42,10 @@ class GapAware(Compensation):
         if update.delay == 0 or HISTORY not in state:
             return gradient
         back = math.ceil(update.delay)
-        then = state[HISTORY][:back][-1]
+        then: torch.Tensor = state[HISTORY][:back][-1]
+        square: torch.Tensor = state[SQUARE]
         gap = (parameter.detach() - then).abs() * (update.delay / back)
-        return gradient / (1 + gap / (state[SQUARE].sqrt() + self.gap_eps))
+        return gradient / (1 + gap / (square.sqrt() + self.gap_eps))
 
     def keeps_weights(self, update: StageUpdate) -> bool:
         """Always: the average of steps goes on in synchronous updates."""
@@ -59,6 +60,7 @@ class GapAware(Compensation):
         update: StageUpdate,
     ) -> None:
         """Keeps the weights before the step, and the size of the step."""
+        assert before is not None  # as `keeps_weights` asks for
         square = (parameter - before).square()
         state[SQUARE] = torch.lerp(square, state[SQUARE], self.gap_decay) if SQUARE in state else square
         if update.delay == 0:

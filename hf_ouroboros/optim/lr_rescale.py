@@ -34,4 +34,5 @@ class LearningRateRescaling(Compensation):
         if self.rescaled == "adamw" and algorithm_of(group) not in (None, "adamw"):
             return 1.0
         exponent = 1.0 - min(update.delayed_before / self.anneal, 1.0) if self.anneal else 1.0
-        return max(1.0, update.delay) ** -exponent
+        factor: float = max(1.0, update.delay) ** -exponent
+        return factor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
 from torch import nn
@@ -48,17 +48,24 @@ class MatricesAndAdamW(torch.optim.Optimizer):
     ):
         chosen = {id(parameter) for parameter in matrices}
         adamw = torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps)
+        make: Callable[..., torch.optim.Optimizer] = self.matrix_optimizer
         split: list[dict[str, Any]] = []
         for group in adamw.param_groups:
             mine = [p for p in group["params"] if id(p) in chosen]
             rest = [p for p in group["params"] if id(p) not in chosen]
             if mine:
-                made = self.matrix_optimizer(mine, lr=group["lr"], weight_decay=group["weight_decay"], **own)
+                made = make(mine, lr=group["lr"], weight_decay=group["weight_decay"], **own)
                 split.append({**made.param_groups[0], _ALGORITHM: self.algorithm})
             if rest:
                 split.append({**group, "params": rest, _ALGORITHM: "adamw"})
         super().__init__(split, {})
         self.defaults = adamw.defaults
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step of both, over the parameters that have a gradient."""
@@ -86,7 +93,8 @@ def loss_of(closure: Callable[[], float] | None) -> float | None:
 
 def algorithm_of(group: Mapping[str, Any]) -> str | None:
     """What steps a group of `MatricesAndAdamW`; None for a group of any other optimizer."""
-    return group.get(_ALGORITHM)
+    algorithm: str | None = group.get(_ALGORITHM)
+    return algorithm
 
 
 def hidden_matrices(stages: Iterable[Stage], decayed: Iterable[str], adapters: bool = False) -> list[nn.Parameter]:
@@ -116,7 +124,7 @@ def layer_matrices(layer: nn.Module) -> dict[str, nn.Parameter]:
     """The matrices of a layer, see `hidden_matrices`, by their names in it."""
     routing = routing_parameters(layer)
     return {
-        f"{name}.weight" if name else "weight": module.weight
+        f"{name}.weight" if name else "weight": cast(nn.Parameter, module.weight)  # torch calls it a Tensor
         for name, module in layer.named_modules()
         if isinstance(module, (nn.Linear, Conv1D))
         and module.weight.ndim == 2
@@ -131,6 +139,6 @@ def _adapters(layer: nn.Module) -> set[int]:
         id(parameter)
         for module in layer.modules()
         for name in getattr(type(module), "adapter_layer_names", ())
-        if name in module._modules and name != "modules_to_save"
-        for parameter in module._modules[name].parameters()
+        if name != "modules_to_save" and (adapters := module._modules.get(name)) is not None
+        for parameter in adapters.parameters()
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import nn
@@ -52,6 +52,12 @@ class DeviceMuon(torch.optim.Muon):
         super().__init__(params, adjust_lr_fn=None if adjust_lr_fn == MEASURED else adjust_lr_fn, **options)
         for group in self.param_groups:
             group.update(adjust_lr_fn=adjust_lr_fn, betas=betas)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -135,11 +141,12 @@ def orthogonalised(matrix: torch.Tensor, group: Mapping[str, Any]) -> torch.Tens
 def adjusted_rate(group: Mapping[str, Any], parameter: torch.Tensor) -> float:
     """The learning rate of a matrix by its shape, see `MuonAdamW`."""
     rows, columns = parameter.shape
+    rate: float = group["lr"]
     if group["adjust_lr_fn"] == "match_rms_adamw":
-        return group["lr"] * 0.2 * math.sqrt(max(rows, columns))
+        return rate * 0.2 * math.sqrt(max(rows, columns))
     if group["adjust_lr_fn"] == MEASURED:
-        return group["lr"] * math.sqrt(max(rows, columns))
-    return group["lr"] * math.sqrt(max(1, rows / columns))
+        return rate * math.sqrt(max(rows, columns))
+    return rate * math.sqrt(max(1, rows / columns))
 
 
 class MuonAdamW(MatricesAndAdamW):

@@ -85,19 +85,22 @@ class WeightPrediction(Compensation):
         if steps == 0 or not state:
             return None
         if self.prediction == "step":
-            return torch.lerp(parameter, state[PREVIOUS], -steps) if PREVIOUS in state else None
+            previous: torch.Tensor | None = state.get(PREVIOUS)
+            return None if previous is None else torch.lerp(parameter, previous, -steps)
+        rate: float = group["lr"]
         if algorithm_of(group) == "muon":
-            decayed = parameter - (steps * group["lr"] * group["weight_decay"]) * parameter
+            decayed: torch.Tensor = parameter - (steps * rate * group["weight_decay"]) * parameter
             direction = step_direction(state["momentum_buffer"], state, group)
             return decayed.sub(direction, alpha=steps * adjusted_rate(group, parameter))
         if algorithm_of(group) == "rotated":
             if state["step"] == 0:
                 return None
-            direction = rotated_direction(state, group) + group["weight_decay"] * parameter
-            return parameter - (steps * group["lr"]) * direction
+            decay: float = group["weight_decay"]
+            return parameter - (steps * rate) * (rotated_direction(state, group) + decay * parameter)
         if "exp_avg" in state:
-            return parameter - (steps * group["lr"]) * _adam_direction(parameter, state, group)
-        return parameter - (steps * group["lr"]) * state["momentum_buffer"]
+            return parameter - (steps * rate) * _adam_direction(parameter, state, group)
+        momentum: torch.Tensor = state["momentum_buffer"]
+        return parameter - (steps * rate) * momentum
 
     def keeps_weights(self, update: StageUpdate) -> bool:
         """Only if they are what predictions are made of."""
@@ -123,6 +126,6 @@ def _adam_direction(parameter: torch.Tensor, state: Mapping[str, Any], group: Ma
     if count.device.type == "cpu":
         count = float(count)  # elsewhere a read would make the device wait
     variance = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
-    direction = state["exp_avg"] / (1 - beta1**count)
+    direction: torch.Tensor = state["exp_avg"] / (1 - beta1**count)
     direction = direction / ((variance / (1 - beta2**count)).sqrt() + group["eps"])
     return direction + group["weight_decay"] * parameter if group["decoupled_weight_decay"] else direction

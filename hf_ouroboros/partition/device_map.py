@@ -211,7 +211,8 @@ def _sequential(units: Sequence[Unit], devices: Sequence[str], tied: bool, budge
             f"device_map='sequential' fills one device after the other and needs max_memory for each; missing: "
             f"{', '.join(missing)}"
         )
-    left, device, assigned = dict(budgets), 0, []
+    left, device = dict(budgets), 0
+    assigned: list[int] = []
     for unit in units:
         if tied and unit.modules == units[-1].modules:
             device = assigned[0]

@@ -7,7 +7,8 @@ tokens go through its weights. What was found is kept for models of the same con
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from .recording import NeedsData, Recording
 from .self_check import kept_buffers
 from .shadow import Path, detached, leaf, leaves, on_meta
 
+Name = TypeVar("Name", bound=Hashable)
 FIRST_ARGUMENTS = ((0, 0), (1, "hidden_states"), (1, "x"), (1, "hidden"))
 
 # By what `architecture_of` tells apart. Without weights where that is possible.
@@ -58,10 +60,13 @@ def _record(model: PreTrainedModel) -> Anatomy:
 
 
 def _dissected(model: PreTrainedModel, twin: Callable[[nn.Module], nn.Module]) -> Anatomy:
+    def dissection() -> _Dissection:
+        return _Dissection(model, cast(PreTrainedModel, twin(model)))  # nothing stands for a whole model
+
     try:
-        return _Dissection(model, twin(model)).anatomy()
+        return dissection().anatomy()
     except _OtherStacks:
-        return _Dissection(model, twin(model)).anatomy(searching=True)
+        return dissection().anatomy(searching=True)
 
 
 class _OtherStacks(Exception):
@@ -95,10 +100,11 @@ class _Dissection(Recording):
             searching: whether to find out, by a forward more, which lists of modules run.
         """
         with self._runnable(), Answers() as answers:
-            self.stacks = self._find_stacks(self._running_lists() if searching else self._lists())
-            lists = [list(self.twin.get_submodule(stack)) for stack in self.stacks]
+            known = self._running_lists() if searching else self._lists()
+            self.stacks = self._find_stacks(known)
+            lists = [list(known[stack]) for stack in self.stacks]
             self.layers = [layer for layers in lists for layer in layers]
-            self.starts = {0, len(lists[0])} if len(lists) > 1 else {0}  # numbers of the layers that begin a stack
+            self.starts = {0, len(lists[0])} if len(lists) > 1 else {0}
             self.head = self._head_module()
             logits = self._record()
             if not searching and {i for i, *_ in self.calls} != set(range(len(self.layers))):
@@ -177,13 +183,14 @@ class _Dissection(Recording):
         inside = {id(p) for layer in self.layers for p in layer.parameters()}
         return {name: p for name, p in self.twin.named_parameters() if id(p) not in inside and p.is_floating_point()}
 
-    def _reached(self, tensors: Sequence[torch.Tensor], parameters: Mapping[str, torch.Tensor]) -> set[str]:
+    def _reached(self, tensors: Sequence[torch.Tensor | None], parameters: Mapping[Name, torch.Tensor]) -> set[Name]:
         """Names of the parameters that tensors depend on."""
         total = [t.float().sum() for t in tensors if t is not None and t.requires_grad]
         if not total or not parameters:
             return set()
         try:
-            found = torch.autograd.grad(sum(total), list(parameters.values()), retain_graph=True, allow_unused=True)
+            whole = sum(total[1:], total[0])
+            found = torch.autograd.grad(whole, list(parameters.values()), retain_graph=True, allow_unused=True)
         except NotImplementedError as error:
             raise NeedsData(
                 f"{self.kind} can't be split into stages: its backward does not run without weights ({str(error)[:200]})"
@@ -235,6 +242,7 @@ class _Dissection(Recording):
         self, logits: torch.Tensor, outside: Mapping[str, nn.Parameter], entries: list[torch.Tensor]
     ) -> tuple[set[str], set[str], Path | None]:
         """Parameters of the head, those between layers and head, and the place where a stage may begin with the head."""
+        assert self.cut is not None  # the last layer has run
         sources = [before for before, _ in self.head_inputs]
         past = {str(i): t for i, t in enumerate(entries)}
         if self._reached([logits, *sources], past):

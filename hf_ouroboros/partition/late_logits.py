@@ -25,6 +25,9 @@ LARGE_VOCABULARY = 2**14
 
 _of_this_thread = threading.local()
 
+# Descriptors, which torch's annotations take for what they give. Each look at `__get__` makes an equal one, not the same.
+_DTYPE: Any = torch.Tensor.dtype
+_REQUIRES_GRAD: Any = torch.Tensor.requires_grad
 _METADATA = frozenset(
     getattr(torch.Tensor, name).__get__ for name in ("shape", "device", "dtype", "ndim", "layout", "is_cuda", "is_meta")
 ) | {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.is_floating_point, torch.Tensor.__len__}
@@ -99,7 +102,7 @@ class LateLogits(torch.Tensor):
     def made(self) -> torch.Tensor:
         """The logits."""
         with torch._C.DisableTorchFunctionSubclass():
-            return F.linear(self.hidden, self.weight, self.bias).to(torch.Tensor.dtype.__get__(self))
+            return F.linear(self.hidden, self.weight, self.bias).to(_DTYPE.__get__(self))
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -108,8 +111,9 @@ class LateLogits(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func in _METADATA:
                 return func(*args, **kwargs)
-            if func is torch.Tensor.requires_grad.__get__:
-                return torch.is_grad_enabled() and (args[0].hidden.requires_grad or args[0].weight.requires_grad)
+            if func == _REQUIRES_GRAD.__get__:
+                sources = (args[0].hidden, args[0].weight, args[0].bias)
+                return torch.is_grad_enabled() and any(s is not None and s.requires_grad for s in sources)
             if args and isinstance(args[0], cls):
                 found = _still_late(func, args[0], args[1:], kwargs)
                 if found is not None:

@@ -18,7 +18,8 @@ def named_parts(model: nn.Module, name: str) -> list[tuple[str, nn.Parameter]]:
     module, _, leaf = name.rpartition(".")
     parent = model.get_submodule(module)
     if leaf in parent._parameters:
-        return [(name, parent._parameters[leaf])]
+        own = parent._parameters[leaf]
+        return [] if own is None else [(name, own)]
     return list(model.get_submodule(name).named_parameters(prefix=name))
 
 
@@ -58,7 +59,7 @@ def release_foreign(model: nn.Module, owned: Owned) -> tuple[str, ...]:
         The names of parameters that had to become new objects, because a weak reference, a view or a graph holds on
         to the old one; its memory is free only when they let go. Usually there are none.
     """
-    replaced = []
+    replaced: list[str] = []
     for parameter, names in names_of_parameters(model):
         if parameter.is_meta or any(owned(name) for name in names):
             continue

@@ -12,11 +12,22 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+if TYPE_CHECKING:
+
+    class PackedLinear(nn.Linear):
+        """What is used of bitsandbytes' linear modules: `Linear4bit` has the two of `quant`, `Linear8bitLt` has `state`."""
+
+        quant_state: Any
+        quant_storage: torch.dtype
+        state: Any
+        support_avx512bf16_for_cpu: bool
+
 
 BLOCK, STATES = 64, 256
 """Elements that share a scale; scales, packed themselves (double quantization), that share one."""
@@ -46,11 +57,11 @@ def packed_bytes(elements: int, rows: int, bits: int, nested: bool = False) -> i
     return math.ceil(elements / 2) + (scales + 4 * math.ceil(scales / STATES) if nested else 4 * scales)
 
 
-def packed_linears(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def packed_linears(module: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
     """The packed linear modules inside a module, by name."""
     if "bitsandbytes" not in sys.modules:
         return iter(())
-    return ((name, part) for name, part in module.named_modules() if is_packed(part))
+    return ((name, cast("PackedLinear", part)) for name, part in module.named_modules() if is_packed(part))
 
 
 def is_packed(module: nn.Module) -> bool:
@@ -58,7 +69,7 @@ def is_packed(module: nn.Module) -> bool:
     kinds = _kinds()
     if not kinds or not isinstance(module, kinds) or module._parameters.get("weight") is None:
         return False
-    return _bits(module) == 4 or not module.state.has_fp16_weights
+    return _bits(module) == 4 or not cast("PackedLinear", module).state.has_fp16_weights
 
 
 def sizes(parameters: Iterable[nn.Parameter], module: nn.Module) -> dict[int, Size]:
@@ -89,10 +100,11 @@ class Unpacked(nn.Linear):
 
 def unpacked(module: nn.Module) -> Unpacked:
     """Stands for a packed linear module on the meta device."""
-    return Unpacked(module.in_features, module.out_features, module.bias is not None, device="meta")
+    packed = cast("PackedLinear", module)
+    return Unpacked(packed.in_features, packed.out_features, packed.bias is not None, device="meta")
 
 
-def scales(module: nn.Module) -> list[torch.Tensor]:
+def scales(module: PackedLinear) -> list[torch.Tensor]:
     """The scales of a packed linear module, wherever they are by now; empty where its values are not here."""
     weight = module.weight
     if _bits(module) == 8:
@@ -113,7 +125,8 @@ def place(module: nn.Module, device: torch.device) -> None:
                 state.to(device)
                 part.quant_state = state
             continue
-        for holder in (weight, part.state):
+        holders: tuple[Any, ...] = (weight, part.state)
+        for holder in holders:
             if getattr(holder, "SCB", None) is not None:
                 holder.SCB = holder.SCB.to(device)
             if getattr(holder, "CB", None) is not None:
@@ -128,6 +141,8 @@ def forget_foreign(module: nn.Module) -> None:
             continue
         notes = {key: value for key, value in vars(weight).items() if key not in _OF_VALUES}
         bitsandbytes = sys.modules["bitsandbytes"]
+        shape: tuple[int, int]
+        dtype: torch.dtype
         if _bits(part) == 8:
             part.state.reset_grads()
             kind, shape, dtype = bitsandbytes.nn.Int8Params, (part.out_features, part.in_features), torch.int8

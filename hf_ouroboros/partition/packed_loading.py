@@ -47,7 +47,7 @@ class Packing:
     def exceptions(self, model: PreTrainedModel) -> list[str]:
         """Patterns of the modules that stay as they are: head, tied modules, and those that the configuration names."""
         given, kept = self.config.llm_int8_skip_modules, model._keep_in_fp32_modules
-        return sorted(HfQuantizer.get_modules_to_not_convert(model, given, kept))
+        return sorted(HfQuantizer.get_modules_to_not_convert(model, given, None if kept is None else list(kept)))
 
     def of_own(self, model: PreTrainedModel, foreign: Sequence[str]) -> Any:
         """The configuration for loading a part.
@@ -77,7 +77,8 @@ class Packing:
     def complete(self, model: PreTrainedModel, exceptions: Sequence[str]) -> None:
         """Makes a loaded part what it would be beside the others."""
         self.of_meta(model, exceptions)
-        model.config.quantization_config = model.hf_quantizer.quantization_config = self.config
+        quantizer: Any = model.hf_quantizer
+        model.config.quantization_config = quantizer.quantization_config = self.config
 
 
 def check_method(method: Any) -> None:

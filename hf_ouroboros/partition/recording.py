@@ -27,9 +27,20 @@ class Recording:
     Args:
         model: the model.
         twin: its shadow, whose layers are recorded.
+
+    Attributes:
+        stacks: names of the lists of layers; these four are known before anything is recorded.
+        layers: all of them.
+        starts: numbers of the layers that begin a stack.
+        head: the output embedding; None for none.
     """
 
-    def __init__(self, model: PreTrainedModel, twin: nn.Module):
+    stacks: list[str]
+    layers: list[nn.Module]
+    starts: set[int]
+    head: nn.Module | None
+
+    def __init__(self, model: PreTrainedModel, twin: PreTrainedModel):
         self.kind = type(model).__name__
         self.twin = twin.train()
         # A mixture's experts loop over what was routed to them, which needs data, in some implementations.

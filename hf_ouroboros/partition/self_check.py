@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -95,7 +95,7 @@ def _batch(model: PreTrainedModel, keys: frozenset[str]) -> tuple[dict[str, torc
 
 
 def _gradients(
-    logits: torch.Tensor, batch: dict[str, torch.Tensor], mask: torch.Tensor, parameters: dict[str, torch.Tensor]
+    logits: torch.Tensor, batch: dict[str, torch.Tensor], mask: torch.Tensor, parameters: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     if not logits.requires_grad:
         return {}
@@ -106,7 +106,7 @@ def _gradients(
     return {n: g.cpu() for n, g in zip(parameters, found, strict=True) if g is not None}
 
 
-def _accelerators(parameters: object) -> list[int]:
+def _accelerators(parameters: Iterable[torch.Tensor]) -> list[int]:
     return sorted({p.device.index for p in parameters if p.device.type == "cuda"})
 
 

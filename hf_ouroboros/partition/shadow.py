@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from types import CellType, MethodType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -21,11 +21,10 @@ Path = tuple[Any, ...]
 """Where a tensor is in nested containers: keys and positions from the outside in."""
 
 Replacement = Callable[[nn.Module], nn.Module]
+Root = TypeVar("Root", bound=nn.Module)
 
 
-def shadow(
-    module: nn.Module, replacements: Mapping[int, Replacement] | None = None, own_hooks: bool = False
-) -> nn.Module:
+def shadow(module: Root, replacements: Mapping[int, Replacement] | None = None, own_hooks: bool = False) -> Root:
     """A copy of a module tree that shares parameters and buffers.
 
     Args:
@@ -45,7 +44,7 @@ def shadow(
         for name, value in vars(copied).items():  # plain attributes that point back into the tree
             if isinstance(value, nn.Module) and id(value) in known:
                 copied.__dict__[name] = known[id(value)]
-    return twin
+    return cast(Root, twin)  # a copy, where nothing stands in the place of the root itself
 
 
 def _shadow(module: nn.Module, replacements: Mapping[int, Replacement], known: dict[int, nn.Module]) -> nn.Module:
@@ -57,8 +56,8 @@ def _shadow(module: nn.Module, replacements: Mapping[int, Replacement], known: d
     twin = known[id(module)] = _copy(module)
     if twin._compiled_call_impl is not None:
         raise UnsupportedModelError(
-            f"a {type(module).__name__} of this model was compiled in place, for the model's weights of now; stages run "
-            "uncompiled: leave out module.compile()"
+            f"a {type(module).__name__} of this model was compiled in place, for the model's weights of now; leave out "
+            "module.compile(), and let the stages compile their layers (torch_compile=True)"
         )
     forward = twin.__dict__.get("forward")
     if hasattr(module, "_hf_hook") and "_old_forward" in vars(module):
@@ -66,7 +65,7 @@ def _shadow(module: nn.Module, replacements: Mapping[int, Replacement], known: d
         del twin._hf_hook
     # accelerate leaves an instance attribute `forward` behind when it removes its hooks; bound to the original, it
     # would compute with the original's weights instead of the shadow's.
-    if getattr(forward, "__self__", None) is module and not _holds_method_of(forward, module):
+    if forward is not None and getattr(forward, "__self__", None) is module and not _holds_method_of(forward, module):
         twin.forward = MethodType(forward.__func__, twin)
     elif forward is not None:
         shown = " ".join(repr(forward).split())

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from ..errors import UnsupportedModelError
 from .anatomy import HIDDEN, Anatomy
 from .balancing import CHOSEN, PROBABILITIES, RouterLogits
+from .compiled import Compilation, compiled
 from .late_logits import with_late_logits, without_late
 from .meta import call_options
 from .model_inputs import batch_keys, check_config, foreign_outputs, of_last_stage, tokens_of, without_unused_labels
@@ -31,6 +32,9 @@ from .shadow import Path, hollow, hook_dicts, leaf, leaves, map_leaves, on_meta,
 from .stages import Boundary, Finish, Memory, Stage
 from .stand_ins import identity, nothing, output_on_meta, without_values
 from .units import StageSpan, Unit
+
+if TYPE_CHECKING:
+    from .families import Family
 
 
 class _EndReached(Exception):
@@ -49,10 +53,12 @@ class ShadowStage(Stage):
         num_stages: K.
     """
 
+    _core: PreTrainedModel
+
     def __init__(
         self,
         model: PreTrainedModel,
-        family: Any,
+        family: Family,
         anatomy: Anatomy,
         units: Sequence[Unit],
         span: StageSpan,
@@ -91,6 +97,7 @@ class ShadowStage(Stage):
         self._open(core)
         if self.is_last and (head := model.get_output_embeddings()) is not None:
             with_late_logits(core.get_submodule(next(name for name, m in model.named_modules() if m is head)))
+        self._compiled: dict[nn.Module, Callable[..., Any]] = {}
         self._routers: RouterLogits | None = None
         if num_stages > 1 and getattr(model.config, "output_router_logits", False):
             before = anatomy.layers[: self._own.start]
@@ -115,7 +122,10 @@ class ShadowStage(Stage):
             return self._attempt(batch, received)
         run = partial(self._attempt, received=received)
         call = OneCall(run, batch, keys, self.foreign_outputs, alone=self.is_first)
-        return call(**batch).logits if finish is None else finish(call)
+        if finish is not None:
+            return finish(call)
+        output: Any = call(**batch)
+        return output.logits
 
     def _attempt(self, inputs: dict[str, Any], received: Boundary | None) -> Any:
         try:
@@ -139,8 +149,10 @@ class ShadowStage(Stage):
             relayed = {name: name for name in self._relayed}
             if self._relayed_hidden is not None:
                 relayed[HIDDEN] = self._relayed_hidden
-            for name, source in relayed.items():  # a view: a node at which gradients from further on arrive first
-                self._captured[name] = received[source].view_as(received[source])
+            if relayed:
+                assert received is not None  # only what is received is relayed
+                for name, source in relayed.items():  # a view: a node at which gradients from further on arrive first
+                    self._captured[name] = received[source].view_as(received[source])
             return self._captured
         finally:
             self._received, self._captured = None, {}
@@ -183,6 +195,19 @@ class ShadowStage(Stage):
         self._core.training = mode
         return super().train(mode)
 
+    def compile_layers(self, compilation: Compilation) -> None:
+        """See `Stage.compile_layers`."""
+        if self._routers is not None:
+            raise UnsupportedModelError(
+                "torch_compile with output_router_logits=True: routers are looked at while they run; leave one of them off"
+            )
+        self.compiles = True
+        for i in () if self._compiled else self._own:
+            layer = self._core.get_submodule(self._anatomy.layers[i])
+            self._compiled[layer] = compiled(layer, i, self._anatomy.calls[i].hidden, compilation)
+            if layer._compiled_call_impl is None:
+                layer._compiled_call_impl = partial(self._run_layer, layer)
+
     def _check(self, reached: bool, where: str) -> None:
         if not reached:
             raise UnsupportedModelError(
@@ -199,7 +224,7 @@ class ShadowStage(Stage):
         made: dict[int, Callable[[nn.Module], nn.Module]] = {}
         for i, layer in enumerate(anatomy.layers):
             if i not in self._own:
-                made[id(model.get_submodule(layer))] = lambda module, i=i: self._passing(module, i)
+                made[id(model.get_submodule(layer))] = partial(self._passing, i=i)
         if not self.is_first:
             made |= {id(model.get_submodule(name)): identity for name in anatomy.early_dropouts}
         if self._exit == anatomy.num_layers + 1:
@@ -250,27 +275,32 @@ class ShadowStage(Stage):
             self._end_after(layers[anatomy.num_layers - 1])
 
     def _inject(self, module: nn.Module, hidden: Path | None, extras: Sequence[tuple[str, Path]]) -> None:
-        call = module._call_impl
-
         def injected(*args: Any, **kwargs: Any) -> Any:
             given: Any = (args, kwargs)
+            received = self._received
+            assert received is not None  # only a stage with others before it has an entry
             if hidden is not None:
                 self._entered = True
-                given = with_leaf(given, hidden, self._received[HIDDEN])
+                given = with_leaf(given, hidden, received[HIDDEN])
             for name, path in extras:
-                given = with_leaf(given, path, self._received[name])
-            return call(*given[0], **given[1])
+                given = with_leaf(given, path, received[name])
+            return self._run_layer(module, *given[0], **given[1])
 
         module._compiled_call_impl = injected  # around the module's hooks, which see what it is given
 
     def _end_after(self, layer: nn.Module) -> None:
-        run, call = layer._compiled_call_impl or layer._call_impl, self._anatomy.calls[-1]
+        run = layer._compiled_call_impl or partial(self._run_layer, layer)
+        call = self._anatomy.calls[-1]
 
         def ending(*args: Any, **kwargs: Any) -> Any:
             self._captured[HIDDEN] = call.hidden_of(run(*args, **kwargs))
             raise _EndReached
 
         layer._compiled_call_impl = ending  # around the layer's hooks, which may change what it returns
+
+    def _run_layer(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        run = self._compiled.get(module, module._call_impl) if self.compiles else module._call_impl
+        return run(*args, **kwargs)
 
     # ---- what stands in for foreign modules ----
 
@@ -290,6 +320,7 @@ class ShadowStage(Stage):
             hidden = leaf(given, call.hidden)
             if i == last and self._entry == last + 1:
                 self._entered = True
+                assert self._received is not None  # there are stages before an entry
                 hidden = self._received[HIDDEN]
             return call.returning(hidden)
 
@@ -297,10 +328,11 @@ class ShadowStage(Stage):
         return twin
 
     def _ending_head(self, module: nn.Module) -> nn.Module:
-        twin = without_values(module)
+        twin, place = without_values(module), self._anatomy.head_input
+        assert place is not None  # else no stage ends before the head
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            self._captured[HIDDEN] = leaf((args, kwargs), self._anatomy.head_input)
+            self._captured[HIDDEN] = leaf((args, kwargs), place)
             raise _EndReached
 
         twin.forward = forward

@@ -13,13 +13,14 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import DeviceMapError, UnsupportedModelError
+from .compiled import Compilation
 from .device_map import parse_device_map, plan_stages
 from .families import find_family
 from .mapping import check_module_names
 from .meta import call_options, logits_of
 from .module_hooks import carry_hooks
 from .ownership import Owned, check_each_owned_once, release_foreign
-from .packed import sizes
+from .packed import packed_linears, sizes
 from .self_check import Run, Sample, compare, take_sample
 from .stage_plan import StagePlan, StageRow, torch_device
 from .stages import Stage, compose
@@ -77,6 +78,22 @@ class Partition:
         for stage in self.stages:
             stage.check_config()
         carry_hooks(self.model, self.stages, self.units, self.spans)
+
+    def compile_layers(self, compilation: Compilation | None) -> None:
+        """Lets the layers of the stages that are here run compiled, or as they are.
+
+        Raises:
+            UnsupportedModelError: they can't be compiled.
+        """
+        if compilation is not None and any(packed_linears(self.model)):
+            raise UnsupportedModelError(
+                "torch_compile with a quantized model: its library's kernels are not compiled; leave it off"
+            )
+        for k, stage in enumerate(self.stages):
+            if compilation is None or not self.is_here(k):
+                stage.compiles = False
+            else:
+                stage.compile_layers(compilation)
 
     @property
     def remembers(self) -> bool:

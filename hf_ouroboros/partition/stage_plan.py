@@ -85,9 +85,9 @@ class StagePlan:
         return sum(row.parameter_bytes for row in self.rows if row.device == device)
 
     def __str__(self) -> str:
-        header = ("stage", "device", "delay", "layers", "parameters", "MiB", "modules")
+        header: tuple[str, ...] = ("stage", "device", "delay", "layers", "parameters", "MiB", "modules")
         frozen = any(row.frozen for row in self.rows)
-        lines = [
+        lines: list[tuple[str, ...]] = [
             (
                 str(row.stage),
                 row.device,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,11 +12,12 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.utils import ModelOutput
 
+from ..errors import UnsupportedModelError
 from . import packed
-from .anatomy import HIDDEN
 from .units import StageSpan, Unit
 
 if TYPE_CHECKING:
+    from .compiled import Compilation
     from .families import Family
 
 Boundary = dict[str, torch.Tensor]
@@ -45,11 +47,13 @@ class Stage(nn.Module, ABC):
         batch_keys: what of a batch the stage computes with.
         draws: whether its forward in training mode draws random numbers.
         first_trained: the first unit of the model with a trained parameter.
+        compiles: whether its layers run compiled.
     """
 
     batch_keys: frozenset[str]
     draws: bool
     first_trained: int = 0
+    compiles: bool = False
 
     def __init__(
         self, config: PretrainedConfig, family: Family, units: Sequence[Unit], span: StageSpan, num_stages: int
@@ -109,6 +113,26 @@ class Stage(nn.Module, ABC):
             [batch, time, vocabulary].
         """
 
+    def compile_layers(self, compilation: Compilation) -> None:
+        """Lets the layers run compiled from now on.
+
+        Raises:
+            UnsupportedModelError: they can't.
+        """
+        raise UnsupportedModelError(
+            f"torch_compile compiles the layers of stages that run the model's own forward, which those of a "
+            f"{self.config.model_type} don't; leave it off"
+        )
+
+    @contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """Within this context its layers run as they are, so that whoever watches them sees what they do."""
+        before, self.compiles = self.compiles, False
+        try:
+            yield
+        finally:
+            self.compiles = before
+
     def place(self, device: torch.device) -> None:
         """Moves the stage's parameters and buffers to a device."""
         for parameter in self.parameters():
@@ -119,11 +143,6 @@ class Stage(nn.Module, ABC):
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.device != device:
                     module._buffers[name] = buffer.to(device)
-
-
-def hidden_of(received: Mapping[str, torch.Tensor] | None) -> torch.Tensor | None:
-    """The hidden state among what a stage received."""
-    return None if received is None else received[HIDDEN]
 
 
 def to_device(values: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

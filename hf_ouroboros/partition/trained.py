@@ -8,7 +8,7 @@ What only the first and the last stage have, a frozen tied matrix, may lie on tw
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -68,7 +68,7 @@ def refresh(partition: Partition) -> Partition:
     return replace(partition, plan=replace(partition.plan, rows=rows))
 
 
-def with_trained(row: StageRow, parameters: Sequence[nn.Parameter]) -> StageRow:
+def with_trained(row: StageRow, parameters: Iterable[nn.Parameter]) -> StageRow:
     """A row of a plan that tells how many of the stage's parameters are trained."""
     trained = [p for p in parameters if p.requires_grad]
     return replace(

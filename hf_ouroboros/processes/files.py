@@ -87,7 +87,7 @@ def _receive(path: Path, size: int, rank: int, group: dist.ProcessGroup) -> None
         for start in range(0, size, PIECE_BYTES):
             piece = torch.empty(min(PIECE_BYTES, size - start), dtype=torch.uint8)
             dist.recv(piece, rank, group=group)
-            file.write(piece.numpy())
+            file.write(piece.numpy().data)
         file.flush()
         os.fsync(file.fileno())
 

@@ -91,7 +91,7 @@ class Meeting:
     """
 
     def __init__(self, store: dist.Store, rank: int, world_size: int):
-        self.founded_on = store
+        self.founded_on: dist.Store | None = store  # None when this process ends
         self._store = dist.PrefixStore("hf_ouroboros", store)
         self._rank = rank
         self._others = [other for other in range(world_size) if other != rank]
@@ -121,7 +121,9 @@ class Meeting:
                 self._store.delete_key(f"{kind} {number - 1} {self._rank}")
             if all(entry == sums for entry in entries.values()):
                 return
-            error = disagreement(where, self._gather(f"facts {number}", facts, where, timeout, check))
+            error: DisagreementError | RankFailedError | None = disagreement(
+                where, self._gather(f"facts {number}", facts, where, timeout, check)
+            )
         except RankFailedError as failure:
             error = failure
         except dist.DistError as failure:
@@ -139,7 +141,7 @@ class Meeting:
         """Tells those who come to the next meeting that this process does not."""
         if getattr(error, "_told", False):  # by an inner call
             return
-        error._told = True
+        vars(error)["_told"] = True
         number, self._number = self._number, self._number + 1
         with suppress(RuntimeError):
             self._store.set(f"sums {number} {self._rank}", json.dumps({"refused": describe(error)}))
@@ -230,7 +232,8 @@ class Meeting:
         """Leaves, and lets go of the store while Python still runs."""
         global _present
         self.leave("ended")
-        self._store = self.founded_on = _present = None
+        del self._store
+        self.founded_on = _present = None
 
 
 def describe(error: BaseException) -> str:

@@ -77,7 +77,7 @@ def _outputs(
     state: Any = None
     found: list[Boundary] = []
     for stage, device_index in zip(partition.stages[:-1], partition.plan.placement, strict=False):
-        message = [None]
+        message: list[Boundary | None] = [None]
         if device_index == grid.device_index:
             was_training = stage.training
             stage.eval()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 
@@ -53,9 +53,9 @@ class ProcessEngine(Engine):
         self._last_stage_here = plan.placement[-1] == grid.device_index
         self._open: tuple[list[int], int] = [], 0  # ticks of the open update, fingerprint of its micro-batches
         self._unreported: dict[int, tuple[list[int], int]] = {}
-        self._losses: dict[int, torch.Tensor] = {}
+        self._losses: dict[int, SupportsFloat] = {}
         self._told: set[int] = set()  # micro-batches whose losses were told before their update was closed
-        self._own_norms: dict[int, dict[int, torch.Tensor | None]] = {}
+        self._own_norms: dict[int, dict[int, SupportsFloat | None]] = {}
         self._all_reported = self._stop_asked = self._stop_heard = False
         self._column = grid.lease_group("column") if grid.replicas > 1 else None
         self._drained = True  # whether all processes have received all that was sent to them

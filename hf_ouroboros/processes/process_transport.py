@@ -81,6 +81,7 @@ class ProcessTransport:
         if self._wires.is_local(direction, stage):
             self._arriving[direction, stage].append((tick, tensors))
             return
+        assert tensors is not None  # only before the first stage there is nothing
         with self._talking(f"{direction} of tick {tick} to stage {stage}", None):
             self._wires.send_all(direction, stage, tensors)
 

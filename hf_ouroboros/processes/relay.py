@@ -6,7 +6,8 @@ The process with the first stage runs it for some batches ahead; every other pro
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from ..engine.streams import Reading, Segment
 from ..partition import Boundary, Finish, Partition, select
+from .accelerator import ReplicaAccelerator
 from .grid import ProcessGrid
 from .wires import BoundarySpec, Wires
 
@@ -105,7 +107,13 @@ class AheadLoader:
         scope: entered around the forwards that are run ahead.
     """
 
-    def __init__(self, loader: DataLoader, relay: Relay, accelerator: Any, scope: Any):
+    def __init__(
+        self,
+        loader: DataLoader,
+        relay: Relay,
+        accelerator: ReplicaAccelerator,
+        scope: Callable[[], AbstractContextManager[None]],
+    ):
         self._loader, self._relay, self._accelerator, self._scope = loader, relay, accelerator, scope
 
     def __getattr__(self, name: str) -> Any:

@@ -145,4 +145,4 @@ def fingerprint(batch: Mapping[str, Any], start: int = 0) -> int:
 
 def tensor_checksum(tensor: torch.Tensor, start: int = 0) -> int:
     """A checksum of a tensor's bytes on the CPU, on top of an earlier one, below 2**32."""
-    return zlib.crc32(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy(), start)
+    return zlib.crc32(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data, start)

@@ -66,6 +66,7 @@ class SameBatches:
         """Has all processes raise what differs among some of them."""
         found = together(self._grid, self._group, facts)
         error = disagreement(f"the micro-batches of {where}", {rank: found[rank] for rank in among}, ADVICE)
+        assert error is not None  # what differs in number or checksum differs in what is compared here
         error.everywhere = True
         raise error
 

@@ -65,7 +65,8 @@ class Watch:
             message = [(host, store.port)]
         dist.broadcast_object_list(message, 0)
         if self._grid.rank:
-            store = dist.TCPStore(*message[0], is_master=False, wait_for_workers=False, timeout=timeout)
+            host, port = message[0]
+            store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
         return store
 
     # ---- called by the trainer ----

@@ -75,6 +75,12 @@ def sizes_of(batch: Mapping[str, Any]) -> dict[str, int]:
     return sizes
 
 
+def _begun(message: dist.Work | None) -> dist.Work:
+    """A message that is on its way; torch gives None to processes outside of the group only, and a channel's ends are in it."""
+    assert message is not None
+    return message
+
+
 class Posted:
     """A receive that was posted: `wait()` gives the tensor."""
 
@@ -160,9 +166,9 @@ class Wires:
         number = torch.zeros(1, device=self._grid.device)
         group, tag = self._groups[direction, stage]
         if self._grid.rank_of(self._placement[stage]) == self._grid.rank:
-            dist.irecv(number, self.peer(direction, stage), group=group, tag=tag).wait()
+            _begun(dist.irecv(number, self.peer(direction, stage), group=group, tag=tag)).wait()
         else:
-            dist.isend(number, self._grid.rank_of(self._placement[stage]), group=group, tag=tag).wait()
+            _begun(dist.isend(number, self._grid.rank_of(self._placement[stage]), group=group, tag=tag)).wait()
 
     @property
     def posts_early(self) -> bool:
@@ -204,7 +210,7 @@ class Wires:
         group, tag = self._groups[direction, stage]
         tensor = tensor.contiguous()
         target = self._grid.rank_of(self._placement[stage])
-        sending.append((dist.isend(tensor, target, group=group, tag=tag), tensor))
+        sending.append((_begun(dist.isend(tensor, target, group=group, tag=tag)), tensor))
 
     def send_all(self, direction: str, stage: int, tensors: Boundary) -> None:
         """Starts to send a boundary's tensors, in their order."""
@@ -219,7 +225,7 @@ class Wires:
         """Starts to receive the next tensor of a channel."""
         group, tag = self._groups[direction, stage]
         tensor = torch.empty(tuple(shape), dtype=dtype, device=self._grid.device)
-        return Posted(dist.irecv(tensor, self.peer(direction, stage), group=group, tag=tag), tensor)
+        return Posted(_begun(dist.irecv(tensor, self.peer(direction, stage), group=group, tag=tag)), tensor)
 
     def flush(self) -> None:
         """Waits until everything that was sent has been received."""

@@ -171,8 +171,8 @@ class _Devices:
         needs = [Item(part, stage + 1, tick) if stage < last else Item(Part.FORWARD, stage, tick)]
         if 0 == stage < last and self._placement[0] == self._placement[last]:
             needs.append(Item(Part.WEIGHTS, last, tick))  # the head's side of a tied matrix
-        ends = [self._ends.get(need) for need in needs]
-        return None if None in ends else max(ends)
+        ends = [self._ends[need] for need in needs if need in self._ends]
+        return max(ends) if len(ends) == len(needs) else None
 
     def _do(self, device: int, start: float, item: Item) -> set[int]:
         """Does an item; returns the devices for which that changes something."""
@@ -243,10 +243,11 @@ def filling_program(
                 if ending.settle:
                     yield from (Settle(stage) for stage in down)
                 yield Report()
-                continue
-            if exchange:
-                yield Exchange(ending.update)
-            yield from (Step(stage, ending.update) for stage in down)
+            elif ending is not None and ending.update is not None:
+                if exchange:
+                    yield Exchange(ending.update)
+                for stage in down:
+                    yield Step(stage, ending.update)
 
     return program
 

@@ -60,14 +60,14 @@ def dataflow_program(stages: Sequence[int], lags: Sequence[int], num_stages: int
                     yield from (Settle(stage) for stage, _ in order)
                 yield Report()
                 continue
-            exchanging = exchange and slot.update is not None
+            update = slot.update if exchange else None
             for stage, _ in order:
                 forward, rest = _halves(stage, slot, num_stages)
-                waiting[stage].extend((forward, rest[:-1] if exchanging else rest))
-            if exchanging:
+                waiting[stage].extend((forward, rest if update is None else rest[:-1]))
+            if update is not None:
                 yield from catch_up(waiting)
-                yield Exchange(slot.update)
-                yield from (Step(stage, slot.update) for stage, _ in order)
+                yield Exchange(update)
+                yield from (Step(stage, update) for stage, _ in order)
                 continue
             for stage, lag in order:
                 while len(waiting[stage]) > lag:

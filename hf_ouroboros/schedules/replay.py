@@ -102,15 +102,17 @@ def prepare(
             stage, need = -1, EVERYBODY
         else:
             stage = getattr(instruction, "stage", -1)
-        crosses = transfer is not None and target is not None and target != device
+        link = message = None
+        if transfer is not None and target is not None and target != device:
+            link, message = (device, target), transfer(instruction, device, target)
         tasks.append(
             Task(
                 need,
                 give,
                 duration(instruction),
                 stage,
-                (device, target) if crosses else None,
-                transfer(instruction, device, target) if crosses else None,
+                link,
+                message,
                 after(instruction) if after is not None else 0.0,
                 instruction,
             )
@@ -154,7 +156,7 @@ def run(tasks: Sequence[Sequence[Task]]) -> list[list[float]]:
                 if after:
                     stage_free[stage] = now + after
                 if give >= 0:
-                    if link is None:
+                    if link is None or message is None:
                         there[give] = now
                     else:
                         sent = max(link_free.get(link, 0.0), now) + message.occupied
@@ -170,8 +172,8 @@ def run(tasks: Sequence[Sequence[Task]]) -> list[list[float]]:
             standing = ", ".join(f"device {d} at {head and head.instruction}" for d, head in enumerate(heads))
             raise Deadlock(f"the programs wait for each other: {standing}")
         together = max(free)
-        for device, head in enumerate(heads):
-            free[device] = together + head.duration
+        for device in devices:
+            free[device] = together + tasks[device][len(ends[device])].duration
             ends[device].append(free[device])
         todo = list(reversed(devices))
 
@@ -198,9 +200,9 @@ def replay(
     Raises:
         Deadlock: some device can never go on.
     """
-    programs = [list(program) for program in programs]
-    home = homes(programs, num_stages)
-    tasks = [prepare(program, d, home, duration, transfer, after) for d, program in enumerate(programs)]
+    sequences = [list(program) for program in programs]
+    home = homes(sequences, num_stages)
+    tasks = [prepare(program, d, home, duration, transfer, after) for d, program in enumerate(sequences)]
     return [
         # Never before the end of the one before, which the subtraction might miss by the last bit.
         Executed(device, task.instruction, max(end - task.duration, before), end)

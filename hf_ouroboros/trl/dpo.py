@@ -7,7 +7,7 @@ reference's log-probabilities come with the data.
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -61,13 +61,14 @@ class OuroborosDPOTrainer(TickHooks, DPOTrainer, OuroborosTrainer):
             )
         self._ticks = deque()
         self._reference = ReferenceModel(self, without_adapters=kwargs.get("peft_config") is not None)
-        super().__init__(model, self._reference, args, *more, **kwargs)
+        reference: Any = self._reference  # stands in for a model
+        super().__init__(model, reference, args, *more, **kwargs)
         self._fields = ("entropy", "is_top1", "mean_logits", *(["log_sum_sq_probs"] if self.use_weighting else []))
         self.ref_model = None  # what TRL asks whether it is to run one
         self._after_trl()
 
     def _split(self, model: nn.Module, args: Any) -> None:
-        if self._beside[0].disable_dropout:  # before stages copy it
+        if cast(OuroborosDPOConfig, args).disable_dropout:  # before stages copy it
             disable_dropout_in_model(model)
         super()._split(model, args)
 
@@ -93,12 +94,13 @@ class OuroborosDPOTrainer(TickHooks, DPOTrainer, OuroborosTrainer):
         loader = DataLoader(dataset, batch_size, collate_fn=self.data_collator)
         found: list[list[torch.Tensor]] = [[], []]
         self.synchronize()
-        self.ref_model = self._reference
+        reference: Any = self._reference
+        self.ref_model = reference
         try:
             with self._guarded("computing the reference's log-probabilities"):
                 for batch in loader:
-                    for column, values in zip(found, self.compute_ref_log_probs(self._reference, batch), strict=True):
-                        column.append(values.float().cpu())
+                    for logps, values in zip(found, self.compute_ref_log_probs(self._reference, batch), strict=True):
+                        logps.append(values.float().cpu())
         finally:
             self.ref_model = None
         for column, values in zip(COLUMNS, found, strict=True):
@@ -109,8 +111,8 @@ class OuroborosDPOTrainer(TickHooks, DPOTrainer, OuroborosTrainer):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
     ) -> tuple:
         """As in TRL; where devices are processes, those with the last stage have the loss."""
-        if self._grid is not None and not self._staged.relay.has_logits:
+        if (relay := self._staged.relay) is not None and not relay.has_logits:
             with torch.no_grad(), self._staged.forward_scope():
-                self._staged.relay.run(inputs)
+                relay.run(inputs)
             return None, None, None
         return DPOTrainer.prediction_step(self, model, inputs, prediction_loss_only, *args, **kwargs)

@@ -22,7 +22,7 @@ class FusedHead(nn.Module):
     def __init__(self, call: Callable[..., ModelOutput], fields: Collection[str]):
         super().__init__()
         self._call, self._fields = call, fields
-        self._output: ModelOutput | None = None
+        self._output: Any = None  # of the model's own kind
 
     def forward(self, fused_lm_head: bool = False, **inputs: Any) -> ModelOutput:
         """The model's output, or what the fused head would have made of it."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,9 @@ from torch import nn
 from trl.trainer.utils import FusedCausalLMOutput
 
 from .fused_head import fused_output
+
+if TYPE_CHECKING:
+    from .ticks import TickHooks
 
 
 class ReferenceModel(nn.Module):
@@ -22,7 +25,7 @@ class ReferenceModel(nn.Module):
         without_adapters: whether the reference is the model below the adapters.
     """
 
-    def __init__(self, trainer: Any, without_adapters: bool):
+    def __init__(self, trainer: TickHooks, without_adapters: bool):
         super().__init__()
         self._trainer = (trainer,)  # in a tuple: it is no part of this module
         self.without_adapters = without_adapters
@@ -37,32 +40,33 @@ class ReferenceModel(nn.Module):
         """Log-probabilities of the labels, in all processes."""
         trainer = self._trainer[0]
         grid, staged, stages = trainer._grid, trainer._staged, trainer._partition.stages
+        log_probs, relay = None, staged.relay
         was_training = staged.training
         staged.eval()
         try:
             with adapters_off(stages, self.without_adapters):
-                if grid is None or staged.relay.has_logits:
-                    found = fused_output(staged(**inputs).logits, {"labels": labels})
+                if relay is None or relay.has_logits:
+                    log_probs = fused_output(staged(**inputs).logits, {"labels": labels}).log_probs
                 else:
                     with staged.forward_scope():
-                        staged.relay.run(inputs)
-                    found = FusedCausalLMOutput()
+                        relay.run(inputs)
         finally:
             staged.train(was_training)
-        if grid is None:
-            return FusedCausalLMOutput(log_probs=found.log_probs.to(labels.device))
-        message = [None if found.log_probs is None else found.log_probs.cpu()]
-        dist.broadcast_object_list(message, trainer._rank_of_losses, trainer._control_group)
-        return FusedCausalLMOutput(log_probs=message[0].to(labels.device))
+        if grid is not None:
+            message = [None if log_probs is None else log_probs.cpu()]
+            dist.broadcast_object_list(message, trainer._rank_of_losses(grid), trainer._control_group)
+            log_probs = message[0]
+        assert log_probs is not None  # the process of the last stage has them
+        return FusedCausalLMOutput(log_probs=log_probs.to(labels.device))
 
 
 @contextmanager
-def adapters_off(stages: Any, off: bool) -> Iterator[None]:
+def adapters_off(stages: Iterable[nn.Module], off: bool) -> Iterator[None]:
     """Within this context stages compute what they would without adapters; the model itself stays as it is.
 
     PEFT's own way, `disable_adapter`, would switch off the training of their parameters as well.
     """
-    switched = [
+    switched: list[Any] = [  # layers of PEFT
         module
         for stage in stages
         if off

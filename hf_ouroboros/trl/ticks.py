@@ -19,17 +19,25 @@ import torch.distributed as dist
 from torch import nn
 
 from ..adapters import base_of
+from ..engine.settings import FinishedLoss
 from ..errors import UnsupportedOptionError
 from ..hooks.card import CardHooks
+from ..processes import ProcessGrid
+from ..trainer import OuroborosTrainer
 from .fused_head import FusedHead
 
 Metrics = dict[str, list[float]]
 
 
-class TickHooks:
+class TickHooks(OuroborosTrainer):
     """Stands before one of TRL's trainers, `_trl`, and before `OuroborosTrainer` among the bases of a class."""
 
     _trl: ClassVar[Any]
+    _metrics: dict[str, defaultdict[Any, list[Any]]]  # these five are TRL's
+    _total_train_tokens: int
+    _tag_names: list[str]
+    aux_loss_enabled: bool
+    router_aux_loss_coef: float
     _fields: Collection[str] = ("entropy", "is_top1")  # of the head's output, for metrics
     _ticks: deque[Metrics]  # of the last stage, in the order in which losses come back
 
@@ -39,7 +47,8 @@ class TickHooks:
         Raises:
             UnsupportedOptionError: a loss of experts.
         """
-        vars(base_of(self.model)).pop("forward", None)  # TRL's fused head, which stages have no use for
+        base: nn.Module = base_of(self.model)
+        vars(base).pop("forward", None)  # TRL's fused head, which stages have no use for
         if self.aux_loss_enabled:
             raise UnsupportedOptionError(
                 f"router_aux_loss_coef={self.router_aux_loss_coef}: a loss of the experts of all layers is not computed by "
@@ -55,7 +64,7 @@ class TickHooks:
     ) -> Any:
         """TRL's loss, of the logits of the last stage."""
         training = model is not self._staged
-        view = copy.copy(self)
+        view: Any = copy.copy(self)
         view._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
         view._total_train_tokens = 0 if training else self._total_train_tokens
         view.model = SimpleNamespace(training=training)
@@ -76,18 +85,16 @@ class TickHooks:
     def _start_engine(self) -> None:
         super()._start_engine()
         self._ticks.clear()
-        collect = self.engine.collect
 
-        def heard() -> Any:
-            finished = collect()
-            for _ in finished if self._ticks else ():
-                metrics = self._ticks.popleft()
-                self._total_train_tokens += metrics.pop("num_tokens")[0]
-                _add(self._metrics["train"], metrics)
-                self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
-            return finished
-
-        self.engine.collect = heard
+    def _collect(self) -> list[FinishedLoss]:
+        """As in OuroborosTrainer; with the losses come their metrics."""
+        finished = super()._collect()
+        for _ in finished if self._ticks else ():
+            metrics = self._ticks.popleft()
+            self._total_train_tokens += int(metrics.pop("num_tokens")[0])
+            _add(self._metrics["train"], metrics)
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        return finished
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs, with TRL's metrics of the micro-batches whose losses have come back, the same in all processes."""
@@ -96,16 +103,15 @@ class TickHooks:
         means = {key: [sum(values) / len(values)] for key, values in self._metrics[mode].items()}
         if self._grid is not None:
             message = [means]
-            dist.broadcast_object_list(message, self._rank_of_losses, self._control_group)
+            dist.broadcast_object_list(message, self._rank_of_losses(self._grid), self._control_group)
             means = message[0]
         self._metrics[mode] = defaultdict(list, means)
         with self._in_mode(training):
             self._trl.log(self, logs, start_time)
 
-    @property
-    def _rank_of_losses(self) -> int:
+    def _rank_of_losses(self, grid: ProcessGrid) -> int:
         """The process of the last stage."""
-        return self._grid.rank_of(self.stage_plan.placement[-1], 0)
+        return grid.rank_of(self.stage_plan.placement[-1], 0)
 
     @contextmanager
     def _in_mode(self, training: bool) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -115,6 +116,18 @@ def test_what_it_is_known_by() -> None:
     assert logits.requires_grad and logits.device == hidden.device
     with torch._C.DisableTorchFunctionSubclass():
         assert logits.untyped_storage().nbytes() < 16
+
+
+def test_who_asks_whether_they_need_a_gradient_does_not_have_them_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, hidden, _ = parts()
+    monkeypatch.setattr(LateLogits, "made", lambda self: pytest.fail("the logits were made"))
+    assert LateLogits.of(hidden, head.weight, head.bias).requires_grad
+    for of_hidden, of_weight, of_bias in itertools.product((False, True), repeat=3):
+        trained = (hidden.detach().requires_grad_(of_hidden), head.weight.requires_grad_(of_weight))
+        late = LateLogits.of(*trained, torch.zeros(VOCABULARY, requires_grad=of_bias))
+        assert late.requires_grad == (of_hidden or of_weight or of_bias)
+        with torch.no_grad():
+            assert not late.requires_grad
 
 
 def test_only_plain_heads_are_late() -> None:

@@ -44,6 +44,11 @@ def test_a_toy_schedule_is_an_option(toy: Schedule, tmp_path: Path) -> None:
             OuroborosArguments(output_dir=str(tmp_path), schedule="toy", **refused)
 
 
+def test_compiled_backwards_are_not_divided(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedOptionError, match="torch_compile=True makes backwards .* use schedule='1f1b'"):
+        OuroborosArguments(output_dir=str(tmp_path), schedule="zero_bubble", torch_compile=True)
+
+
 def test_a_toy_schedule_is_planned_simulated_and_described(
     toy: Schedule, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

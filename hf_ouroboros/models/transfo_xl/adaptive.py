@@ -10,6 +10,8 @@ Clusters without a word in the batch are computed on zero rows all the same: the
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -96,9 +98,9 @@ class AdaptiveSoftmax(nn.Module):
             Log-probabilities [batch, time, vocab_size]; or the loss, a scalar, and the loss of every position in nats,
             [batch, time-1] ([batch, time] with shift_labels), 0 where ignored. At least float32.
         """
-        if shift_labels is None and labels is None:
-            return self._log_probabilities(hidden)
         if shift_labels is None:
+            if labels is None:
+                return self._log_probabilities(hidden)
             hidden, shift_labels = hidden[:, :-1], labels[:, 1:]
         losses = self._losses(hidden.flatten(0, 1), shift_labels.flatten()).view(shift_labels.shape)
         if num_items_in_batch is None:
@@ -142,10 +144,12 @@ class AdaptiveSoftmax(nn.Module):
     def _table(self, cluster: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight and bias of the words of a cluster."""
         if len(self.out_layers) > 1:
-            return self.out_layers[cluster].weight, self.out_layers[cluster].bias
+            layer = cast(nn.Linear, self.out_layers[cluster])
+            return layer.weight, layer.bias
+        layer = cast(nn.Linear, self.out_layers[0])
         ends = [*self.cluster_starts[1:], None]
         words = slice(self.cluster_starts[cluster], ends[cluster])
-        return self.out_layers[0].weight[words], self.out_layers[0].bias[words]
+        return layer.weight[words], layer.bias[words]
 
 
 def _clusters(ids: torch.Tensor, cluster_starts: list[int]) -> torch.Tensor:

@@ -63,8 +63,10 @@ class RelativeAttention(nn.Module):
             r = cache.relative_keys(k.shape[2], lambda far, near: self._relative_keys(far, near, hidden))
         else:
             r = self._split(self.r_net(context.positions))
-        r_w_bias, r_r_bias = context.r_w_bias, context.r_r_bias
-        if self.config.untie_r:
+        if not self.config.untie_r:
+            assert context.r_w_bias is not None and context.r_r_bias is not None  # the model has them
+            r_w_bias, r_r_bias = context.r_w_bias, context.r_r_bias
+        else:
             r_w_bias, r_r_bias = self.r_w_bias, self.r_r_bias
         scale = self.config.d_head**-0.5
         bias = _position_scores((q + r_r_bias[:, None]) * scale, r, context.hidden_keys)

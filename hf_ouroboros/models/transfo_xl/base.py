@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -37,14 +39,14 @@ class TransfoXLPreTrainedModel(PreTrainedModel):
                 self._init_weight(projection, self.config.proj_init_std)
         elif isinstance(module, (nn.Linear, nn.Embedding)):
             self._init_weight(module.weight)
-            if getattr(module, "bias", None) is not None:
-                init.zeros_(module.bias)
+            if (bias := getattr(module, "bias", None)) is not None:
+                init.zeros_(bias)
         elif isinstance(module, AdaptiveSoftmax) and self.config.cutoffs:
             self._init_weight(module.cluster_weight)
             init.zeros_(module.cluster_bias)
         elif hasattr(module, "r_w_bias"):  # an attention, or with untie_r=False the model
-            self._init_weight(module.r_w_bias)
-            self._init_weight(module.r_r_bias)
+            for name in ("r_w_bias", "r_r_bias"):
+                self._init_weight(module.get_parameter(name))
 
     def _init_weight(self, weight: torch.Tensor, std: float | None = None) -> None:
         if self.config.init == "uniform":
@@ -52,7 +54,7 @@ class TransfoXLPreTrainedModel(PreTrainedModel):
         else:
             init.normal_(weight, 0.0, self.config.init_std if std is None else std)
 
-    def resize_token_embeddings(
+    def resize_token_embeddings(  # type: ignore[override]  # transformers has nn.Embedding in mind
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> AdaptiveEmbedding:
         """Appends or removes tokens at the end of the vocabulary, that is in the last cluster.
@@ -62,7 +64,7 @@ class TransfoXLPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: nothing would remain of the last cluster.
         """
-        embeddings = self.get_input_embeddings()
+        embeddings = cast(AdaptiveEmbedding, self.get_input_embeddings())
         if new_num_tokens is None and pad_to_multiple_of is None:
             return embeddings
         size = self.config.vocab_size if new_num_tokens is None else new_num_tokens
@@ -76,7 +78,7 @@ class TransfoXLPreTrainedModel(PreTrainedModel):
             # Before the embeddings: a table tied to them would already have the new size, and keep the old bias.
             head.out_layers[-1] = self._get_resized_lm_head(head.out_layers[-1], rows, mean_resizing=mean_resizing)
         embeddings.emb_layers[-1] = self._get_resized_embeddings(
-            embeddings.emb_layers[-1], rows, mean_resizing=mean_resizing
+            cast(nn.Embedding, embeddings.emb_layers[-1]), rows, mean_resizing=mean_resizing
         )
         self.config.vocab_size = size
         self.tie_weights()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -37,16 +38,22 @@ class MemoryCacheLayer(CacheLayerMixin):
         self.start = self.end = 0
         self._relative: torch.Tensor | None = None
 
+    @property
+    def _buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, once they are there."""
+        assert self.keys is not None and self.values is not None
+        return self.keys, self.values
+
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Makes buffers for keys and values, [batch, n_head, room, d_head], that hold what is still needed."""
         kept = self.end - self.start
         room = kept + key_states.shape[2] + max(BLOCK, self.mem_len // 2)
-        old = (self.keys, self.values)
-        self.keys = key_states.new_empty(*key_states.shape[:2], room, key_states.shape[3])
-        self.values = torch.empty_like(self.keys)
+        keys = key_states.new_empty(*key_states.shape[:2], room, key_states.shape[3])
+        values = torch.empty_like(keys)
         if kept:
-            self.keys[:, :, :kept] = old[0][:, :, self.start : self.end]
-            self.values[:, :, :kept] = old[1][:, :, self.start : self.end]
+            for new, old in zip((keys, values), self._buffers, strict=True):
+                new[:, :, :kept] = old[:, :, self.start : self.end]
+        self.keys, self.values = keys, values
         self.start, self.end = 0, kept
         self.is_initialized = True
 
@@ -60,26 +67,28 @@ class MemoryCacheLayer(CacheLayerMixin):
         new = key_states.shape[2]
         if self.keys is None or self.end + new > self.keys.shape[2]:
             self.lazy_initialization(key_states, value_states)
+        keys, values = self._buffers
         begin, middle = self.start, self.end
         self.end += new
-        self.keys[:, :, middle : self.end] = key_states.detach()
-        self.values[:, :, middle : self.end] = value_states.detach()
+        keys[:, :, middle : self.end] = key_states.detach()
+        values[:, :, middle : self.end] = value_states.detach()
         self.start = max(begin, self.end - self.mem_len)
         if torch.is_grad_enabled():
             # Views of the buffers would be overwritten under a pending backward.
-            keys = torch.cat([self.keys[:, :, begin:middle], key_states], 2)
-            return keys, torch.cat([self.values[:, :, begin:middle], value_states], 2)
-        return self.keys[:, :, begin : self.end], self.values[:, :, begin : self.end]
+            keys = torch.cat([keys[:, :, begin:middle], key_states], 2)
+            return keys, torch.cat([values[:, :, begin:middle], value_states], 2)
+        return keys[:, :, begin : self.end], values[:, :, begin : self.end]
 
     def relative_keys(self, count: int, project: Callable[[int, int], torch.Tensor]) -> torch.Tensor:
         """Projected distances count-1 .. 0, [n_head, count, d_head]; project(far, near) gives far-1 .. near."""
         if torch.is_grad_enabled():
             return project(count, 0)  # what is kept has no gradient
-        known = 0 if self._relative is None else self._relative.shape[1]
-        if count > known:
+        relative = self._relative
+        known = 0 if relative is None else relative.shape[1]
+        if relative is None or count > known:
             further = project(math.ceil(count / BLOCK) * BLOCK, known)
-            self._relative = further if known == 0 else torch.cat([further, self._relative], 1)
-        return self._relative[:, self._relative.shape[1] - count :]
+            relative = self._relative = further if relative is None else torch.cat([further, relative], 1)
+        return relative[:, relative.shape[1] - count :]
 
     def get_seq_length(self) -> int:
         """Rows that are kept."""
@@ -109,7 +118,7 @@ class MemoryCacheLayer(CacheLayerMixin):
         """Keeps these samples, in this order."""
         if self.get_seq_length():
             kept = slice(self.start, self.end)
-            keys, values = (states[:, :, kept].index_select(0, indices) for states in (self.keys, self.values))
+            keys, values = (states[:, :, kept].index_select(0, indices) for states in self._buffers)
             self.keys, self.values, self.start, self.end = keys, values, 0, keys.shape[2]
 
 
@@ -133,7 +142,7 @@ class TransfoXLCache(Cache):
     @property
     def rows(self) -> int:
         """Rows of memory that are kept, equal in all layers."""
-        return self.layers[0].get_seq_length()
+        return cast(MemoryCacheLayer, self.layers[0]).get_seq_length()
 
     def record(self, time: int, valid: torch.Tensor | None) -> None:
         """Notes a segment of `time` tokens and which of all keys hold tokens, bool [batch, keys] or None for all."""

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
@@ -110,9 +110,10 @@ def _read_model(path: Path, given: dict[str, Any], allow_stubs: bool) -> Transfo
     with _understood(path, "has a configuration that no Transformer-XL has"):
         config = TransfoXLConfig.from_dict(values | given)
         _check_size(config, state, path)
-    model, info = TransfoXLLMHeadModel.from_pretrained(
+    loaded = TransfoXLLMHeadModel.from_pretrained(
         None, config=config, state_dict=state, output_loading_info=True, ignore_mismatched_sizes=True
     )
+    model, info = cast(tuple[TransfoXLLMHeadModel, dict[str, Any]], loaded)  # a pair, with `output_loading_info`
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:
             names = shortened(", ".join(sorted(map(str, info[what]))))
@@ -129,7 +130,8 @@ def _read_state(path: Path, allow_stubs: bool) -> tuple[dict[str, torch.Tensor],
     content, told = load_pickle(path, allow_stubs), {}
     if isinstance(content, Stub):
         with _understood(path, "is no module of the original repository"):
-            content, told = dict(module_state(content)), module_config(content)
+            module = content
+            content, told = dict(module_state(module)), module_config(module)
     tensors = isinstance(content, dict) and all(isinstance(value, torch.Tensor) for value in content.values())
     if not tensors or not content:
         raise ConversionError(f"{path} holds neither a state dict nor a module")

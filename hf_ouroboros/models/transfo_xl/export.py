@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 AUTO_CLASSES = {"TransfoXLModel": "AutoModel", "TransfoXLLMHeadModel": "AutoModelForCausalLM"}
 
@@ -22,6 +22,7 @@ def export(model: PreTrainedModel, directory: str | Path, with_code: bool = Fals
     """
     # register_for_auto_class makes every later save of every model ship code, or point to code that isn't there.
     vars(model.config).pop("auto_map", None)
+    classes: dict[type[PreTrainedModel] | type[PretrainedConfig], str]
     classes = {type(model): AUTO_CLASSES[type(model).__name__], type(model.config): "AutoConfig"}
     try:
         for cls, auto_class in classes.items() if with_code else ():

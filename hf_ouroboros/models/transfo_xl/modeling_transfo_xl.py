@@ -16,7 +16,7 @@ own layers, a stage needs nothing of the others but the hidden state:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -57,9 +57,9 @@ class TransfoXLModel(TransfoXLPreTrainedModel):
         """The adaptive embedding."""
         return self.word_emb
 
-    def set_input_embeddings(self, value: AdaptiveEmbedding) -> None:
-        """Replaces the adaptive embedding."""
-        self.word_emb = value
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the adaptive embedding, by another one."""
+        self.word_emb = cast(AdaptiveEmbedding, value)
 
     def forward(
         self,
@@ -108,7 +108,11 @@ class TransfoXLModel(TransfoXLPreTrainedModel):
         cache = past_key_values if cache is None else cache
         cache = TransfoXLCache(self.config) if use_cache and cache is None else cache
         memory = self._memory(hidden, mems, cache)
-        rows, memory_valid = (cache.rows, cache.valid) if memory is None else (memory.rows, memory.valid)
+        if memory is not None:
+            rows, memory_valid = memory.rows, memory.valid
+        else:
+            assert cache is not None  # which has it
+            rows, memory_valid = cache.rows, cache.valid
         valid = valid_keys(hidden, rows, memory_valid, attention_mask)
         biases = None if self.config.untie_r else (self.r_w_bias, self.r_r_bias)
         context = attention_context(
@@ -124,10 +128,12 @@ class TransfoXLModel(TransfoXLPreTrainedModel):
 
         if cache is not None:
             cache.record(hidden.shape[1], valid)
-        keeps_memory = cache is None and use_cache is not False and self.config.mem_len > 0
+        after = None
+        if memory is not None and cache is None and use_cache is not False and self.config.mem_len > 0:
+            after = next_memory(memory, inputs, valid, self.config.mem_len)
         output = TransfoXLModelOutput(
             last_hidden_state=hidden,
-            mems=next_memory(memory, inputs, valid, self.config.mem_len) if keeps_memory else None,
+            mems=after,
             **{CACHE_NAME: cache},
             hidden_states=(*inputs, hidden) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
@@ -187,16 +193,17 @@ class TransfoXLLMHeadModel(TransfoXLPreTrainedModel, GenerationMixin):
                     tied[f"crit.out_projs.{i}"] = f"transformer.word_emb.emb_projs.{i if config.div_val > 1 else 0}"
         return tied
 
-    def tie_weights(self, missing_keys: set[str] | None = None, **kwargs: Any) -> None:
+    def tie_weights(self, missing_keys: set[str] | None = None, *args: Any, **kwargs: Any) -> None:
         """As in the base class; of a checkpoint that holds both sides of a tie, as `.bin` files do, equal ones are tied.
 
         Early 5.x releases leave them apart.
         """
-        for target, source in self.all_tied_weights_keys.items() if missing_keys is not None else ():
-            ends = self.get_parameter(target), self.get_parameter(source)
-            if not missing_keys & {target, source} and ends[0].device.type != "meta" and torch.equal(*ends):
-                missing_keys.add(target)
-        super().tie_weights(missing_keys=missing_keys, **kwargs)
+        if missing_keys is not None:
+            for target, source in self.all_tied_weights_keys.items():
+                ends = self.get_parameter(target), self.get_parameter(source)
+                if not missing_keys & {target, source} and ends[0].device.type != "meta" and torch.equal(*ends):
+                    missing_keys.add(target)
+        super().tie_weights(missing_keys, *args, **kwargs)
 
     def untie_r_biases(self) -> None:
         """Turns a model whose layers share their relative biases (`untie_r=False`) into one where each has its own.
@@ -303,8 +310,10 @@ class TransfoXLLMHeadModel(TransfoXLPreTrainedModel, GenerationMixin):
             inputs["mems"] = mems
         return inputs
 
-    def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, *args: Any, **kwargs: Any
+    ) -> tuple[torch.LongTensor, dict[str, Any]]:
         """As in the base class, which repeats tensors for beams; `mems` too."""
         if kwargs.get("mems") is not None:
             kwargs["mems"] = kwargs["mems"].repeat_interleave(expand_size)
-        return super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
+        return super()._expand_inputs_for_generation(expand_size, *args, **kwargs)  # type: ignore[misc]

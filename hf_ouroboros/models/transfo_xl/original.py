@@ -64,7 +64,9 @@ def module_config(module: Stub) -> dict[str, Any]:
     own = module.__dict__
     parts = own["_modules"]
     layer = parts["layers"].__dict__["_modules"]["0"].__dict__["_modules"]["dec_attn"]
-    told = {name: own[name] for name in ("mem_len", "clamp_len", "same_length", "attn_type", "ext_len") if name in own}
+    told: dict[str, Any] = {
+        name: own[name] for name in ("mem_len", "clamp_len", "same_length", "attn_type", "ext_len") if name in own
+    }
     told["same_length"] = bool(told.get("same_length", False))
     told["pre_lnorm"] = bool(layer.__dict__["pre_lnorm"])
     # The list there ends with the size of the vocabulary.
@@ -130,7 +132,7 @@ def inferred_config(state: State, told: dict[str, Any]) -> dict[str, Any]:
 
 def _numbered(state: State, pattern: str) -> list[torch.Tensor]:
     """The tensors pattern.format(0), pattern.format(1), ... as far as there are any."""
-    found = []
+    found: list[torch.Tensor] = []
     while (name := pattern.format(len(found))) in state:
         found.append(state[name])
     return found

@@ -16,7 +16,7 @@ def _output(kind: type) -> type:
     if CACHE_NAME != "cache":
         kind.__annotations__ = {CACHE_NAME if n == "cache" else n: t for n, t in kind.__annotations__.items()}
         setattr(kind, CACHE_NAME, None)
-        kind.cache = property(lambda output: getattr(output, CACHE_NAME))
+        type.__setattr__(kind, "cache", property(lambda output: getattr(output, CACHE_NAME)))
     return dataclass(kind)
 
 

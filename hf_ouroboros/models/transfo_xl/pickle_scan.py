@@ -52,15 +52,20 @@ class _Thing:
             self.weight = sum(part.size for part in parts)
         if fixed:
             self.size += self.weight
-            self.depth = 1 + max((part.depth for part in parts), default=0)
+            self.depth = 1 + max((part.depth for part in self.held), default=0)
+
+    @property
+    def held(self) -> list[_Thing]:
+        """Its parts; none where it can't refer to anything."""
+        return self.parts or []
 
     def work(self) -> int:
         """How much somebody may have to look through who is given it: what it holds, and what that holds."""
         if not self.fixed:
             return self.size + self.weight
-        if len(self.parts) > MOST_ARGUMENTS:
-            raise ConversionError(f"it calls something with {len(self.parts):,} arguments")
-        return self.size + sum(part.weight for part in self.parts)
+        if len(self.held) > MOST_ARGUMENTS:
+            raise ConversionError(f"it calls something with {len(self.held):,} arguments")
+        return self.size + sum(part.weight for part in self.held)
 
 
 _ATOM, _MARK = _Thing(), _Thing()
@@ -200,13 +205,13 @@ def _check_unfolded(made: Iterable[_Thing], most: int) -> None:
             if id(thing) in size:
                 todo.pop()
                 continue
-            waiting = [part for part in thing.parts if part.parts is not None and id(part) not in size]
+            waiting = [part for part in thing.held if part.parts is not None and id(part) not in size]
             under_way.add(id(thing))
             if any(id(part) in under_way for part in waiting):
                 raise ConversionError("it has objects that hold themselves")
             todo += waiting
             if not waiting:
                 under_way.discard(id(thing))
-                size[id(thing)] = 1 + sum(size.get(id(part), part.size) for part in thing.parts)
+                size[id(thing)] = 1 + sum(size.get(id(part), part.size) for part in thing.held)
                 if size[id(thing)] > most:
                     raise ConversionError("it has objects that refer to the same ones again and again, without end")

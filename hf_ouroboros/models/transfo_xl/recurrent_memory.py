@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -40,7 +41,7 @@ class TransfoXLMemory:
         """Number of rows, equal in all layers."""
         return self.states[0].shape[1]
 
-    def to(self, *args: object, **kwargs: object) -> TransfoXLMemory:
+    def to(self, *args: Any, **kwargs: Any) -> TransfoXLMemory:
         """A copy elsewhere, as `torch.Tensor.to`; `valid` keeps its dtype."""
         states = tuple(state.to(*args, **kwargs) for state in self.states)
         return TransfoXLMemory(states, None if self.valid is None else self.valid.to(states[0].device))
@@ -72,7 +73,7 @@ def first_memory(
 ) -> TransfoXLMemory:
     """As `initial_memory`, for a segment at the start of a text: masked rows change nothing and are left out."""
     memory = initial_memory(config, batch, num_layers, dtype, device)
-    if config.mem_init == "masked":
+    if memory.valid is not None:
         memory = TransfoXLMemory(tuple(state[:, :0] for state in memory), memory.valid[:, :0])
     return memory
 

@@ -54,10 +54,11 @@ def read_vocabulary(path: str | Path, allow_stubs: bool = False) -> Vocabulary:
         vocabulary = _from_attributes(_attributes(load_pickle(path, allow_stubs)), path)
     if not vocabulary.words:
         raise ConversionError(f"{path} holds no words")
-    if len(set(vocabulary.words)) < len(vocabulary.words):
-        seen: set[str] = set()
-        twice = next(word for word in vocabulary.words if word in seen or seen.add(word))
-        raise ConversionError(f"{path} holds {shown(twice)} twice")
+    seen: set[str] = set()
+    for word in vocabulary.words:
+        if word in seen:
+            raise ConversionError(f"{path} holds {shown(word)} twice")
+        seen.add(word)
     return vocabulary
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from typing import cast
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ...errors import UnsupportedModelError
 from .base import Family
@@ -41,5 +43,5 @@ def find_family(model: nn.Module) -> Family:
             "the model has gradient checkpointing enabled, which would recompute with the weights of now; call "
             "model.gradient_checkpointing_disable() and use OuroborosArguments(recompute=True)"
         )
-    family.check(model)
+    family.check(cast(PreTrainedModel, model))  # which its family accepts
     return family

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from typing import Generic, TypeVar
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -14,9 +15,12 @@ from ..packed import sizes
 from ..stages import Stage
 from ..units import StageSpan, Unit
 
+Model = TypeVar("Model", bound=PreTrainedModel)
+Config = TypeVar("Config", bound=PretrainedConfig)
 
-class Family(ABC):
-    """One kind of model. It has no state; a new kind is one file with one class, listed in `FAMILIES`.
+
+class Family(ABC, Generic[Model, Config]):
+    """One kind of model, of a class and a configuration. It has no state; a new kind is one file with one class, listed in `FAMILIES`.
 
     Attributes:
         computes_loss: whether calling the model with labels gives the loss without logits.
@@ -31,38 +35,38 @@ class Family(ABC):
         """Whether this family knows the model."""
 
     @abstractmethod
-    def check(self, model: PreTrainedModel) -> None:
+    def check(self, model: Model) -> None:
         """Raises UnsupportedModelError for features of this model that stages can't reproduce."""
 
     @abstractmethod
-    def embedding(self, model: PreTrainedModel) -> tuple[str, ...]:
+    def embedding(self, model: Model) -> tuple[str, ...]:
         """Names of the modules that turn token ids into the first hidden state."""
 
     @abstractmethod
-    def layers(self, model: PreTrainedModel) -> list[str]:
+    def layers(self, model: Model) -> list[str]:
         """Names of the layers in execution order."""
 
-    def beside(self, model: PreTrainedModel, layer: int) -> tuple[str, ...]:
+    def beside(self, model: Model, layer: int) -> tuple[str, ...]:
         """Names of the modules that stay with a layer."""
         return ()
 
     @abstractmethod
-    def head(self, model: PreTrainedModel) -> list[tuple[str, ...]]:
+    def head(self, model: Model) -> list[tuple[str, ...]]:
         """Names of the modules after the layers, in execution order; those of a tuple stay together."""
 
     @abstractmethod
-    def make_stage(self, model: PreTrainedModel, units: Sequence[Unit], span: StageSpan, num_stages: int) -> Stage:
+    def make_stage(self, model: Model, units: Sequence[Unit], span: StageSpan, num_stages: int) -> Stage:
         """One stage of a model, which may be on the meta device."""
 
-    def cost(self, model: PreTrainedModel, name: str) -> float | None:
+    def cost(self, model: Model, name: str) -> float | None:
         """Multiply-adds per token of a module; None: as many as its matrices have elements."""
         return None
 
-    def remembers(self, config: PretrainedConfig) -> bool:
+    def remembers(self, config: Config) -> bool:
         """Whether layers remember a segment while they read the next one."""
         return False
 
-    def evaluation_config(self, config: PretrainedConfig, **options: int) -> PretrainedConfig:
+    def evaluation_config(self, config: Config, **options: int) -> Config:
         """A copy of the configuration with `mem_len`, `clamp_len` as evaluation wants them.
 
         Raises:
@@ -74,7 +78,7 @@ class Family(ABC):
             "(models that do: Transformer-XL)"
         )
 
-    def units(self, model: PreTrainedModel) -> list[Unit]:
+    def units(self, model: Model) -> list[Unit]:
         """The model's units in execution order, with cost (multiply-adds per token) and bytes."""
         seen: set[int] = set()
         real = sizes(model.parameters(), model)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ...errors import UnsupportedModelError
 from ..dissection import find_anatomy
@@ -17,7 +17,7 @@ from ..units import StageSpan, Unit
 from .base import Family
 
 
-class DecoderFamily(Family):
+class DecoderFamily(Family[PreTrainedModel, PretrainedConfig]):
     """Reads off the model, by its anatomy, what there is to know."""
 
     def accepts(self, model: nn.Module) -> bool:

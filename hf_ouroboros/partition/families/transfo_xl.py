@@ -24,7 +24,7 @@ from ...models.transfo_xl.recurrent_memory import first_memory, next_memory
 from ..anatomy import HIDDEN
 from ..one_call import OneCall
 from ..shadow import shadow
-from ..stages import Boundary, Finish, Memory, Stage, hidden_of
+from ..stages import Boundary, Finish, Memory, Stage
 from ..units import StageSpan, Unit
 from .base import Family
 
@@ -33,7 +33,7 @@ OUTPUTS = ("output_attentions", "output_hidden_states", "use_cache", "mems")
 TARGETS = ("labels", "shift_labels", "num_items_in_batch")
 
 
-class TransfoXLFamily(Family):
+class TransfoXLFamily(Family[TransfoXLLMHeadModel, TransfoXLConfig]):
     """Tables and projections of the embedding may be those of the softmax."""
 
     computes_loss = True
@@ -49,7 +49,7 @@ class TransfoXLFamily(Family):
         And a forward of a subclass, which stages would not run.
         """
         for module, known in ((model, TransfoXLLMHeadModel), (model.transformer, TransfoXLModel)):
-            if module.forward.__func__ is not known.forward:
+            if getattr(module.forward, "__func__", None) is not known.forward:
                 raise UnsupportedModelError(
                     f"{type(module).__name__} has a forward of its own, which stages of a Transformer-XL don't run; use "
                     f"{known.__name__} and a compute_loss_func"
@@ -73,7 +73,7 @@ class TransfoXLFamily(Family):
         """Last dropout and softmax."""
         return [("transformer.final_drop",), ("crit",)]
 
-    def make_stage(self, model: PreTrainedModel, units: Sequence[Unit], span: StageSpan, num_stages: int) -> Stage:
+    def make_stage(self, model: TransfoXLLMHeadModel, units: Sequence[Unit], span: StageSpan, num_stages: int) -> Stage:
         """A stage that runs its modules one after the other."""
         return TransfoXLStage(model, self, units, span, num_stages)
 
@@ -109,6 +109,7 @@ class TransfoXLFamily(Family):
 class TransfoXLStage(Stage):
     """A run of units of a `TransfoXLLMHeadModel`, which it runs as `TransfoXLModel.forward` does."""
 
+    config: TransfoXLConfig
     batch_keys = frozenset({"input_ids", "attention_mask"})
     draws = False  # but for dropout modules, which are found by themselves
 
@@ -127,8 +128,9 @@ class TransfoXLStage(Stage):
         finish: Finish | None = None,
     ) -> Boundary | Any:
         """See `Stage.forward`."""
-        hidden = hidden_of(received)
-        if self.is_first:
+        if received is not None:
+            hidden = received[HIDDEN]
+        else:
             hidden = self.get_submodule("transformer.drop")(
                 self.get_submodule("transformer.word_emb")(batch["input_ids"])
             )
@@ -136,7 +138,10 @@ class TransfoXLStage(Stage):
             hidden = self._run_layers(hidden, batch, memory)
         if self.is_last:
             call = OneCall(partial(self._call, hidden), batch, self.batch_keys, frozenset(OUTPUTS), alone=False)
-            return call(**batch).logits if finish is None else finish(call)
+            if finish is not None:
+                return finish(call)
+            output: Any = call(**batch)
+            return output.logits
         for name in self.head_names:
             hidden = self.get_submodule(name)(hidden)
         return {HIDDEN: hidden}
@@ -177,5 +182,5 @@ def _attach(root: nn.Module, name: str, module: nn.Module) -> None:
     for parent in parents:
         if parent not in root._modules:
             root.add_module(parent, nn.Module())
-        root = root._modules[parent]
+        root = root.get_submodule(parent)
     root.add_module(leaf, module)
