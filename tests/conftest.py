@@ -18,8 +18,8 @@ from hypothesis import settings
 
 # The same examples in every run: a test that turns red was turned red by a change. Others are found with
 # pytest --hypothesis-profile=search
-settings.register_profile("search", settings.default, derandomize=False)
-settings.register_profile("repeatable", settings.default, derandomize=True)
+settings.register_profile("search", settings.default, derandomize=False, deadline=None)
+settings.register_profile("repeatable", settings.default, derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
 

@@ -271,6 +271,7 @@ def test_activation_checkpointing_is_refused(tmp_path: Path) -> None:
         arguments(tmp_path, activation_checkpointing=True)
 
 
+@pytest.mark.slow
 def test_processes_that_cannot_find_each_other(tmp_path: Path) -> None:
     """In a process of its own, as accelerate remembers for good what it found in the environment."""
     code = "import os, sys; os.environ['WORLD_SIZE'] = '2'; from hf_ouroboros import OuroborosArguments;"

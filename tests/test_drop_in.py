@@ -335,6 +335,7 @@ LOSSES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", LOSSES)
 def test_own_losses(tmp_path: Path, case: str) -> None:
     given, options, more = LOSSES[case]
@@ -378,6 +379,7 @@ def without_scheduler(model: Any) -> tuple[Any, Any]:
     return torch.optim.NAdam(model.parameters(), lr=1e-2), None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [one_cycle, groups_and_plain_scheduler, without_scheduler], ids=lambda f: f.__name__)
 def test_own_optimizers(tmp_path: Path, make: Any) -> None:
     def arguments(dropout: float) -> dict[str, Any]:
@@ -396,6 +398,7 @@ def test_own_optimizers(tmp_path: Path, make: Any) -> None:
     assert complete_optimizer(pipelined) is given["optimizers"][0]
 
 
+@pytest.mark.slow
 def test_optimizer_cls_and_kwargs(tmp_path: Path) -> None:
     given = {"optimizer_cls_and_kwargs": (torch.optim.RMSprop, {"lr": 1e-3})}
     pair = [trained(tmp_path, dict(given), schedule=schedule) for schedule in ("reference", "pipelined")]
@@ -403,6 +406,7 @@ def test_optimizer_cls_and_kwargs(tmp_path: Path) -> None:
     assert isinstance(complete_optimizer(pair[1]), torch.optim.RMSprop)
 
 
+@pytest.mark.slow
 def test_an_optimizer_of_a_part(tmp_path: Path) -> None:
     """Only the last blocks are trained."""
 
@@ -426,6 +430,7 @@ class Stream(IterableDataset):
         return (rows[i] for i in range(len(rows)))
 
 
+@pytest.mark.slow
 def test_iterable_dataset(tmp_path: Path) -> None:
     """Trainer sees the end of such data only when it is there: an update may go on over it."""
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
@@ -449,6 +454,7 @@ def test_saving_where_an_epoch_ends_within_an_update(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("checkpoint-*"))) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [True, "non_padding"])
 def test_input_tokens_are_counted(tmp_path: Path, kind: Any) -> None:
     expected = stock(tmp_path, include_num_input_tokens_seen=kind)
@@ -466,6 +472,7 @@ def test_datasets_library(tmp_path: Path) -> None:
     assert trainer.state.global_step == 6
 
 
+@pytest.mark.slow
 def test_dropped_last_batch_and_workers(tmp_path: Path) -> None:
     options = {"dataloader_drop_last": True, "gradient_accumulation_steps": 4, "num_train_epochs": 3}
     pair = [trained(tmp_path, schedule=schedule, **options) for schedule in ("reference", "pipelined")]
@@ -476,6 +483,7 @@ def test_dropped_last_batch_and_workers(tmp_path: Path) -> None:
 # ---- models ----
 
 
+@pytest.mark.slow
 def test_model_init(tmp_path: Path) -> None:
     """A new model for every train(), split anew."""
     trainer = ouroboros(tmp_path, {"model_init": lambda: tiny_model()})
@@ -498,6 +506,7 @@ def test_model_init_resumes(tmp_path: Path) -> None:
     assert_same(expected, found)
 
 
+@pytest.mark.slow
 def test_training_twice(tmp_path: Path) -> None:
     """The second train() goes on with weights and optimizer of the first, as in stock."""
     expected = stock(tmp_path)

@@ -32,6 +32,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stages", [1, 3])
 @pytest.mark.parametrize("tied", [True, False])
 def test_schedules_agree(tmp_path: Path, stages: int, tied: bool, calls: list[int]) -> None:
@@ -80,6 +81,7 @@ def test_without_delay_as_stock(tmp_path: Path, kind: str, calls: list[int]) -> 
         assert torch.allclose(value, found.model.state_dict()[name], atol=1e-4), name
 
 
+@pytest.mark.slow
 def test_logits_that_are_capped_are_made(tmp_path: Path, calls: list[int]) -> None:
     run = [
         trained(
@@ -95,6 +97,7 @@ def test_logits_that_are_capped_are_made(tmp_path: Path, calls: list[int]) -> No
     assert not calls
 
 
+@pytest.mark.slow
 def test_a_loss_of_ones_own_sees_logits(tmp_path: Path, calls: list[int]) -> None:
     def own(outputs: object, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
         logits = outputs.logits[:, :-1].flatten(0, 1)

@@ -180,6 +180,7 @@ def test_timelines(place: Path, original: Path, changes: list, output: str) -> N
         assert (outcome.status == 0) == (outcome.files == {output})
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_pictures")
 @fuzzed(share=1.5)
 @given(st.lists(st.tuples(PATH_INTO, JSON), min_size=1, max_size=3), st.sampled_from(["gpt2", "llama", "bert"]))

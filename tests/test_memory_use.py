@@ -110,6 +110,7 @@ def measure(how: str, checkpoints: tuple[str, str], *owned: str) -> dict[str, in
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["load", "initialise"])
 @pytest.mark.parametrize(
     "owned",
@@ -126,6 +127,7 @@ def test_a_part_needs_the_memory_of_its_parameters(
     assert found["bytes"] - MIB < found["growth"] < 1.15 * found["bytes"] + 8 * MIB
 
 
+@pytest.mark.slow
 def test_the_whole_would_not_pass(checkpoints: tuple[str, str]) -> None:
     found = measure("everything", checkpoints)
     assert found["growth"] > 80 * MIB

@@ -119,6 +119,7 @@ def assert_equal_but_for_rounding(expected: tuple, found: tuple) -> None:
     assert found[1] == pytest.approx(expected[1], rel=1e-11)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     st.integers(1, 5),
@@ -134,6 +135,7 @@ def test_update_rule(stages: int, updates: list[int], tied: bool, tied_gradient:
     assert_equal_but_for_rounding(expected, run(reference, updates))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied_gradient", ["joint", "paper"])
 @pytest.mark.parametrize(
     ("stages", "updates", "warmup"),

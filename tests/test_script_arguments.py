@@ -40,6 +40,7 @@ def trainer_with(args: TrainingArguments, **given: Any) -> OuroborosTrainer:
     return OuroborosTrainer(tiny_model(dropout=0.0), args, train_dataset=Rows(18), **given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [TrainingArguments, Tempered, OuroborosArguments, Synchronous])
 def test_it_is_the_script_s_own(tmp_path: Path, kind: type[TrainingArguments]) -> None:
     args = kind(**common_options(tmp_path))

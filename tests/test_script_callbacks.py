@@ -304,6 +304,7 @@ def differences(expected: Any, found: Any) -> list[Any]:
     return [] if expected == found else [(expected, found)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", CASES.values(), ids=CASES.keys())
 def test_what_a_script_does_counts(tmp_path: Path, make: Callable[[nn.Module], Made]) -> None:
     groups = [

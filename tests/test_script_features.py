@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
@@ -103,6 +104,7 @@ def check(
     assert differing(expected, found) == []
 
 
+@pytest.mark.slow
 @settings(
     max_examples=EXAMPLES or 12,
     deadline=None,

@@ -48,6 +48,7 @@ PARAMETERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PARAMETERS)
 def test_hooks_on_parameters(kind: str, tmp_path: Path) -> None:
     assert_equal(tmp_path, Script(PARAMETERS[kind]), exact=EXACT if "after" in kind else ("1f1b",))
@@ -98,11 +99,13 @@ MODULES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODULES)
 def test_hooks_on_modules(kind: str, tmp_path: Path) -> None:
     assert_equal(tmp_path, Script(MODULES[kind]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["around the layers", "last layer"])
 def test_a_stage_that_ends_before_norm_or_head(kind: str, tmp_path: Path) -> None:
     """[2, 3, 0]: norm and head are a stage of their own."""
@@ -139,6 +142,7 @@ class OnTheLoss:
             return outputs.loss + outputs.logits.square().mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
 def test_hooks_in_the_graph(recompute: bool, tmp_path: Path) -> None:
     assert_equal(tmp_path, Script(on_nodes, mixin=OnTheLoss, recompute=recompute), exact=EXACT)
@@ -182,6 +186,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_no_stage_sees_is_refused(kind: str, tmp_path: Path) -> None:
     prepare, why = REFUSED[kind]
@@ -202,6 +207,7 @@ def test_hooks_on_all_modules_are_refused(tmp_path: Path) -> None:
             handle.remove()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["", "transformer", "transformer.h.0", "transformer.h.4"])
 def test_hooks_are_called_as_often_as_in_stock_trainer(name: str, tmp_path: Path) -> None:
     counts = []

@@ -69,6 +69,7 @@ def test_with_delay_it_is_that_of_the_reference(tmp_path: Path, options: dict[st
     assert steps == sorted(steps)
 
 
+@pytest.mark.slow
 def test_it_does_not_depend_on_timing(tmp_path: Path) -> None:
     first = None
     for i in range(10):

@@ -101,6 +101,7 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_equal_to_stock(kind: str, tmp_path: Path) -> None:
     make, own = KINDS[kind]
@@ -116,6 +117,7 @@ def test_equal_to_stock(kind: str, tmp_path: Path) -> None:
     )  # by tokens, by rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_equal_to_the_reference(kind: str, tmp_path: Path) -> None:
     make, own = KINDS[kind]
@@ -126,6 +128,7 @@ def test_equal_to_the_reference(kind: str, tmp_path: Path) -> None:
     assert_same(*runs)
 
 
+@pytest.mark.slow
 def test_a_trainer_that_does_not_give_the_number_of_items(tmp_path: Path) -> None:
     def prepare(trainer: Any) -> None:
         trainer.model_accepts_loss_kwargs = False
@@ -148,6 +151,7 @@ class Embedded(Dataset):
         return {"inputs_embeds": self.table[row["input_ids"]], "labels": row["labels"]}
 
 
+@pytest.mark.slow
 def test_embeddings_as_inputs(tmp_path: Path) -> None:
     """Of a tied matrix, the head's side alone has a gradient then."""
     runs = []
@@ -179,6 +183,7 @@ def hidden_states(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     return model(**inputs, output_hidden_states=True).hidden_states[1].mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [twice, other_tokens, penalty, hidden_states])
 def test_a_single_stage_can_do_it(loss: Callable[..., torch.Tensor], tmp_path: Path) -> None:
     class Own:
@@ -188,6 +193,7 @@ def test_a_single_stage_can_do_it(loss: Callable[..., torch.Tensor], tmp_path: P
     assert_equal(tmp_path, Script(mixin=Own), exact=("alone",), delayed=())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["pipelined", "reference"])
 @pytest.mark.parametrize(
     ("loss", "why"),

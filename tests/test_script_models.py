@@ -46,6 +46,7 @@ PARAMETRIZED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PARAMETRIZED)
 def test_parametrized_modules(kind: str, tmp_path: Path) -> None:
     assert_equal(tmp_path, Script(model=changed(PARAMETRIZED[kind])))
@@ -128,6 +129,7 @@ def with_cross_attention() -> PreTrainedModel:
         return GPT2LMHeadModel(config)
 
 
+@pytest.mark.slow
 def test_hidden_states_of_an_encoder(tmp_path: Path) -> None:
     prepare = collated(encoder_hidden_states=states)
     assert_equal(tmp_path, Script(prepare, model=with_cross_attention))

@@ -112,6 +112,7 @@ def test_a_refusal_is_named_by_all_processes(case: str, tmp_path: Path) -> None:
         assert REFUSED[case][2] in text
 
 
+@pytest.mark.slow
 def test_the_reference_s_numbers(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     parts = in_processes(2, part, str(tmp_path / "processes"))

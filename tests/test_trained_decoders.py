@@ -46,6 +46,7 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_pipelined_is_the_reference_and_resumes(kind: str, tmp_path: Path) -> None:
     expected = outcome(trained(tmp_path / "reference", {"model": made(kind)}, schedule="reference", **RUN))
@@ -56,6 +57,7 @@ def test_pipelined_is_the_reference_and_resumes(kind: str, tmp_path: Path) -> No
     assert differing(expected, again) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama, tied", "gemma3n", "mixtral, balanced"])
 def test_lockstep_and_recompute_are_the_reference(kind: str, tmp_path: Path) -> None:
     options = {"max_steps": 3, **split_options(3, 2)}
@@ -88,6 +90,7 @@ def train_part(rank: int, folder: str, kinds: list[str]) -> list[dict[str, Any]]
     return found
 
 
+@pytest.mark.slow
 def test_two_processes_are_the_reference(tmp_path: Path) -> None:
     """Saved, resumed and read again; Gemma 3n carries embeddings per layer, keys and values from process to process."""
     kinds = ["llama, tied", "gemma3", "gemma3n", "mixtral, balanced"]

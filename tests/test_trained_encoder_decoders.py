@@ -74,6 +74,7 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_pipelined_is_the_reference_and_resumes(kind: str, tmp_path: Path) -> None:
     expected = outcome(trained(tmp_path / "reference", given(kind), schedule="reference", **RUN))
@@ -178,6 +179,7 @@ def train_part(rank: int, folder: str, kinds: list[str]) -> list[dict[str, Any]]
     return found
 
 
+@pytest.mark.slow
 def test_two_processes_are_the_reference(tmp_path: Path) -> None:
     kinds = ["t5", "bart"]
     parts = in_processes(2, train_part, str(tmp_path), kinds)

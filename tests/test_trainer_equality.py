@@ -72,6 +72,7 @@ def assert_schedules_agree(
     return expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stages", "devices", "accumulation"),
     [(1, 1, 2), (2, 2, 1), (3, 2, 1), (3, 2, 2), (3, 2, 4), (4, 3, 2), (5, 4, 1), (5, 4, 4)],
@@ -112,6 +113,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_schedules_agree_with_options(tmp_path: Path, case: str) -> None:
     options = dict(CASES[case])
@@ -121,11 +123,13 @@ def test_schedules_agree_with_options(tmp_path: Path, case: str) -> None:
         assert min(logged(expected, "learning_rate")) < 0.3, "the plateau was to be met"
 
 
+@pytest.mark.slow
 def test_lockstep_agrees_with_global_clipping(tmp_path: Path) -> None:
     options = {"clip_scope": "global", "max_grad_norm": 0.1}
     assert_schedules_agree(tmp_path, "lockstep", **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_lockstep_agrees_with_the_papers_tied_gradient(tmp_path: Path, accumulation: int) -> None:
     expected = assert_schedules_agree(
@@ -135,6 +139,7 @@ def test_lockstep_agrees_with_the_papers_tied_gradient(tmp_path: Path, accumulat
     assert differing(outcome(expected)["weights"], outcome(joint)["weights"]), "the two rules differ"
 
 
+@pytest.mark.slow
 def test_frozen_layers(tmp_path: Path) -> None:
     """A stage without anything to train passes hidden states on and gets no gradients."""
 
@@ -152,6 +157,7 @@ def test_frozen_layers(tmp_path: Path) -> None:
     assert torch.equal(expected.model.transformer.wte.weight, tiny_model().transformer.wte.weight)
 
 
+@pytest.mark.slow
 def test_logged_losses_are_exact_where_the_pipeline_is_synchronized(tmp_path: Path) -> None:
     """Evaluation after every update: no loss is late, so each log entry is the reference's."""
     options = {"eval_strategy": "steps", "eval_steps": 1}
@@ -161,6 +167,7 @@ def test_logged_losses_are_exact_where_the_pipeline_is_synchronized(tmp_path: Pa
         assert len(logged(found, key)) == expected.state.max_steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interval", [1, 3])
 def test_log_entries_come_when_they_are_due(tmp_path: Path, interval: int) -> None:
     """A loss may be late, an entry is not; the last one holds what is left."""
@@ -170,6 +177,7 @@ def test_log_entries_come_when_they_are_due(tmp_path: Path, interval: int) -> No
     assert len(found._ledger.heard) == 10
 
 
+@pytest.mark.slow
 @settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_schedules_agree_on_anything(tmp_path: Path, data: st.DataObject) -> None:
@@ -200,6 +208,7 @@ STOCK_CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "case"),
     [("pipelined", "default"), ("pipelined", "tight clipping"), ("lockstep", "default"), ("1f1b", "default")],
@@ -212,6 +221,7 @@ def test_one_stage_is_the_stock_trainer(tmp_path: Path, schedule: str, case: str
     assert_same(expected, found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", STOCK_CASES)
 def test_one_stage_logs_what_the_stock_trainer_logs(tmp_path: Path, case: str) -> None:
     expected = stock(tmp_path / "stock", **STOCK_CASES[case])
@@ -230,6 +240,7 @@ def test_one_stage_logs_what_the_stock_trainer_logs(tmp_path: Path, case: str) -
         assert logged(found, "grad_norm") == pytest.approx(logged(expected, "grad_norm"), rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "options"),
     [
@@ -257,6 +268,7 @@ def test_synchronous_schedules_are_the_stock_trainer(tmp_path: Path, schedule: s
 # ---- looking ----
 
 
+@pytest.mark.slow
 def test_looking_does_not_change_a_run(tmp_path: Path) -> None:
     """Evaluation, logging, saving, synchronize() and reading weights after every step against none of it."""
     silent = trained(tmp_path / "silent", logging_strategy="no")

@@ -51,6 +51,7 @@ class FailingLoss:
         return loss / num_items_in_batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["pipelined", "lockstep", "1f1b"])
 @pytest.mark.parametrize("nth", [1, 4, 10])
 def test_a_failing_loss(tmp_path: Path, schedule: str, nth: int) -> None:

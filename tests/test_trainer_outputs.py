@@ -36,6 +36,7 @@ def test_stage_plan_of_other_schedules(tmp_path: Path) -> None:
 # ---- timeline ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["pipelined", "lockstep", "1f1b"])
 def test_timeline(tmp_path: Path, schedule: str) -> None:
     trainer = trained(tmp_path, schedule=schedule, timeline=str(tmp_path / "sub" / "trace.json"))

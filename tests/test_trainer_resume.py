@@ -45,6 +45,7 @@ def test_saving_changes_nothing(tmp_path: Path, written: tuple[Path, dict[str, A
     assert_same(trained(tmp_path), written[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", range(1, 6))
 def test_resumes_from_every_checkpoint(tmp_path: Path, written: tuple[Path, dict[str, Any]], step: int) -> None:
     resumed = trained(tmp_path, resume=written[0] / f"checkpoint-{step}")
@@ -52,6 +53,7 @@ def test_resumes_from_every_checkpoint(tmp_path: Path, written: tuple[Path, dict
     assert resumed.state.log_history[0]["step"] == 1, "the history goes on"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "schedule"), [(1, "lockstep"), (3, "reference"), (4, "reference"), (4, "lockstep")])
 def test_resumes_under_another_schedule(
     tmp_path: Path, written: tuple[Path, dict[str, Any]], step: int, schedule: str
@@ -59,6 +61,7 @@ def test_resumes_under_another_schedule(
     assert_same(written[1], trained(tmp_path, resume=written[0] / f"checkpoint-{step}", schedule=schedule))
 
 
+@pytest.mark.slow
 def test_goes_through_all_schedules(tmp_path: Path, written: tuple[Path, dict[str, Any]]) -> None:
     """reference, lockstep and pipelined with recompute, two updates each, in one folder."""
     options = {"save_strategy": "steps", "save_steps": 2}
@@ -105,6 +108,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_resumes_with_options(tmp_path: Path, case: str) -> None:
     def model() -> dict[str, Any]:
@@ -119,6 +123,7 @@ def test_resumes_with_options(tmp_path: Path, case: str) -> None:
         assert_same(expected, trained(tmp_path / "reference", model(), resume=folder, **options))
 
 
+@pytest.mark.slow
 def test_continues_delayed_from_a_synchronous_checkpoint(tmp_path: Path) -> None:
     """1f1b leaves no gradients behind: it is a delay warm-up in another word."""
     options = {"save_strategy": "steps", "save_steps": 2, "max_grad_norm": 0.0}
@@ -199,6 +204,7 @@ def test_save_model_at_the_end(tmp_path: Path) -> None:
 # ---- which checkpoints stay ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [1, 2])
 def test_save_total_limit(tmp_path: Path, limit: int, written: tuple[Path, dict[str, Any]]) -> None:
     options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": limit}
@@ -242,6 +248,7 @@ BEST = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [None, 1])
 def test_load_best_model_at_end(tmp_path: Path, limit: int | None, written: tuple[Path, dict[str, Any]]) -> None:
     given = {"compute_metrics": Scores([0.1, 0.2, 0.5, 0.3, 0.2, 0.1])}
@@ -261,6 +268,7 @@ def test_load_best_model_at_end(tmp_path: Path, limit: int | None, written: tupl
     assert_same(dict(third.state_dict()), outcome(trainer)["weights"])
 
 
+@pytest.mark.slow
 def test_resumes_from_the_best_checkpoint(tmp_path: Path, written: tuple[Path, dict[str, Any]]) -> None:
     trained(tmp_path, {"compute_metrics": Scores([0.1, 0.2, 0.5, 0.3, 0.2, 0.1])}, save_total_limit=1, **BEST)
     options = {"save_strategy": "no"}

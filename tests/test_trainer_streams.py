@@ -41,6 +41,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[
 # ---- training ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["pipelined", "lockstep", "reference"])
 def test_evaluation_in_the_middle_changes_nothing(tmp_path: Path, uninterrupted: Any, schedule: str) -> None:
     found = trained_on_stream(tmp_path, schedule=schedule, **split_options(3, 2), **EVALUATED)
@@ -48,6 +49,7 @@ def test_evaluation_in_the_middle_changes_nothing(tmp_path: Path, uninterrupted:
     assert len(set(logged(found, "eval_loss"))) == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "schedule"), [(1, "lockstep"), (4, "pipelined"), (6, "pipelined"), (9, "reference")])
 def test_resumes_within_an_epoch_under_another_schedule(
     tmp_path: Path, uninterrupted: Any, step: int, schedule: str
@@ -57,12 +59,14 @@ def test_resumes_within_an_epoch_under_another_schedule(
     assert_same(expected, trained_on_stream(tmp_path, resume=folder / f"checkpoint-{step}", **options))
 
 
+@pytest.mark.slow
 def test_a_pipelined_checkpoint_resumes(tmp_path: Path, uninterrupted: Any) -> None:
     options = {"save_strategy": "steps", "save_steps": 5, "recompute": True, **split_options(3, 2)}
     assert_same(uninterrupted[1], trained_on_stream(tmp_path, **options))
     assert_same(uninterrupted[1], trained_on_stream(tmp_path, resume=tmp_path / "checkpoint-5", **options))
 
 
+@pytest.mark.slow
 def test_without_places_nothing_is_remembered(tmp_path: Path) -> None:
     """One stage is the stock Trainer on the ordinary model, to the last bit."""
 
@@ -94,6 +98,7 @@ def test_without_places_nothing_is_remembered(tmp_path: Path) -> None:
     assert logged(shifted, "loss") != logged(found, "loss")  # shift_labels were kept, and have a target more per row
 
 
+@pytest.mark.slow
 def test_logits_are_built_only_for_those_who_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = []
 
@@ -112,6 +117,7 @@ def test_logits_are_built_only_for_those_who_look(tmp_path: Path, monkeypatch: p
     torch.testing.assert_close(torch.from_numpy(predicted).exp().sum(-1), torch.ones(24, 5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["smoothing", "function", "method"])
 def test_other_losses_get_log_probabilities(tmp_path: Path, how: str) -> None:
     given: dict[str, Any] = {}
@@ -174,6 +180,7 @@ def by_hand(model: TransfoXLLMHeadModel, rows: StreamRows, carried: bool = True)
     return total / count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stages", [1, 3])
 @pytest.mark.parametrize(("mem_len", "clamp_len"), [(None, None), (12, 4), (3, None), (0, 0)])
 def test_evaluates_a_stream_with_its_memories(
@@ -197,6 +204,7 @@ def test_evaluates_a_stream_with_its_memories(
     assert all(stage.config is trainer.model.config for stage in trainer._partition.stages)
 
 
+@pytest.mark.slow
 def test_options_are_put_back_if_evaluation_fails(tmp_path: Path) -> None:
     class Broken(StreamRows):
         def __getitem__(self, index: int) -> dict[str, Any]:
@@ -239,6 +247,7 @@ def test_negative_memory(tmp_path: Path) -> None:
         OuroborosArguments(**common_options(tmp_path, eval_mem_len=-1))
 
 
+@pytest.mark.slow
 def test_synchronized_callbacks_see_the_model(tmp_path: Path, uninterrupted: Any) -> None:
     """Calling the ordinary model in a callback, with memories of its own, changes nothing."""
     trainer = stream_trainer(tmp_path, **split_options(3, 2))

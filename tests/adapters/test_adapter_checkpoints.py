@@ -20,6 +20,7 @@ FILES = {"adapter_model.safetensors", "adapter_config.json", "README.md"}
 KINDS = ["lora on gpt2", "dora", "vera", "modules_to_save", "lora and tokens", "ia3"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", KINDS)
 def test_resumes_and_loads(case: str, tmp_path: Path) -> None:
     trainer = trained(tmp_path / "run", {"model": wrapped(case)}, **RUN)
@@ -97,6 +98,7 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
     refused(wrapped(case), "adapter_model.safetensors has another content", CheckpointError)
 
 
+@pytest.mark.slow
 def test_a_changed_model_is_noticed(tmp_path: Path) -> None:
     """Another active adapter is taken up before training, and by a callback in the middle of it."""
     early = ouroboros(tmp_path / "early", {"model": two_adapters()}, **RUN)

@@ -76,6 +76,7 @@ def train_part(rank: int, folder: str) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
     expected = {}
     base("lora on gpt2").save_pretrained(tmp_path / "base")

@@ -14,6 +14,7 @@ RUN: dict[str, Any] = {"max_steps": 4, "gradient_accumulation_steps": 1, **split
 SYNCHRONOUS: dict[str, Any] = {"max_steps": 2, "schedule": "1f1b", "max_grad_norm": 0.0, **split_options(3, 2)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_pipelined_is_the_reference(case: str, tmp_path: Path) -> None:
     before = trained_state(wrapped(case))
@@ -24,6 +25,7 @@ def test_pipelined_is_the_reference(case: str, tmp_path: Path) -> None:
     assert before.keys() == after.keys() and len(differing(before, after)) == len(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_without_delay_it_is_stock_trainer(case: str, tmp_path: Path) -> None:
     expected = stock(tmp_path / "stock", {"model": wrapped(case)}, max_steps=2, max_grad_norm=0.0)
@@ -35,6 +37,7 @@ def test_without_delay_it_is_stock_trainer(case: str, tmp_path: Path) -> None:
         assert differing(outcome(expected), outcome(found)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [{"recompute": True}, {"schedule": "lockstep"}, {"bf16": True}], ids=str)
 @pytest.mark.parametrize("case", ["lora on gpt2", "last layers"])
 def test_other_ways_to_run_are_the_reference(case: str, given: dict[str, Any], tmp_path: Path) -> None:
@@ -45,6 +48,7 @@ def test_other_ways_to_run_are_the_reference(case: str, given: dict[str, Any], t
     assert differing(outcome(expected), outcome(found)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compensation", ["weight_prediction", "error_feedback", "auto", "gap_aware+lr_rescale"])
 def test_delay_compensation_is_the_reference(compensation: str, tmp_path: Path) -> None:
     options = {**RUN, "delay_compensation": compensation}

@@ -39,6 +39,7 @@ WAYS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "kind"), PIPELINED)
 def test_pipelined_is_the_reference(case: str, kind: str, tmp_path: Path) -> None:
     folder = tmp_path / "base"
@@ -79,6 +80,7 @@ def test_without_delay_it_is_stock_trainer(case: str, kind: str, tmp_path: Path)
     assert found.evaluate()["eval_loss"] == pytest.approx(expected.evaluate()["eval_loss"], rel=0.05)  # by tokens here
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "given"), [(kind, way) for kind in KINDS for _, way in WAYS] if EVERY else WAYS, ids=str
 )

@@ -39,6 +39,7 @@ def test_memory_is_that_of_the_packed_model(case: str, quantization: str, kind: 
     assert device.forward_seconds(layer, facts.dtype) > device.forward_seconds(before, facts.dtype)
 
 
+@pytest.mark.slow
 def test_eight_billion_parameters_on_two_devices_of_12_gb() -> None:
     config = LlamaConfig(
         hidden_size=4096,

@@ -81,6 +81,7 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Written(folder / "out", result, trainer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("written", BOTH, indirect=True)
 def test_every_file(written: Written) -> None:
     tried = 0
@@ -153,6 +154,7 @@ def refused(rank: int, folder: str, cases: list[tuple[str, str]]) -> list[str]:
     return texts
 
 
+@pytest.mark.slow
 def test_over_processes(tmp_path: Path) -> None:
     """All say the same, and can go on."""
     in_processes(2, write_in_processes, str(tmp_path))

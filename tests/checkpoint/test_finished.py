@@ -40,6 +40,7 @@ LENGTHS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", LENGTHS)
 def test_started_again(tmp_path: Path, length: str) -> None:
     given, options = LENGTHS[length]
@@ -71,6 +72,7 @@ def start_and_restart(rank: int, folder: str) -> bool:
     return again.state.global_step == 2 and all(a.is_meta or torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.slow
 def test_over_processes(tmp_path: Path) -> None:
     assert in_processes(2, start_and_restart, str(tmp_path)) == [True, True]
 
@@ -84,6 +86,7 @@ def best_run(folder: Path, resume: Path | None = None, **options: Any) -> Any:
     return trained(folder, {"compute_metrics": Scores(scores)}, resume=resume, **(BEST | options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["best", "steps"])
 def test_a_moved_folder(tmp_path: Path, strategy: str) -> None:
     expected = best_run(tmp_path / "old", save_strategy=strategy)
@@ -97,6 +100,7 @@ def test_a_moved_folder(tmp_path: Path, strategy: str) -> None:
     assert_same(expected, outcome(found)["weights"])
 
 
+@pytest.mark.slow
 def test_a_copied_folder_takes_its_own(tmp_path: Path) -> None:
     """Whatever has become of the first one's."""
     best_run(tmp_path / "old")
@@ -106,6 +110,7 @@ def test_a_copied_folder_takes_its_own(tmp_path: Path) -> None:
     assert found.state.best_model_checkpoint == str(tmp_path / "new" / "checkpoint-3")
 
 
+@pytest.mark.slow
 def test_the_best_is_gone(tmp_path: Path) -> None:
     best_run(tmp_path)
     shutil.rmtree(tmp_path / "checkpoint-3")

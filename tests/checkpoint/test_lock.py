@@ -161,6 +161,7 @@ def said_by(count: int, target: Any, folder: str) -> list[str]:
 # ---- runs ----
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_folder(tmp_path: Path) -> None:
     """Refused before it does anything; the first one is not disturbed."""
     refusals: list[str] = []
@@ -207,6 +208,7 @@ def train_beside(folder: str, barrier: Any, said: Any) -> None:
         said.put("refused" if "in use" in str(error) else str(error))
 
 
+@pytest.mark.slow
 def test_two_runs_at_once(tmp_path: Path) -> None:
     """Started together, by hand or by two schedulers: one ends well, no checkpoint is damaged."""
     said = said_by(2, train_beside, str(tmp_path))
@@ -235,6 +237,7 @@ def second_run(rank: int, folder: str) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_run_of_several_processes_is_one_run(tmp_path: Path) -> None:
     """It holds the folder once, all are refused alike, and its dead don't hold it."""
     ends = ends_of(2, killed, str(tmp_path))

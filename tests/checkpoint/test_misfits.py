@@ -53,6 +53,7 @@ MISFITS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", MISFITS)
 def test_a_state_of_another_run_leaves_the_weights_alone(tmp_path: Path, checkpoint: Path, case: str) -> None:
     options, match = MISFITS[case]
@@ -98,6 +99,7 @@ OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", OTHERS)
 def test_another_kind_of_run(tmp_path: Path, checkpoint: Path, case: str) -> None:
     """Named before the first update, and without advising the checkpoint before, which would fail alike."""
@@ -129,6 +131,7 @@ def test_groups_of_an_own_optimizer(tmp_path: Path) -> None:
         trained(tmp_path / "new", given(True), resume=tmp_path / "checkpoint-2")
 
 
+@pytest.mark.slow
 def test_after_a_refusal_the_trainer_still_trains(tmp_path: Path, checkpoint: Path) -> None:
     trainer = ouroboros(tmp_path)
     folder = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint-2"))

@@ -154,6 +154,7 @@ def whole(folder: Path) -> list[str]:
     return [path.name for path in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["write_manifest", "rotate"])
 def test_error_while_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """A full disk, say: the error comes out, earlier checkpoints stay, nothing is left over."""

@@ -55,6 +55,7 @@ def test_values_out_of_bounds(option: str, value: str, message: str, capsys: pyt
     assert caught.value.code == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_would_take_minutes_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -67,6 +68,7 @@ def test_what_would_take_minutes_is_refused(
     assert "30 layers on 2 devices have too many splits" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_claim(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """GPT-2 XL's shapes over 25 GB/s: pipelined keeps 95 % of what its split can, lockstep stays below 3."""
     xl = ["gpt2", "--config_overrides", "n_layer=48,n_embd=1600,n_head=25", "--dtype", "bfloat16"]

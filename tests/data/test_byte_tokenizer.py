@@ -68,6 +68,7 @@ def test_pads_and_truncates_like_any_tokenizer() -> None:
     assert batch["attention_mask"] == [[1, 1, 1], [1, 0, 0]]
 
 
+@pytest.mark.slow
 def test_saved_copy_loads_without_this_package(tmp_path: Path) -> None:
     """Also next to the configuration of a GPT-2 model, whose own tokenizer class must not take over."""
     byte_tokenizer(model_max_length=77).save_pretrained(tmp_path)

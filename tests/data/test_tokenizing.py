@@ -60,6 +60,7 @@ def test_long_texts_are_cut_where_that_is_exact() -> None:
     assert len(list(tokenizing._pieces(TEXT, TOKENIZERS["llama2-like"]))) == 1
 
 
+@pytest.mark.slow
 @given(st.lists(st.text(max_size=200), max_size=5))
 @settings(deadline=None)
 def test_any_texts_in_small_pieces_become_their_bytes(texts: list[str]) -> None:

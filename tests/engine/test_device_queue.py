@@ -54,6 +54,7 @@ CASES = {
 SHARED, TWO = [FIRST] * 3, [FIRST, SECOND, FIRST]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "schedule", "devices"),
     [
@@ -85,6 +86,7 @@ def test_global_clipping_does_not_race(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.backend.races == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forgotten", ["wait", "record", "go_on"])
 def test_the_double_finds_what_is_forgotten(forgotten: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES["plain"]

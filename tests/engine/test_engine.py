@@ -81,6 +81,7 @@ def test_equal_to_the_reference(case: Case, looks: dict[int, str], data: st.Data
     assert_equal_to_reference(case, data.draw(st.sampled_from(possible(case))), looks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["lockstep", "pipelined", "1f1b"])
 @pytest.mark.parametrize(
     "case",
@@ -101,6 +102,7 @@ def test_regressions(case: Case, schedule: str) -> None:
     assert_equal_to_reference(case, schedule)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("look", LOOKS)
 @pytest.mark.parametrize("schedule", ["lockstep", "pipelined", "1f1b"])
 def test_looking_changes_nothing(schedule: str, look: str) -> None:
@@ -111,6 +113,7 @@ def test_looking_changes_nothing(schedule: str, look: str) -> None:
     assert_same_run(plain, looked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["stage", "global"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_papers_tied_gradient(tied: bool, scope: str) -> None:
@@ -143,6 +146,7 @@ def test_model_dispatched_by_accelerate(schedule: str) -> None:
     assert_same_run(Run(case, "reference").train(), Run(case, schedule, prepare=dispatch).train())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stages", "devices", "updates"), [(3, 1, 1), (4, 2, 1), (4, 2, 2), (5, 2, 3), (6, 3, 1), (6, 3, 2)]
 )
@@ -186,6 +190,7 @@ def uninterrupted(case: Case) -> Run:
     return Run(case, "reference").train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", range(8))
 @pytest.mark.parametrize("second", ["lockstep", "pipelined", "reference"])
 def test_resume_at_every_update(at: int, second: str) -> None:
@@ -268,6 +273,7 @@ def feed(engine: Engine, updates: int, ticks: int = 1) -> None:
         engine.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["lockstep", "pipelined", "1f1b"])
 @pytest.mark.parametrize("stages", [1, 2, 4])
 def test_run_ahead_is_bounded(stages: int, schedule: str) -> None:
@@ -300,6 +306,7 @@ def test_run_ahead_is_bounded(stages: int, schedule: str) -> None:
     assert all(most[k] == min(stages - k, drained_after) for k in range(stages))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["pipelined", "lockstep"])
 def test_nothing_grows(schedule: str) -> None:
     """500 ticks: tensors, micro-batches in flight, weight versions and bookkeeping are those of tick 50."""

@@ -43,6 +43,7 @@ def one_thread() -> Iterator[None]:
 # ---- equal to the reference ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stages", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize(("micro_batches", "groups"), [(1, 1), (2, 2), (2, 1), (4, 2)])
 def test_every_schedule_equals_the_reference(stages: int, micro_batches: int, groups: int) -> None:
@@ -100,6 +101,7 @@ def cases(draw: st.DrawFn) -> StreamCase:
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(cases(), st.sampled_from(["lockstep", "pipelined"]), st.integers(0, 5), st.sampled_from(["settle", "state"]))
 def test_any_run_looked_at_or_not(case: StreamCase, schedule: str, update: int, look: str) -> None:

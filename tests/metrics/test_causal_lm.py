@@ -132,6 +132,7 @@ def test_in_trainer_with_batches_of_different_length(tmp_path: Path, options: di
     assert {name: result[name] for name in expected} == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_needs_neither_evaluate_nor_datasets() -> None:
     code = """
 import sys

@@ -67,6 +67,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "shape"), PAIRS)
 def test_schedules_agree(kind: str, shape: str) -> None:
     expected = Run(case(kind, shape), "reference").train(LOOKS)
@@ -74,6 +75,7 @@ def test_schedules_agree(kind: str, shape: str) -> None:
         assert_same_run(expected, Run(case(kind, shape), schedule).train(LOOKS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_they_do_something(kind: str) -> None:
     """Against the same optimizer alone; K = 4, M = 1."""
@@ -84,6 +86,7 @@ def test_they_do_something(kind: str) -> None:
     assert differences(expected.model.state_dict(), found.model.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind, (compensation, _) in KINDS.items() if compensation != "none"])
 def test_without_delay_they_do_nothing(kind: str) -> None:
     plain = Case(3, updates=(2, 1, 2, 2), optimizer=KINDS[kind][1])
@@ -95,6 +98,7 @@ def test_without_delay_they_do_nothing(kind: str) -> None:
         assert differences(expected.model.state_dict(), found.model.state_dict()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["prediction muon", "gap and rescale with muon", "feedback", "prediction and rescale"])
 @pytest.mark.parametrize("schedule", ["pipelined", "lockstep"])
 def test_frozen_layers(kind: str, schedule: str) -> None:
@@ -111,6 +115,7 @@ def test_prediction_with_the_papers_tied_gradient_and_global_clipping(tied_gradi
     assert_same_run(Run(mine, "reference").train(), Run(mine, "lockstep").train())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_equals_itself(kind: str) -> None:
     """Written by one schedule, taken up by another, in the warm-up and after it."""

@@ -26,6 +26,7 @@ from hf_ouroboros.optim.muon import MuonAdamW
 SPLIT = split_options(3, 2) | {"gradient_accumulation_steps": 1, "num_train_epochs": 1, "weight_decay": 0.1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("compensation", "options"),
     [
@@ -69,6 +70,7 @@ def test_optimizers_are_made_of_trainers_groups(tmp_path: Path) -> None:
     assert optimizer.param_groups[1]["betas"] == (0.9, 0.9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compensation", ["nesterov+gap_aware", "muon+weight_prediction"])
 def test_a_resumed_run_equals_itself(tmp_path: Path, compensation: str) -> None:
     options = SPLIT | {"delay_compensation": compensation, "save_strategy": "steps", "save_steps": 2}
@@ -126,6 +128,7 @@ def test_auto_equals_what_it_stands_for(tmp_path: Path, monkeypatch: pytest.Monk
         assert f"is {name} here" in said[0] and "delay_compensation='weight_prediction' keeps AdamW" in said[0]
 
 
+@pytest.mark.slow
 def test_costly_delays_are_told_with_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     monkeypatch.setattr(hf_ouroboros.hooks.optimizer.logger, "warning", told.append)

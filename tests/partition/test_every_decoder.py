@@ -181,6 +181,7 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", [name for name in COMMON if name in TYPES])
 def test_equal_to_the_last_bit(model_type: str) -> None:
     assert differing(model_type) == []
@@ -205,6 +206,7 @@ def test_other_losses_that_balance_experts_are_refused(model_type: str, why: str
         differing(model_type, output_router_logits=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "why"),
     [

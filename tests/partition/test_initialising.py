@@ -79,6 +79,7 @@ def assert_initialises_alike(
     return part
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("piece", [initialising.PIECE, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tied", [True, False])

@@ -71,6 +71,7 @@ def assert_loads_alike(path: str, owned: Owned, **kwargs: Any) -> PreTrainedMode
     return part
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("owned", OWNED.values(), ids=OWNED)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("layout", ["single", "sharded", "base", "bin"])

@@ -121,6 +121,7 @@ def batches() -> dict[str, dict[str, torch.Tensor]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("stages", [1, 2, 3, 4, 5])
@@ -323,6 +324,7 @@ def test_plan_prints_as_a_table() -> None:
     assert lines[0].index("modules") == lines[3].index("transformer.h.4")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stages", [1, 2, 3, 4, 5])
 def test_device_map_round_trips(stages: int) -> None:
     devices = cpu_devices(max(1, stages))

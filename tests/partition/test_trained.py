@@ -27,6 +27,7 @@ def freeze(*trained: str) -> Any:
     return prepare
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("trained", ["h.2.", "h.4.", "ln_f", "h.0.", "wte"])
 def test_frozen_stages_send_no_gradients(trained: str, recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,6 +91,7 @@ def test_the_plan_tells_what_is_trained(tmp_path: Path) -> None:
     assert "trained" not in str(ouroboros(tmp_path, **split_options(2, 2)).stage_plan)
 
 
+@pytest.mark.slow
 def test_frozen_after_the_trainer_was_made(tmp_path: Path) -> None:
     """The numbers are those of a model that was frozen before."""
     runs = []
@@ -112,6 +114,7 @@ def test_frozen_after_the_trainer_was_made(tmp_path: Path) -> None:
         trainer.train()
 
 
+@pytest.mark.slow
 def test_resumes_with_frozen_ends(tmp_path: Path) -> None:
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, **split_options(3, 3)}
 

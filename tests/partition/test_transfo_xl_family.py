@@ -45,6 +45,7 @@ def ids(*shape: int, seed: int = 0) -> torch.Tensor:
 # ---- equal to the model ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stages", [1, 2, 3, 5])
 @torch.no_grad()

@@ -27,6 +27,7 @@ def refuse(*arguments: object) -> None:
     raise AssertionError("measured again")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_unit_gets_times(tied: bool) -> None:
     config = tiny_gpt2(tied).config

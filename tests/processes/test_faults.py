@@ -144,6 +144,7 @@ def test_main_thread_raises(tmp_path: Path) -> None:
     assert "RankFailedError: rank 1 (replica 0, device 1) ValueError: struck" in ends[0].text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("action", ["hangs", "stopped"])
 def test_hangs(tmp_path: Path, action: str) -> None:
     """Found out within ddp_timeout, and named, though the hanging process says nothing."""
@@ -167,6 +168,7 @@ def preempted(rank: int, folder: str, run: dict[str, Any]) -> dict[str, Any]:
     return held(trainer)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_first(tmp_path: Path) -> None:
     """Whoever gets the signal, all processes save and stop at the same step; the checkpoint leads to the same end."""
     run = {"options": PREEMPTED, "name": "out"}

@@ -32,6 +32,7 @@ def on_its_own_disk(rank: int, folder: str) -> list[str]:
     return sorted(str(path) for path in Path("out").rglob("*"))
 
 
+@pytest.mark.slow
 def test_without_a_shared_file_system(tmp_path: Path) -> None:
     """The main process ends up with everything, the others with nothing; what it has resumes exactly."""
     for rank in (0, 1):
@@ -58,6 +59,7 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damaged", ["model-00002-of-00002.safetensors", "optimizer-00001-of-00002.pt", "ouroboros_state.json"]
 )
@@ -82,6 +84,7 @@ def resuming_here(folder: Path) -> None:
     run_here(folder, {**run, "resume": str(folder / "out" / "checkpoint-4")})
 
 
+@pytest.mark.slow
 def test_damaged_for_one_process_only(tmp_path: Path) -> None:
     """A shard that holds nothing of the main process: both say the same."""
     in_processes(2, on_shared_disk, str(tmp_path))

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from rig import in_processes
 from trainer_helpers import differing, split_options, tiny_model, trained
 from trainer_runs import held, whole
@@ -29,6 +30,7 @@ def train_part(rank: int, folder: str) -> list[dict[str, Any]]:
     return [held(trainer), held(again)]
 
 
+@pytest.mark.slow
 def test_saved_once(tmp_path: Path) -> None:
     expected = trained(tmp_path / "here", {"model": model()}, schedule="reference", **{**RUN, **split_options(2, 2)})
     parts = in_processes(2, train_part, str(tmp_path))

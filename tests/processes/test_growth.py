@@ -100,6 +100,7 @@ def test_500_updates_over_processes_do_not_grow(world_size: int, stages: int, sc
         assert growth["resident"] < 16 * MIB < 400 * MESSAGE / 3, (rank, growth)
 
 
+@pytest.mark.slow
 def test_engines_over_processes_do_not_grow() -> None:
     case = WideCase(stages=3, layers=4, devices=2, updates=(1,) * 4)
     for rank, found in enumerate(in_processes(2, train_often, 2, case, 4)):
@@ -118,6 +119,7 @@ def train_trainers(rank: int, folder: str, trainers: int) -> list[dict[str, int]
     return found
 
 
+@pytest.mark.slow
 def test_trainers_over_processes_do_not_grow(tmp_path: Path) -> None:
     for rank, found in enumerate(in_processes(2, train_trainers, str(tmp_path), 4)):
         for key in ("threads", "descriptors", "tensors", "tensor bytes"):

@@ -161,6 +161,7 @@ print(json.dumps([found, run_digest.plan(trainer.stage_plan.rows)], default=str)
 """
 
 
+@pytest.mark.slow
 def test_facts_do_not_depend_on_the_order_of_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every process that a launcher starts has an order of its own; those of these tests are forked and share one."""
     found = []

@@ -152,6 +152,7 @@ SCRIPTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("odd", [0, 1])
 @pytest.mark.parametrize("what", SCRIPTS)
 def test_scripts(tmp_path: Path, what: str, odd: int) -> None:

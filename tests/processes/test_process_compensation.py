@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from engine_runs import reference_result, run_all
 from helpers import Case, differences
 from trainer_helpers import differing, split_options
@@ -11,6 +12,7 @@ from trainer_runs import run_all as train_all
 from trainer_runs import run_here
 
 
+@pytest.mark.slow
 def test_equals_the_reference() -> None:
     runs = [
         (Case(3, updates=(1,) * 6, optimizer="muon", compensation="weight_prediction+lr_rescale"), "pipelined", {}),
@@ -27,6 +29,7 @@ def test_equals_the_reference() -> None:
         assert differences(reference_result(*run), found) == [], run
 
 
+@pytest.mark.slow
 def test_checkpoints_cross_over(tmp_path: Path) -> None:
     """From threads to processes and back, with momentum and history in the optimizer's state."""
     for name in ("muon+weight_prediction", "basis_rotation+gap_aware"):

@@ -17,6 +17,7 @@ def check_all(processes: int, runs: list[tuple[Case, str, dict]]) -> None:
         assert differences(reference_result(*run), found) == [], run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stages", [3, 4, 5])
 @pytest.mark.parametrize("tied", [True, False])
 def test_equals_the_reference(stages: int, tied: bool) -> None:
@@ -31,6 +32,7 @@ def test_equals_the_reference(stages: int, tied: bool) -> None:
     check_all(processes, [(case, schedule, {}) for case in variants for schedule in SCHEDULES])
 
 
+@pytest.mark.slow
 def test_stages_that_share_a_device() -> None:
     """Five untied stages on four processes, and on two: neighbours hand over within a process."""
     cases = [Case(5, updates=(2,) * 4, tied=False, devices=devices) for devices in (4, 2)]
@@ -38,6 +40,7 @@ def test_stages_that_share_a_device() -> None:
     check_all(2, [(cases[1], schedule, {}) for schedule in SCHEDULES])
 
 
+@pytest.mark.slow
 def test_global_clipping_and_the_papers_tied_gradient() -> None:
     cases = [
         (Case(4, updates=(2,) * 4, clip=0.3, scope="global"), "lockstep", {}),
@@ -48,12 +51,14 @@ def test_global_clipping_and_the_papers_tied_gradient() -> None:
     check_all(3, cases)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_looking_changes_nothing(schedule: str) -> None:
     looks = {0: "synchronize", 2: "norm", 3: "settle", 4: "state"}
     check_all(2, [(Case(updates=(2,) * 6, dropout=0.1), schedule, looks)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stages", [3, 4])
 def test_replicas_equal_the_reference_on_the_doubled_batch(stages: int) -> None:
     if stages == 4:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from rig import Ended, ends_of
 from test_process_trainer import assert_equal
@@ -66,6 +67,7 @@ def run(name: str, schedule: str, trainer: dict[str, Any], options: dict[str, An
     }
 
 
+@pytest.mark.slow
 def test_the_numbers_and_logs_of_one_process(tmp_path: Path) -> None:
     ragged = {"logging_strategy": "epoch", "num_train_epochs": 3, "clip_scope": "global"}
     runs = [

@@ -26,6 +26,7 @@ XL = {"dropout": 0.1, "same_length": True, **CUT}
 SAVING = {"num_stages": 3, "save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stages", [3, 4])
 def test_equals_the_reference(stages: int) -> None:
     cases = [
@@ -47,6 +48,7 @@ def test_replicas_keep_their_columns() -> None:
     assert all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(found["losses"], expected["losses"], strict=True))
 
 
+@pytest.mark.slow
 def test_trainer_evaluates_and_crosses_over(tmp_path: Path) -> None:
     """Threads and processes give the same losses in evaluation, and go on from each other's checkpoints."""
     options = SAVING | {"eval_mem_len": 11, "eval_clamp_len": 4}
@@ -66,6 +68,7 @@ def evaluations(result: dict[str, Any]) -> list[float]:
     return [entry["eval_loss"] for entry in result["log"] if "eval_loss" in entry]
 
 
+@pytest.mark.slow
 def test_another_number_of_replicas(tmp_path: Path) -> None:
     """Two replicas with two columns each, or one with four: the same update, also from each other's checkpoints on."""
     common = {"optim": "sgd", "learning_rate": 0.3, "save_strategy": "steps", "save_steps": 2, "num_stages": 3}
@@ -106,6 +109,7 @@ def held(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters() if not p.is_meta}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [CUT, {**CUT_ONE_TABLE, "tie_word_embeddings": False}], ids=["tied", "untied"])
 def test_staged_loading_equals_the_unsplit_model(tmp_path: Path, config: dict[str, Any]) -> None:
     model = tiny_xl(**config)

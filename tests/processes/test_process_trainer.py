@@ -55,6 +55,7 @@ def mean_loss(result: dict[str, Any]) -> float:
     return next(entry["train_loss"] for entry in reversed(result["log"]) if "train_loss" in entry)
 
 
+@pytest.mark.slow
 def test_equals_the_reference(tmp_path: Path) -> None:
     runs = [{"options": {"schedule": s, "num_stages": 3}, "name": s} for s in ("pipelined", "lockstep")]
     expected = run_here(tmp_path, {"options": {"schedule": "reference", **split_options(3, 2)}, "name": "reference"})
@@ -63,6 +64,7 @@ def test_equals_the_reference(tmp_path: Path) -> None:
         assert found["log"] == expected["log"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_evaluation_and_best_model(tmp_path: Path, tied: bool) -> None:
     """Untied, the last stage and the main process are different ones."""
@@ -84,6 +86,7 @@ def test_evaluation_and_best_model(tmp_path: Path, tied: bool) -> None:
     assert not list((tmp_path / "processes").rglob(".*"))
 
 
+@pytest.mark.slow
 def test_what_else_a_script_may_use(tmp_path: Path) -> None:
     """Model and optimizer of the script's own, label smoothing, own losses, early stopping, data without a length."""
     early = {**EVALUATED, "num_train_epochs": 8, "learning_rate": 0.3, "eval_steps": 1, "save_steps": 1}
@@ -106,6 +109,7 @@ def test_what_else_a_script_may_use(tmp_path: Path) -> None:
     assert found["early"]["step"] < 24
 
 
+@pytest.mark.slow
 def test_checkpoints_cross_over(tmp_path: Path) -> None:
     """A run over processes goes on in threads, and the other way round; in the middle of an epoch, with dropout."""
     saving = {"save_strategy": "steps", "save_steps": 2, "num_stages": 3}
@@ -121,6 +125,7 @@ def test_checkpoints_cross_over(tmp_path: Path) -> None:
         assert_equal(expected, run_here(tmp_path, {**threads, "name": f"back-{step}", "resume": resume}))
 
 
+@pytest.mark.slow
 def test_replicas(tmp_path: Path) -> None:
     """Two replicas of two devices: the numbers of one replica with twice the batch; a resumed run equals itself."""
     common = {

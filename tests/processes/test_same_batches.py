@@ -61,11 +61,13 @@ def check(folder: Path, calls: list[tuple[str, str]], world: int, odd: int, **op
         assert CHANGES.get(change, (None, "number of micro-batches is"))[1] in text and f"on rank {odd}" in text
 
 
+@pytest.mark.slow
 def test_named_by_both_before_the_first_update(tmp_path: Path) -> None:
     calls = [("shape", "train"), ("shape", "evaluate"), ("type", "train"), ("keys", "train"), ("labels", "train")]
     check(tmp_path, [*calls, ("mask", "evaluate"), ("end", "train")], 2, 1)
 
 
+@pytest.mark.slow
 def test_named_by_all_replicas(tmp_path: Path) -> None:
     check(tmp_path, [("shape", "train"), ("labels", "evaluate")], 4, 0, data_parallel_replicas=2)
 

@@ -31,6 +31,7 @@ def make(rank: int, folder: str, saved: str) -> tuple[dict, dict, list[int], dic
     return *values, [row.parameters for row in trainer.stage_plan.rows], held(trainer.model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_equals_the_unsplit_model(tmp_path: Path, tied: bool) -> None:
     tiny_model(tied, dropout=0.0).save_pretrained(tmp_path / "saved")

@@ -36,6 +36,7 @@ def check_all(processes: int, cases: list[Case], looks: dict | None = None) -> N
         assert differences(reference_result(*run), found) == [], run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stages", [2, 3, 4])
 def test_equals_the_reference(stages: int) -> None:
     cases = [

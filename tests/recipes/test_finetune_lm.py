@@ -46,6 +46,7 @@ def test_own_pairs_pushed_to_the_hub(pretrained: tuple[Path, str], tmp_path: Pat
     assert "token accuracy" in done.stdout and ">>>" in done.stdout and "best checkpoint" in done.stdout
 
 
+@pytest.mark.slow
 def test_completions_of_a_file(pretrained: tuple[Path, str], tmp_path: Path) -> None:
     rows = [{"prompt": f"{i}+1=", "completion": f"{i + 1}"} for i in range(24)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -63,6 +64,7 @@ def test_completions_of_a_file(pretrained: tuple[Path, str], tmp_path: Path) -> 
     assert "24+" not in (tmp_path / "runs/finetune_lm/README.md").read_text()
 
 
+@pytest.mark.slow
 def test_lora(pretrained: tuple[Path, str], tmp_path: Path) -> None:
     pytest.importorskip("peft", reason="needs the extra `peft`")
     values = TINY | {"model_name_or_path": pretrained[0], "max_train_examples": 16, "num_train_epochs": 1}
@@ -105,5 +107,6 @@ def test_kinds_of_packing() -> None:
         assert getattr(finetune_lm.packing(given, True)["quantization_config"], bits)
 
 
+@pytest.mark.slow
 def test_missing_checkpoint_is_named(tmp_path: Path) -> None:
     assert "run recipes/pretrain_lm.py first" in recipe("finetune_lm.py", tmp_path, fails=True).stderr

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from hf_ouroboros.data import byte_tokenizer
 
 
+@pytest.mark.slow
 def test_files_card_and_table(pretrained: tuple[Path, str], tmp_path: Path) -> None:
     out, printed = pretrained
     assert {"model.safetensors", "tokenizer.json", "README.md", "timeline.png", "sample.txt"} <= {
@@ -93,6 +94,7 @@ def test_text_file_config_and_checkpoint_under_accelerate(pretrained: tuple[Path
     assert "text.txt" in (tmp_path / "runs/pretrain_lm/README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("values", "error", "words"),
     [

@@ -53,6 +53,7 @@ def weights(trainer: Any) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_without_delay_it_is_trl(case: str, tmp_path: Path) -> None:
     expected = stock(tmp_path / "stock", case)
@@ -126,6 +127,7 @@ def test_adapters_checkpoints_and_card(tmp_path: Path) -> None:
     assert differing(outcome(expected)["weights"], dict(loaded)) == []
 
 
+@pytest.mark.slow
 def test_on_packed_matrices(tmp_path: Path) -> None:
     """With adapters in bfloat16, as TRL makes them on a quantized model."""
     peft = pytest.importorskip("peft")

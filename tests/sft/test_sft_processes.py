@@ -28,6 +28,7 @@ def train_part(rank: int, folder: str) -> dict[str, Any]:
     return held(run(folder, num_stages=2))
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
     expected = run(str(tmp_path / "here"), schedule="reference", **split_options(2, 2))
     found = whole(in_processes(2, train_part, str(tmp_path / "there")))  # with equal logs

@@ -168,6 +168,7 @@ def test_busy_share_is_a_share_and_adds_up(timeline: Timeline) -> None:
         assert halves / 2 == pytest.approx(timeline.busy_share(device))  # sums of floats in another order
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["run", "run.json", "run.png", "run.v1", "deep/er/run"])
 def test_write(tmp_path: Path, name: str) -> None:
     trace, picture = two_devices(20).write(tmp_path / name)

@@ -167,6 +167,7 @@ ENDLESS: dict[str, bytes] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("kind", ENDLESS)
 def test_pickles_that_would_never_end(kind: str, tmp_path: Path) -> None:
