@@ -499,6 +499,7 @@ def test_model_init(tmp_path: Path) -> None:
     trainer.evaluate()
 
 
+@pytest.mark.slow
 def test_model_init_resumes(tmp_path: Path) -> None:
     options = {"save_strategy": "steps", "save_steps": 3}
     expected = trained(tmp_path, {"model_init": lambda: tiny_model()}, **options)

@@ -58,6 +58,7 @@ def test_without_delay_the_history_is_that_of_trainer(tmp_path: Path, options: d
         assert logged(found, "grad_norm") == pytest.approx(logged(expected, "grad_norm"), rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ALIKE.values(), ids=ALIKE.keys())
 def test_with_delay_it_is_that_of_the_reference(tmp_path: Path, options: dict[str, Any]) -> None:
     runs = []
@@ -90,6 +91,7 @@ class Endless(IterableDataset):
         return iter(Rows(18, masks=False))
 
 
+@pytest.mark.slow
 def test_an_epoch_may_end_within_an_update(tmp_path: Path) -> None:
     options = {"logging_strategy": "epoch", "max_steps": 6, "gradient_accumulation_steps": 2, "max_grad_norm": 0}
     data = {"train_dataset": Endless()}
@@ -136,6 +138,7 @@ def test_a_log_of_ones_own_changes_nothing(tmp_path: Path) -> None:
     assert [e["step twice"] for e in trainer.state.log_history] == [e["step"] for e in trainer.state.log_history]
 
 
+@pytest.mark.slow
 def test_resumed_twice_logs_alike(tmp_path: Path) -> None:
     ouroboros(tmp_path, save_strategy="steps", save_steps=3, **split_options(3, 2)).train()
     histories = []

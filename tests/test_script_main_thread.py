@@ -161,6 +161,7 @@ class AnnealsInTheLoss:
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
+@pytest.mark.slow
 def test_settings_changed_outside_of_callbacks(tmp_path: Path) -> None:
     def model() -> Any:
         return tiny_model(tied=False, dropout=0.1)

@@ -56,6 +56,7 @@ def rated(trainer: Trainer) -> None:
             layer.self_attn.attention_dropout = 0.3
 
 
+@pytest.mark.slow
 def test_dropout_that_is_a_number(tmp_path: Path) -> None:
     assert_equal(tmp_path, Script(rated, tiny_llama, recompute=True), exact=())
     changed, plain = (
@@ -110,6 +111,7 @@ def test_noise_is_the_reference_s(kind: str, tmp_path: Path) -> None:
     assert_equal(tmp_path, Script(NOISE[kind], lambda: tiny_model(dropout=dropout), recompute=True), exact=())
 
 
+@pytest.mark.slow
 def test_lockstep_and_two_equal_runs(tmp_path: Path) -> None:
     assert_equal(tmp_path, Script(NOISE["normal"]), exact=(), delayed=("lockstep", "pipelined", "pipelined"))
 

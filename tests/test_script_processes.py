@@ -103,6 +103,7 @@ def refused_part(rank: int, folder: str, case: str) -> None:
         Path(folder, f"{rank}.txt").write_text(str(error), encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_refusal_is_named_by_all_processes(case: str, tmp_path: Path) -> None:
     """Also by one that waits for the other, at a log for instance."""

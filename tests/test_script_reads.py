@@ -134,6 +134,7 @@ def reading(layer: int, read: Callable[[Trainer], nn.Parameter], after: int = 0)
     return prepare
 
 
+@pytest.mark.slow
 def test_a_hook_that_reads_weights(tmp_path: Path) -> None:
     """Those of its own stage are right, unless the forward is replayed when they are others.
 
@@ -208,6 +209,7 @@ class GradientOfTheHead:
         return loss * (1 + (0 if found is None else found.norm()))
 
 
+@pytest.mark.slow
 def test_gradients_in_a_loss(tmp_path: Path) -> None:
     everywhere = ("pipelined", "1f1b", "reference", "alone")
     seen = scaled_by(lambda t: 1.0 if head(t).grad is None else 2.0)

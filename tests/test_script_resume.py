@@ -47,6 +47,7 @@ def padded(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["pipelined", "1f1b"])
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_data_without_a_length(tmp_path: Path, schedule: str, micro_batches: int) -> None:
@@ -67,6 +68,7 @@ def test_data_without_a_length(tmp_path: Path, schedule: str, micro_batches: int
         assert_same(whole, resumed)
 
 
+@pytest.mark.slow
 def test_grouped_by_length(tmp_path: Path) -> None:
     options = {
         "train_sampling_strategy": "group_by_length",

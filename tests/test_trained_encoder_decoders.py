@@ -85,6 +85,7 @@ def test_pipelined_is_the_reference_and_resumes(kind: str, tmp_path: Path) -> No
     assert differing(expected, again) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{"schedule": "lockstep"}, {"recompute": True}, {"schedule": "lockstep", "tied_gradient": "paper"}],
@@ -146,6 +147,7 @@ def test_evaluation_and_card(tmp_path: Path) -> None:
     assert "AutoModelForSeq2SeqLM.from_pretrained(" in text and "Causal" not in text
 
 
+@pytest.mark.slow
 def test_the_card_of_an_adapter(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="needs the extra `peft`: pip install -e '.[peft]'")
     model = peft.get_peft_model(made("t5"), peft.LoraConfig(r=2, target_modules=["q", "v"]))

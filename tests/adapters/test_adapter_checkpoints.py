@@ -47,6 +47,7 @@ def two_adapters() -> Any:
     return model
 
 
+@pytest.mark.slow
 def test_one_of_several_adapters(tmp_path: Path) -> None:
     trainer = trained(tmp_path / "run", {"model": two_adapters()}, **RUN)
     expected = outcome(trainer)
@@ -60,6 +61,7 @@ def test_one_of_several_adapters(tmp_path: Path) -> None:
     assert differing(expected["weights"], dict(model.state_dict())) == []
 
 
+@pytest.mark.slow
 def test_best_adapter(tmp_path: Path) -> None:
     options = {**RUN, "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
     trainer = trained(tmp_path, {"model": wrapped("lora on gpt2")}, **options)
@@ -78,6 +80,7 @@ def _change(path: Path) -> None:
     save_file({name: value + 1 for name, value in load_file(path).items()}, path, metadata={"format": "pt"})
 
 
+@pytest.mark.slow
 def test_another_run_is_refused(tmp_path: Path) -> None:
     case = "lora on gpt2"
     trained(tmp_path, {"model": wrapped(case)}, **RUN)

@@ -57,6 +57,7 @@ def test_pipelined_is_the_reference(case: str, kind: str, tmp_path: Path) -> Non
         assert differing(values[name], (module.weight.data, *scales(module))) == []
 
 
+@pytest.mark.slow
 def test_any_storage(tmp_path: Path) -> None:
     """Packed bits may lie in a floating dtype, in which some of them are no numbers."""
     case, given = "lora on llama", {"bnb_4bit_quant_storage": torch.bfloat16}
@@ -101,6 +102,7 @@ def test_other_ways_to_run_are_the_reference(kind: str, given: dict[str, Any], t
     assert differing(outcome(runs[0]), outcome(runs[1])) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", list(KINDS) if EVERY else ["double"])
 def test_resumes_and_loads(kind: str, tmp_path: Path) -> None:
     case, folder = "lora on llama", tmp_path / "base"
@@ -155,6 +157,7 @@ def test_scales_follow_their_weights(kind: str, tmp_path: Path) -> None:
             assert all(module.quant_state is module.weight.quant_state for module in modules)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", list(KINDS) if EVERY else ["double"])
 def test_a_checkpoint_that_was_saved_packed(kind: str, tmp_path: Path) -> None:
     packed("lora on llama", kind, tmp_path / "base").save_pretrained(tmp_path / "packed")
@@ -179,6 +182,7 @@ def test_plan_and_card_count_whole_matrices(tmp_path: Path) -> None:
     assert f"of {whole:,} parameters trained" in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "paged_adamw_32bit", "lion_8bit"] if EVERY else ["adamw_bnb_8bit"])
 def test_optimizers_that_pack_moments(optim: str, tmp_path: Path) -> None:
     case, folder = "lora on llama", tmp_path / "base"

@@ -54,6 +54,7 @@ def test_started_again(tmp_path: Path, length: str) -> None:
     assert_same(expected, again)
 
 
+@pytest.mark.slow
 def test_a_shorter_run(tmp_path: Path) -> None:
     """From a checkpoint beyond its end: no update either."""
     trained(tmp_path, **SAVING)
@@ -120,6 +121,7 @@ def test_the_best_is_gone(tmp_path: Path) -> None:
     assert last.state.global_step == 6
 
 
+@pytest.mark.slow
 def test_the_best_is_damaged(tmp_path: Path) -> None:
     """A flipped bit in what would be the result of the run."""
     trainer = ouroboros(tmp_path, {"compute_metrics": Scores([0.1, 0.2, 0.5, 0.3, 0.2, 0.1])}, **BEST)

@@ -139,6 +139,7 @@ def hold(folder: str, barrier: Any, said: Any) -> None:
         barrier.wait()
 
 
+@pytest.mark.slow
 def test_several_at_once(tmp_path: Path) -> None:
     """Of processes that find the same dead holder, one gets the folder."""
     write(tmp_path, replace(Holder.here(), pid=dead_pid()))
@@ -183,6 +184,7 @@ def test_a_second_run_in_the_same_folder(tmp_path: Path) -> None:
     assert_same(first, trained(tmp_path / "alone"))
 
 
+@pytest.mark.slow
 def test_runs_that_don_t_save_share_a_folder(tmp_path: Path) -> None:
     first = ouroboros(tmp_path, **SAVING, max_steps=1)
     first.add_callback(AtStep(1, lambda: trained(tmp_path, max_steps=1)))

@@ -84,6 +84,7 @@ def test_planned_only(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "for --device_map" not in text
 
 
+@pytest.mark.slow
 def test_a_mixture_is_planned_and_split_as_planned(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     config = tiny("deepseek_v3", num_hidden_layers=5)
     config.save_pretrained(tmp_path)

@@ -12,6 +12,7 @@ from hf_ouroboros.commands import options
 SMALL = ["gpt2", "--config_overrides", "n_layer=8,n_embd=64,n_head=4,vocab_size=128", "--seq", "32"]
 
 
+@pytest.mark.slow
 def test_sweep(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     output = tmp_path / "plots" / "speed.png"
     arguments = ["--counts", "4", "2", "--micro_batches", "2", "8", "--link", "25", "1", "--output", str(output)]

@@ -88,6 +88,7 @@ def test_wrong_options(recorded: Path, capsys: pytest.CaptureFixture) -> None:
 WRONG = [None, [], {}, "x", float("inf"), float("nan"), -1, True, 1e300, 10**5000, "\ud800"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tid", "ts", "dur", "cat", "args", "stage", "tick", "name", "device"])
 def test_wrong_values_in_a_trace(recorded: Path, name: str, capsys: pytest.CaptureFixture) -> None:
     """Refused by name, or drawn; never a half-written file."""

@@ -31,6 +31,7 @@ def test_round_trip_of_awkward_texts(text: str) -> None:
     assert TOKENIZER.decode(TOKENIZER(text)["input_ids"]) == text
 
 
+@pytest.mark.slow
 @given(st.text())
 @settings(deadline=None)
 def test_ids_are_the_bytes_and_decode_to_the_text(text: str) -> None:

@@ -109,6 +109,7 @@ def test_micro_batches_of_a_version_share_a_copy(make: Any) -> None:
     assert copies == layers * matrices
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [llama, tied_gpt2, t5])
 @pytest.mark.parametrize("schedule", ["pipelined", "lockstep"])
 def test_equal_to_the_reference(make: Any, schedule: str) -> None:

@@ -38,6 +38,7 @@ def step_stage(slice_: StageOptimizer, owned: dict[str, Any], gradients: dict[st
     slice_.step([(p, gradients[name].clone()) for name, p in owned.items() if name in gradients], hyper, ON_TIME)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(st.sampled_from(OPTIMIZERS), st.integers(1, 5), st.randoms(use_true_random=False), st.booleans())
 def test_stages_equal_the_whole(name: str, stages: int, random: Any, scheduled: bool) -> None:

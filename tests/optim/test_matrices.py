@@ -78,6 +78,7 @@ class Mixture(Case):
         return AutoModelForCausalLM.from_config(config)
 
 
+@pytest.mark.slow
 def test_a_mixture_under_delay_is_stepped_as_the_reference_does(monkeypatch: pytest.MonkeyPatch) -> None:
     def muon(name: str, model: PreTrainedModel) -> torch.optim.Optimizer:
         matrices = [p for layer in model.model.layers for p in layer_matrices(layer).values()]

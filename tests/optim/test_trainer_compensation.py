@@ -111,6 +111,7 @@ def test_auto(tmp_path: Path) -> None:
     assert chosen({"optimizer_cls_and_kwargs": (torch.optim.Adagrad, {})}) == "none"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batches", [1, 4])
 def test_auto_equals_what_it_stands_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_batches: int) -> None:
     told: list[str] = []

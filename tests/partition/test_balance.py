@@ -86,6 +86,7 @@ def total(load: Load, counts: list[int], placement: list[int]) -> dict[int, floa
     return loads
 
 
+@pytest.mark.slow
 @settings(max_examples=250, deadline=None)
 @given(st.integers(1, 7), st.integers(1, 6), st.booleans(), st.data())
 def test_unlike_devices_with_limits(layers: int, stages: int, tied: bool, data: st.DataObject) -> None:

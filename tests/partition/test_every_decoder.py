@@ -187,6 +187,7 @@ def test_equal_to_the_last_bit(model_type: str) -> None:
     assert differing(model_type) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "jamba"])
 def test_the_loss_that_balances_experts(model_type: str) -> None:
     """Jamba has layers without experts, the first among them."""

@@ -124,6 +124,7 @@ def test_a_failure_ends_all_and_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 64}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "built"),
     [
@@ -160,6 +161,7 @@ def test_of_every_kind_of_layer_one_is_built(
     assert all(min(t.forward, t.backward, t.step) > 0 for t in device.times[1:-2])
 
 
+@pytest.mark.slow
 def test_what_else_crosses_boundaries_is_handed_on() -> None:
     """Layers of a Gemma 3n get embeddings of their own, and keys and values of earlier layers."""
     config = Gemma3nTextConfig(

@@ -26,6 +26,7 @@ def device(name: str, forward: float, memory: float = math.inf, units: int = 9) 
     return PlannedDevice(name, (UnitTimes(forward, 2 * forward, 0.5 * forward),) * units, memory)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 9), st.integers(300, 4000)), min_size=2, max_size=4),

@@ -119,6 +119,7 @@ def test_killed(tmp_path: Path, undisturbed: dict[str, Any], victim: int, place:
     assert_resumes(tmp_path, undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_raises(tmp_path: Path, victim: int) -> None:
     """The others name the process, what it did and its error."""
@@ -138,6 +139,7 @@ def raising_callback(rank: int, folder: str) -> None:
     trainer.train()
 
 
+@pytest.mark.slow
 def test_main_thread_raises(tmp_path: Path) -> None:
     ends = ends_of(2, raising_callback, str(tmp_path))
     assert ends[1].text.rstrip().endswith("ValueError: struck")

@@ -130,6 +130,7 @@ def memory(rank: int, folder: str) -> tuple[int, int, int, list[str]]:
     return sum(p.untyped_storage().nbytes() for p in here.values()), moments, share, sorted(here)
 
 
+@pytest.mark.slow
 def test_each_process_holds_its_share(tmp_path: Any) -> None:
     parts = in_processes(3, memory, str(tmp_path))
     for values, moments, share, _ in parts:

@@ -145,6 +145,7 @@ def test_every_difference_is_named_by_all(tmp_path: Path) -> None:
     named_by_all(tmp_path, 2, 1, ALL)
 
 
+@pytest.mark.slow
 def test_the_main_process_is_the_odd_one_of_three(tmp_path: Path) -> None:
     cases = [("option", n) for n in ("schedule", "num_stages", "device_map", "learning_rate")]
     named_by_all(tmp_path, 3, 0, [*cases, ("given", "layers"), ("given", "betas"), ("given", "rows")])

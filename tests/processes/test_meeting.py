@@ -78,6 +78,7 @@ def late(rank: int) -> None:
         time.sleep(1.5)
 
 
+@pytest.mark.slow
 def test_a_process_that_does_not_come(tmp_path: Path) -> None:
     ends = ends_of(2, late)
     assert isinstance(ends[1], Ended)

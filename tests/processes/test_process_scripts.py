@@ -85,6 +85,7 @@ def test_the_numbers_and_logs_of_one_process(tmp_path: Path) -> None:
         assert result["log"] == expected["log"], given["name"]
 
 
+@pytest.mark.slow
 def test_gradients_that_are_elsewhere(tmp_path: Path) -> None:
     given = run("refused", "pipelined", {"callbacks": [LosesSight()]})
     for end in ends_of(2, train_part, str(tmp_path), [given]):

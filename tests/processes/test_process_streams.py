@@ -39,6 +39,7 @@ def test_equals_the_reference(stages: int) -> None:
         assert differences(reference_result(*run), found) == [], run
 
 
+@pytest.mark.slow
 def test_replicas_keep_their_columns() -> None:
     case = StreamCase(3, updates=(2, 2, 1), groups=2, rows=4, config=CUT, optimizer="sgd")
     expected = reference_result(case, "pipelined", {})

@@ -175,6 +175,7 @@ def refusals(rank: int, folder: str, cases: list[tuple[dict[str, Any], str]]) ->
             made(folder, {"options": options})
 
 
+@pytest.mark.slow
 def test_refused_over_processes(tmp_path: Path) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"schedule": "reference"}, "schedule='reference' is one device by definition"),

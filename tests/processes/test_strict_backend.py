@@ -46,6 +46,7 @@ def test_equals_the_reference(stages: int) -> None:
     check_all(stages, cases)
 
 
+@pytest.mark.slow
 def test_a_device_with_the_first_and_the_last_stage() -> None:
     check_all(2, [Case(3, updates=(2, 2, 1), tied=True, dropout=0.1)])
 
@@ -56,6 +57,7 @@ def test_five_stages_on_two_and_four_processes() -> None:
     check_all(4, [Case(5, updates=(2,) * 3, tied=True)])
 
 
+@pytest.mark.slow
 def test_looking_changes_nothing() -> None:
     check_all(2, [Case(updates=(2,) * 5, dropout=0.1)], {0: "synchronize", 2: "norm", 3: "settle", 4: "state"})
 

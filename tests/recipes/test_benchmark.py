@@ -271,6 +271,7 @@ def test_peers_refuse_what_they_would_not_hand_on() -> None:
         peers.check_boundaries([Sharing(), Sharing()])
 
 
+@pytest.mark.slow
 def test_a_late_run_is_ended_with_its_processes(tmp_path: Path) -> None:
     (tmp_path / "text").write_bytes(bytes(range(256)) * 200)
     options = BenchmarkArguments(

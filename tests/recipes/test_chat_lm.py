@@ -24,6 +24,7 @@ print(tokenizer.decode(model.generate(**tokenizer(prompt, return_tensors="pt"), 
 """
 
 
+@pytest.mark.slow
 def test_own_conversations_fit() -> None:
     chats = chat_lm.stdlib_chats(480, 64)
     assert len(chats) == 480
@@ -46,6 +47,7 @@ def test_conversations_of_a_file(pretrained: tuple[Path, str], tmp_path: Path) -
     assert "user: 1+1\nassistant: " in run(["-c", PLAIN_ADAPTER, "runs/chat_lm"], tmp_path).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "values, said",
     [

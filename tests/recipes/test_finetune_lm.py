@@ -17,6 +17,7 @@ from hf_ouroboros.data import Document, default_corpus
 TINY = {"num_train_epochs": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "sample_tokens": 8}
 
 
+@pytest.mark.slow
 def test_pairs_of_the_standard_library() -> None:
     text = 'def f(a, b=1):\n    """Return the sum of both.\n\n    More."""\n    return a + b\n\ndef g():\n    pass\n'
     assert finetune_lm.stdlib_pairs([Document("m.py", "def (:"), Document("n.py", text)], 5) == [

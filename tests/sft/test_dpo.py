@@ -84,6 +84,7 @@ def test_without_delay_it_is_trl(case: str, tmp_path: Path) -> None:
         assert last[1] == pytest.approx(last[0], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapted", [False, True] if EVERY else [True], ids=str)
 def test_with_delay_it_is_the_reference(adapted: bool, tmp_path: Path) -> None:
     runs = []
@@ -110,6 +111,7 @@ def test_metrics_are_those_of_trl(tmp_path: Path) -> None:
             assert logged(found, f"eval_{name}") == pytest.approx(logged(expected, f"eval_{name}"), rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_metrics_under_delay_are_their_ticks(tmp_path: Path) -> None:
     """Every tick's metrics are logged once, whenever they come: the sums of both orders of things are equal."""
     runs = []
@@ -120,6 +122,7 @@ def test_metrics_under_delay_are_their_ticks(tmp_path: Path) -> None:
         assert logged(runs[1], name)[-1] == pytest.approx(logged(runs[0], name)[-1], rel=1e-5), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapted", ["config", "model"])
 def test_adapters(adapted: str, tmp_path: Path) -> None:
     """On new adapters the reference is the model below them; on those that are there, the model with them."""

@@ -105,6 +105,7 @@ def test_evaluation(tmp_path: Path) -> None:
     assert logged(found, "num_tokens")[-1] == logged(expected, "num_tokens")[-1]
 
 
+@pytest.mark.slow
 def test_adapters_checkpoints_and_card(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
 
