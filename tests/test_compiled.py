@@ -12,7 +12,7 @@ from stream_helpers import tiny_xl
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils.data import Dataset
-from trainer_helpers import differing, ouroboros, outcome, split_options, tiny_model, trained
+from trainer_helpers import EVERY, differing, ouroboros, outcome, split_options, tiny_model, trained
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from hf_ouroboros import OuroborosError
@@ -58,7 +58,7 @@ class Lengths(Dataset):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("make", [llama, gpt2] if EVERY else [gpt2])
 def test_schedules_agree(make: Any, tmp_path: Path) -> None:
     """No operation is left out of the graphs, not even dropout, and none is computed otherwise by a backend that fuses nothing."""
     compiled = {**RUN, "torch_compile_backend": "aot_eager"}
@@ -73,6 +73,7 @@ def test_schedules_agree(make: Any, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
+@pytest.mark.skipif(not EVERY, reason="compiles for a minute: HF_OUROBOROS_EVERY_CASE=1 runs it")
 def test_inductor(tmp_path: Path) -> None:
     """The backend that people use fuses operations, and which kernels it makes of a graph may depend on what it has in its cache."""
     run = {**RUN, "max_steps": 2, "torch_compile": True}

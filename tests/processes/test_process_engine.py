@@ -8,6 +8,7 @@ import pytest
 import torch
 from engine_runs import reference_result, run_all
 from helpers import Case, differences
+from trainer_helpers import EVERY
 
 SCHEDULES = ["pipelined", "lockstep", "1f1b", "zero_bubble"]
 
@@ -29,6 +30,8 @@ def test_equals_the_reference(stages: int, tied: bool) -> None:
         Case(stages, updates=(2, 2, 3, 1), tied=tied, dropout=0.1, padded=True, clip=0.5),
         Case(stages, updates=(1, 4, 4, 2), tied=tied, optimizer="sgd", warmup=1, recompute=True, dropout=0.1),
     ]
+    if stages > 3 and not EVERY:
+        variants = variants[tied : 2 + tied]  # each of them tied or untied
     check_all(processes, [(case, schedule, {}) for case in variants for schedule in SCHEDULES])
 
 

@@ -247,6 +247,7 @@ def test_time_to_the_loss_of_the_naive_run(tmp_path: Path, optimizer: str, toler
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not EVERY, reason="differs little from the peers on GPT-2: HF_OUROBOROS_EVERY_CASE=1 runs it")
 def test_peers_train_any_decoder(tmp_path: Path) -> None:
     """A mixture, whose losses are the naive run's."""
     contenders = ["naive", "torch-zb:M=8"]

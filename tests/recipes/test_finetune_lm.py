@@ -29,6 +29,10 @@ def test_pairs_of_the_standard_library() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not EVERY,
+    reason="differs little from test_completions_of_a_file and the tests that push: HF_OUROBOROS_EVERY_CASE=1 runs it",
+)
 def test_own_pairs_pushed_to_the_hub(pretrained: tuple[Path, str], tmp_path: Path) -> None:
     values = TINY | {
         "model_name_or_path": pretrained[0],
