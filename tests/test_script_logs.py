@@ -39,6 +39,7 @@ class Late(TrainerCallback):
         time.sleep(random.random() / 300)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ALIKE.values(), ids=ALIKE.keys())
 def test_without_delay_the_history_is_that_of_trainer(tmp_path: Path, options: dict[str, Any]) -> None:
     expected = stock(tmp_path, **options)

@@ -122,6 +122,7 @@ CASES: dict[str, Script] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_model_is_at_rest(case: str, tmp_path: Path) -> None:
     assert_equal(tmp_path, CASES[case], exact=("1f1b",) if case in ("inputs", "steps", "learning rates") else ())

@@ -108,6 +108,7 @@ class Trial(dict):
         self.number, self.params = number, params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["1f1b", "pipelined"])
 def test_trials_of_a_search(tmp_path: Path, schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every trial is a run of its own, from a new model, with its own learning rate and micro-batches."""

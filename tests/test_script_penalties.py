@@ -53,6 +53,7 @@ WAYS: dict[str, tuple[Callable[[Any, Any], torch.Tensor], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_ways_to_a_parameter(way: str, tmp_path: Path) -> None:
     penalty, why = WAYS[way]
@@ -143,6 +144,7 @@ class AsTuple:
         return model(**inputs, return_dict=False)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixin", [LossFunction, AsTuple])
 def test_what_a_loss_may_ask_of_the_model(mixin: type, tmp_path: Path) -> None:
     assert_equal(tmp_path, Script(mixin=mixin), exact=("1f1b",), delayed=("pipelined",))

@@ -78,6 +78,7 @@ CASES: dict[str, Script] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_of_the_same_micro_batch(case: str, tmp_path: Path) -> None:
     assert_equal(tmp_path, CASES[case])

@@ -60,11 +60,13 @@ CASES: dict[str, Script] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_views_stay_alive(case: str, tmp_path: Path) -> None:
     assert_equal(tmp_path, CASES[case], exact=() if "tied" in case else ("1f1b",))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["pipelined", "1f1b"])
 def test_without_views_no_weights_are_copied(schedule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also not for what somebody holds by mistake: an old version, a part of a graph."""

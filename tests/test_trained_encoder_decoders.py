@@ -98,6 +98,7 @@ def test_other_ways_are_the_reference(options: dict[str, Any], tmp_path: Path) -
     assert differing(expected, outcome(trained(tmp_path / "b", given("t5, dropout"), **run, **options))) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["t5", "bart", "switch"])
 def test_without_delay_it_is_stock_trainer(kind: str, tmp_path: Path) -> None:
     options = {"max_steps": 2, "max_grad_norm": 0.0}

@@ -30,6 +30,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_equals_1f1b(name: str) -> None:
     assert_same_run(Run(CASES[name], "1f1b").train(), Run(CASES[name], "zero_bubble").train())

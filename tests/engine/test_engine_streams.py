@@ -64,6 +64,7 @@ def test_every_schedule_equals_the_reference(stages: int, micro_batches: int, gr
     assert_same_run(drained, Run(case, "1f1b").train())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_kind_of_model(kind: str, tied: bool) -> None:
@@ -156,6 +157,7 @@ def test_recompute_replays_with_the_memory_of_then() -> None:
 # ---- resuming ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("written", "continued"), [("pipelined", "lockstep"), ("lockstep", "reference"), ("reference", "pipelined")]
 )

@@ -116,7 +116,7 @@ def test_prediction_with_the_papers_tied_gradient_and_global_clipping(tied_gradi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", list(KINDS) if EVERY else list(KINDS)[::2])
 def test_a_resumed_run_equals_itself(kind: str) -> None:
     """Written by one schedule, taken up by another, in the warm-up and after it."""
     mine = case(kind, "warm-up, one tick" if "gap" in kind or "feedback" in kind else "warm-up, recompute")

@@ -105,7 +105,7 @@ def kill_points(count: int) -> list[tuple[int, str, int]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("victim", "place", "nth"), kill_points(16 if EVERY else 10))
+@pytest.mark.parametrize(("victim", "place", "nth"), kill_points(16 if EVERY else 8))
 def test_killed(tmp_path: Path, undisturbed: dict[str, Any], victim: int, place: str, nth: int) -> None:
     ends = ends_of(2, doomed, str(tmp_path), RUN, victim, place, nth, "killed")
     if isinstance(ends[victim], Ended):

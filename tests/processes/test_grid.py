@@ -67,6 +67,7 @@ def pass_on(rank: int) -> list[Any]:
     return [len(tensors) for tensors in found.values()]
 
 
+@pytest.mark.slow
 def test_wires() -> None:
     assert in_processes(2, pass_on) == [[20, 20], [20, 20]]
 

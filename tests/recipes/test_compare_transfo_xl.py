@@ -32,6 +32,7 @@ def prepare(folder: Path, text: bytes) -> None:
     PreparedStreams("Some bytes.", splits).save(folder, byte_tokenizer())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["generated", "enwik8"])
 def test_table_and_files(
     source: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]

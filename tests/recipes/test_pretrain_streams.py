@@ -35,6 +35,7 @@ def test_all_of_the_papers_experiments_are_there() -> None:
     assert PAPER == [f"{corpus}_{model}" for corpus in data for model in models]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAPER)
 def test_every_experiment_has_a_smoke_size(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
