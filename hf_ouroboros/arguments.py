@@ -48,6 +48,7 @@ _REFUSED: dict[str, tuple[Any, str]] = {
 
 
 _GLOBAL = names_where(lambda schedule: schedule.allows_global_norm)
+_HALVES = names_where(lambda schedule: schedule.allows_halves)
 
 
 @dataclass
@@ -98,7 +99,7 @@ class OuroborosArguments(TrainingArguments):
         default="joint",
         metadata={
             "help": "Gradient of a tied embedding: 'joint' delays both sides by K-1 ticks (exact for its batch), 'paper' "
-            f"only the input side (schedules {' and '.join(names_where(lambda s: s.allows_halves))}).",
+            f"only the input side (schedules {' and '.join(_HALVES)}).",
             "choices": words_of("tied_gradient"),
         },
     )
@@ -318,7 +319,7 @@ class OuroborosArguments(TrainingArguments):
         if self.tied_gradient == "paper" and not schedule.allows_halves:
             raise UnsupportedOptionError(
                 f"tied_gradient='paper' needs the output side's gradient in the same tick, which schedule="
-                f"{self.schedule!r} doesn't have; use schedule={names_where(lambda s: s.allows_halves)[0]!r}, or tied_gradient='joint'"
+                f"{self.schedule!r} doesn't have; use schedule={_HALVES[0]!r}, or tied_gradient='joint'"
             )
         if self.clip_scope == "global" and not schedule.allows_global_norm:
             raise UnsupportedOptionError(

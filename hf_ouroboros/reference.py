@@ -185,11 +185,7 @@ class Reference:
                 self._reads[k],
                 partial(self._rehearsal, k, tick, batch, replaced, state, segment),
             )
-            with ExitStack() as scopes:
-                scopes.enter_context(self._reads[k].forward(replaced))
-                scopes.enter_context(self._noise[k].scope(self._seed, tick, self._device))
-                if self.settings.autocast_dtype is not None:
-                    scopes.enter_context(torch.autocast(self._device.type, dtype=self.settings.autocast_dtype))
+            with self._computing(k, tick, replaced):
                 inputs, memory = select(stage, batch, self._device), self._memories[k].recall(segment)
                 finish = None
                 if stage.is_last:
@@ -202,6 +198,16 @@ class Reference:
                     self._checks[k].forward(outputs, [*leaves.values(), *heads.values()])
         return state, heads
 
+    @contextmanager
+    def _computing(self, k: int, tick: int, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Surrounds a forward of a stage: what it reads and draws, and its precision."""
+        with ExitStack() as scopes:
+            scopes.enter_context(self._reads[k].forward(weights))
+            scopes.enter_context(self._noise[k].scope(self._seed, tick, self._device))
+            if self.settings.autocast_dtype is not None:
+                scopes.enter_context(torch.autocast(self._device.type, dtype=self.settings.autocast_dtype))
+            yield
+
     def _rehearsal(
         self,
         k: int,
@@ -213,7 +219,7 @@ class Reference:
     ) -> None:
         """A forward of a stage, without the loss, of which nothing is kept."""
         stage = self.partition.stages[k]
-        with self._reads[k].forward(weights), self._noise[k].scope(self._seed, tick, self._device):
+        with self._computing(k, tick, weights):
             arguments = select(stage, batch, self._device), state, self._memories[k].recall(segment), None
             functional_call(stage, dict(weights), arguments, tie_weights=False)
 

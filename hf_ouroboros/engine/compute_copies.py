@@ -31,10 +31,8 @@ class ComputeCopies:
 
     def __init__(self, stage: nn.Module, bindings: Sequence[tuple[str, str]], dtype: torch.dtype):
         self._dtype = dtype
-        looked_at = [
-            f"{name}." for name, module in stage.named_modules() if type(module).__module__.split(".")[0] in _LOOKING
-        ]
         modules = dict(stage.named_modules())
+        looked_at = [f"{name}." for name, part in modules.items() if type(part).__module__.split(".")[0] in _LOOKING]
         self._places = [
             (place, source)
             for place, source in bindings

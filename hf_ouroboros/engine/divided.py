@@ -28,9 +28,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..errors import UnsupportedModelError
-
-Node = Any
-"""A node of autograd's graph."""
+from .graph import Node
 
 _COMPILED = "CompiledFunctionBackward"
 
