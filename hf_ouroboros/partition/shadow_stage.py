@@ -98,6 +98,7 @@ class ShadowStage(Stage):
         if self.is_last and (head := model.get_output_embeddings()) is not None:
             with_late_logits(core.get_submodule(next(name for name, m in model.named_modules() if m is head)))
         self._compiled: dict[nn.Module, Callable[..., Any]] = {}
+        self._compilation: Compilation | None = None
         self._routers: RouterLogits | None = None
         if num_stages > 1 and getattr(model.config, "output_router_logits", False):
             before = anatomy.layers[: self._own.start]
@@ -202,7 +203,10 @@ class ShadowStage(Stage):
                 "torch_compile with output_router_logits=True: routers are looked at while they run; leave one of them off"
             )
         self.compiles = True
-        for i in () if self._compiled else self._own:
+        if compilation == self._compilation:
+            return
+        self._compilation = compilation
+        for i in self._own:
             layer = self._core.get_submodule(self._anatomy.layers[i])
             self._compiled[layer] = compiled(layer, i, self._anatomy.calls[i].hidden, compilation)
             if layer._compiled_call_impl is None:
