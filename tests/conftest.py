@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Read by the libraries when they are imported, so they have to be set before.
@@ -28,3 +29,9 @@ def _quiet() -> None:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+
+
+def pytest_collection_finish() -> None:
+    """Takes what imports have made out of garbage collection: accelerate collects after every `train()`."""
+    gc.collect()
+    gc.freeze()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import cProfile
+import pstats
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from script_runs import Script, assert_equal, assert_refused
 from torch.utils.checkpoint import checkpoint
-from trainer_helpers import tiny_model
+from trainer_helpers import differing, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
 from hf_ouroboros.errors import WorkerError
@@ -159,3 +161,15 @@ def test_noise_that_begins_late_is_named(tmp_path: Path) -> None:
     prepare(trainer)
     with pytest.raises(WorkerError, match="began to draw random numbers in the middle of training"):
         trainer.train()
+
+
+def test_a_profiled_run(tmp_path: Path) -> None:
+    """The watch of the first forwards takes the profiler's place for a while, and gives it back."""
+    script = Script(NOISE["normal"])
+    profiler = cProfile.Profile()
+    profiled = profiler.runcall(script.run, tmp_path / "profiled", "reference")
+    plain = script.run(tmp_path / "plain", "reference")
+    assert isinstance(profiled, dict) and isinstance(plain, dict)
+    assert differing(profiled, plain) == []
+    names = {function for _, _, function in pstats.Stats(profiler).stats}
+    assert "on_train_end" in names  # which is called after the watch

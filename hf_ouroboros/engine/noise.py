@@ -14,7 +14,7 @@ import random
 import sys
 import threading
 from collections.abc import Iterator
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import numpy
@@ -236,7 +236,9 @@ def _calls_noted(found: list[str]) -> Iterator[None]:
                 found.append(f"draws from Python's random numbers ({called.__name__}), {_ADVICE}")
         elif event == "call":
             code = frame.f_code
-            if _mentions_numpy(frame):
+            if code not in known:
+                known[code] = _mentions_numpy(frame)
+            if known[code]:
                 mentions.append(code.co_name)
             if code.co_filename == torch.random.__file__ and code.co_name in _SEEDING and not _by_compiler(frame):
                 found.append(
@@ -248,12 +250,16 @@ def _calls_noted(found: list[str]) -> Iterator[None]:
                 )
 
     mentions: list[str] = []  # NumPy's functions don't tell that they are called
+    known: dict[CodeType, bool] = {}  # a forward calls few functions many times
     before, state = sys.getprofile(), _numpy_state()
     sys.setprofile(note)
     try:
         yield
     finally:
-        sys.setprofile(before)
+        if before is None or callable(before):
+            sys.setprofile(before)
+        else:  # cProfile's, which is an object until Python 3.11
+            before.enable()
     if mentions and _numpy_state() != state:
         found.append(f"draws from NumPy's random numbers (in {mentions[0]}), {_ADVICE}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import pickle
 import sys
@@ -14,10 +15,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-# One server imports the libraries once; every process of every test is forked from it.
+# One server imports `preloaded` once; every process of every test is forked from it.
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["torch", "torch.distributed", "hf_ouroboros.trainer", "helpers"])
+context.set_forkserver_preload(["preloaded"])
 
 
 class RankFailed(AssertionError):
@@ -62,6 +64,7 @@ class Ended:
 
 
 def _outcomes(world_size: int, target: Callable[..., Any], args: tuple, limit: float) -> Iterator[tuple[int, Any]]:
+    _start_server()
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = {}, []
         for rank in range(world_size):
@@ -88,6 +91,12 @@ def _outcomes(world_size: int, target: Callable[..., Any], args: tuple, limit: f
         finally:
             for process in processes:
                 process.kill()
+
+
+def _start_server() -> None:
+    """Starts the server, if need be, with this process's path: else it finds no module of the tests, and says nothing."""
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path))):
+        multiprocessing.forkserver.ensure_running()
 
 
 def _errors_of(folder: str, rank: int) -> Path:
