@@ -70,10 +70,12 @@ class InProcessTransport:
 
     def send(self, direction: str, stage: int, tick: int, tensors: Boundary | None) -> None:
         """Sends `direction` ("hidden" or "gradient") of a tick to a stage."""
-        if self._queues is not None:
+        channel = self._channels[direction, stage]
+        if self._queues is None:
+            channel.put((tick, tensors))
+        else:
             sender = self._queues[stage - 1 if direction == "hidden" else stage + 1]
-            tensors = sender.send(tensors, self._queues[stage])
-        self._channels[direction, stage].put((tick, tensors))
+            channel.put((tick, sender.send(tensors, self._queues[stage])))
 
     def receive(self, direction: str, stage: int, tick: int) -> Boundary | None:
         """Waits for what was sent to this stage for this tick.
