@@ -22,7 +22,6 @@ class AtRest:
     partition: Partition
     settings: EngineSettings
     optimizer: torch.optim.Optimizer
-    update_open: bool
     _runners: dict[int, StageRunner]
     _accounts: Accounts
     _clock: Clock
@@ -30,6 +29,11 @@ class AtRest:
     _started: int
     _resting: bool
     _exposed: ExposedUpdate | None
+
+    @property
+    def update_open(self) -> bool:
+        """Whether micro-batches were submitted since the last `step`."""
+        raise NotImplementedError
 
     def rest(self) -> None:
         """Waits until all stages of this process have finished the newest tick; pending backwards stay pending."""

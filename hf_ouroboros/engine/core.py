@@ -23,13 +23,14 @@ from .averaging import ReplicaMean
 from .device_queue import handed_over, has_queues, queue_of
 from .exposed import ExposedUpdate
 from .losses import LossFunction
+from .messages import ForwardStarted, MicroBatch, Paused, StepDone, Work
 from .optimizers import snapshot_hyperparameters
 from .settings import EngineSettings, FinishedLoss, FinishedNorm, Hyperparameters, log_lag
 from .stage_runner import StageRunner
 from .streams import Streams
 from .transport import InProcessTransport, Transport
 from .weights import TiedLink
-from .worker import ForwardStarted, Paused, StepDone, Work, Worker
+from .worker import Worker
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Engine(AtRest):
         self._exposed: ExposedUpdate | None = None
         self._streams = Streams()
         self._opened: tuple[int, Hyperparameters] | None = None
-        self._work: dict[int, dict[str, Any]] = {}
+        self._submitted: dict[int, MicroBatch] = {}
         self._paused: set[int] = set()
         self._failure: WorkerError | None = None
         self._closed = False
@@ -155,16 +156,10 @@ class Engine(AtRest):
         segment = self._streams.enter(batch) if self.partition.remembers else None
         if self.settings.predicts and not self.update_open:
             self._opened = self._clock.update, snapshot_hyperparameters(self.optimizer)
-        batch, made = handed_over(batch, self._feeds_queues)
+        ready, made = handed_over(batch, self._feeds_queues)
         tick, slots = self._clock.next_tick()
-        self._work[tick] = {
-            "delayed": not self.settings.is_synchronous(self._clock.update),
-            "opened": self._opened,
-            "batch": batch,
-            "context": context,
-            "segment": segment,
-            "made": made,
-        }
+        delayed = not self.settings.is_synchronous(self._clock.update)
+        self._submitted[tick] = MicroBatch(ready, context, delayed, self._opened, segment, made)
         self._release(slots)
         return tick
 
@@ -270,11 +265,8 @@ class Engine(AtRest):
 
     def _release(self, slots: list[Slot], hyperparameters: Any = None) -> None:
         for slot in slots:
-            work = Work(
-                slot,
-                **self._work.pop(slot.tick, {}),
-                hyperparameters=hyperparameters if slot.update is not None else None,
-            )
+            micro_batch = None if slot.tick is None else self._submitted.pop(slot.tick)
+            work = Work(slot, micro_batch, None if slot.update is None else hyperparameters)
             self._slots += 1
             for worker in self._workers:
                 worker.inbox.put(work)

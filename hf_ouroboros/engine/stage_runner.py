@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.func import functional_call
 
 from ..partition import Boundary, Finish, Memory, Partition, select, to_device
@@ -19,11 +20,10 @@ from .divided import DividedBackward
 from .gradient_hooks import calls_backward_hooks, first_part, refuse_on_halves, second_part, stage_backward
 from .graph import GraphCheck
 from .host_copies import known, plain_positions
-from .in_flight import BufferCheck, InFlight, detached, roots_of
+from .in_flight import BufferCheck, InFlight, are_equal, detached, roots_of
 from .kept_state import KeptState
 from .losses import LossFunction, LossOfModel, finishing
 from .noise import StageNoise
-from .optimizers import StageOptimizer
 from .randomness import has_dropout
 from .reads import ReadCheck
 from .rehearsal import rehearse
@@ -65,12 +65,13 @@ class StageRunner(StageUpdates):
         self._divided_backwards: dict[int, tuple[InFlight, DividedBackward, bool]] = {}
         self.settled: dict[int, Gradients] = {}
         self.window: Gradients = {}
-        self.optimizer: StageOptimizer | None = None
         self.memories = Memories()
         self._num_stages = partition.plan.num_stages
         self._predicted_for: int | None = None
         self._loss_fn = loss_fn
         self._link = link if self.stage.is_first or self.stage.is_last else None
+        self._lends = None if self.stage.is_last else self._link
+        self._borrows = None if self.stage.is_first else self._link
         alone = self._num_stages == 1
         owned = [partition.owned(k) for k in range(self._num_stages)]
         self._versions = WeightVersions(owned[stage], direct=alone)
@@ -83,24 +84,22 @@ class StageRunner(StageUpdates):
         self._bindings = [(name, leaf_names[id(p)]) for name, p in parameter_places(self.stage)]
         # A tied matrix that the embeddings use several times: what the head adds to its gradient comes first.
         uses = Counter(source for _, source in self._bindings)
-        self._meeting = [name for name in link.names if uses[name] > 1] if self._lends else []
+        lent = () if self._lends is None else self._lends.names
+        self._meeting = [name for name in lent if uses[name] > 1]
         self._noise = StageNoise(stage, self.stage.draws or has_dropout(self.stage))
         self._kept = KeptState(self.stage, isinstance(loss_fn, LossOfModel) and loss_fn.is_of_script)
         self._buffers = BufferCheck(self.stage, replayed=settings.recompute and not self.stage.is_last)
         self._backwards, self._modules = 0, list(self.stage.modules())
         # The last stage has one micro-batch in flight, and a stage that recomputes keeps no graph.
         shares = not (self.stage.is_last or settings.recompute or settings.autocast_dtype is None)
-        self._copies = ComputeCopies(self.stage, self._bindings, settings.autocast_dtype) if shares else None
+        dtype = settings.autocast_dtype if shares else None
+        self._copies = None if dtype is None else ComputeCopies(self.stage, self._bindings, dtype)
         refuse_on_halves(partition.tied, settings)
 
     @property
     def borrows(self) -> bool:
         """Whether this stage uses the tied matrices of a first stage that is another stage."""
-        return self._link is not None and not self.stage.is_first
-
-    @property
-    def _lends(self) -> bool:
-        return self._link is not None and not self.stage.is_last
+        return self._borrows is not None
 
     # ---- forward ----
 
@@ -140,11 +139,11 @@ class StageRunner(StageUpdates):
             What the next stage receives, detached, or the detached scalar loss on the last one.
         """
         leaves = dict(self._versions.leaves())
-        if self.borrows:
-            for name, lent in self._link.weights.pop(tick).items():
+        if (link := self._borrows) is not None:
+            for name, lent in link.weights.pop(tick).items():
                 leaves[name] = lent.data.requires_grad_() if lent.requires_grad else lent
-        elif self._lends:
-            self._link.weights[tick] = {name: leaves[name] for name in self._link.names}
+        elif (link := self._lends) is not None:
+            link.weights[tick] = {name: leaves[name] for name in link.names}
         if received is not None:
             received = {
                 name: tensor.detach().requires_grad_(self.stage.trains(name, tensor))
@@ -173,7 +172,7 @@ class StageRunner(StageUpdates):
         if copies is None or copies.proven:
             return self._attempt(item, copies)
         found, shared = self._attempt(item, None), self._attempt(item, copies)
-        copies.proven = all(torch.equal(value, shared[0][name]) for name, value in found[0].items())
+        copies.proven = are_equal(found[0], shared[0])
         if copies.proven:
             return shared
         self._copies = None
@@ -199,6 +198,7 @@ class StageRunner(StageUpdates):
             memory = None if item.memory is None else dict(item.memory)
             finish: Finish | None = None
             if self.stage.is_last and not rehearsal:
+                assert item.full_batch is not None
                 check = None if self._check is None else partial(self._check.loss, allowed=item.given())
                 given = item.full_batch, item.batch, item.context, self.device
                 finish = finishing(self._loss_fn, *given, check, self._reads)
@@ -237,7 +237,7 @@ class StageRunner(StageUpdates):
         if item.output is None:
             item.output, _ = self._compute(item)
         outputs, output_gradients = roots_of(item.output, gradient, self.device)
-        tied = self._link.gradients.pop(tick, {}) if self._lends else {}
+        tied = {} if (link := self._lends) is None else link.gradients.pop(tick, {})
         for name in tied.keys() & item.meeting.keys():
             outputs.append(item.meeting[name])
             output_gradients.append(tied.pop(name))
@@ -251,7 +251,7 @@ class StageRunner(StageUpdates):
                 weights = None
                 if calls_backward_hooks(self._modules):
                     weights = {name: item.leaves[source] for name, source in self._bindings}
-                alone = self._versions.parameters.values() if self._num_stages == 1 else ()
+                alone: Iterable[nn.Parameter] = self._versions.parameters.values() if self._num_stages == 1 else ()
                 with self._reads.backward(item.leaves) as hooks:
                     stage_backward(self.stage, weights, outputs, output_gradients, alone, watched, hooks)
         gradients = item.taken()
@@ -291,7 +291,7 @@ class StageRunner(StageUpdates):
         item.gradients, item.output = item.taken(), None
         self._divided_backwards[tick] = item, divided, watched
         upstream = item.upstream()
-        for tensor in item.received.values():
+        for tensor in (item.received or {}).values():
             tensor.grad = None  # the graph, and with it what was received, is kept
         return upstream
 
@@ -327,16 +327,16 @@ class StageRunner(StageUpdates):
 
     def _give_back(self, tick: int, gradients: Gradients) -> None:
         """Takes those of borrowed matrices out, for the stage that they belong to."""
-        if self.borrows:
-            self._link.gradients[tick] = {n: gradients.pop(n) for n in self._link.names if n in gradients}
+        if (link := self._borrows) is not None:
+            link.gradients[tick] = {n: gradients.pop(n) for n in link.names if n in gradients}
 
     # ---- between ticks ----
 
     @property
     def _in_use(self) -> bool:
         """Whether a pending forward or backward needs the present weights."""
-        divided = bool(self._divided_backwards)
-        return bool(self.in_flight) or divided or (self._lends and bool(self._link.weights))
+        divided, link = bool(self._divided_backwards), self._lends
+        return bool(self.in_flight) or divided or (link is not None and bool(link.weights))
 
     def release(self) -> None:
         """Lets go of activations, gradients, memories and old weights when the run is over."""

@@ -37,14 +37,18 @@ class StageUpdates:
     settings: EngineSettings
     memories: Memories
     window: Gradients
-    optimizer: StageOptimizer | None
+    optimizer: StageOptimizer
     _num_stages: int
-    _in_use: bool
     _versions: WeightVersions
     _link: TiedLink | None
     _mean: BucketedMean | None
     _noise: StageNoise
     _reads: ReadCheck
+
+    @property
+    def _in_use(self) -> bool:
+        """Whether a pending forward or backward needs the present weights."""
+        raise NotImplementedError
 
     def _add_to_window(self, leaves: Gradients) -> None:
         """Lets a backward add to the open update's gradients, as far as nothing else has to be done with its own before."""
@@ -62,6 +66,7 @@ class StageUpdates:
         """Takes every gradient into the window, and hands it to the mean over replicas, as soon as it is complete."""
 
         def take(name: str, leaf: torch.Tensor) -> None:
+            assert leaf.grad is not None and self._mean is not None
             gradient, leaf.grad = leaf.grad, None
             self.accumulate({name: gradient}, tick)
             self._mean.ready(name, self.window)
@@ -131,7 +136,8 @@ class StageUpdates:
 
     def add_output_side(self, tick: int) -> None:
         """Takes the tied matrices' output-side gradients of a tick at once, as the paper does."""
-        self.accumulate(self._link.gradients.pop(tick, {}), tick)
+        if self._link is not None:
+            self.accumulate(self._link.gradients.pop(tick, {}), tick)
 
     def step(self, hyperparameters: Hyperparameters, update: int) -> None:
         """Closes an update: applies its gradients, or does nothing at all if there are none."""
@@ -180,7 +186,7 @@ class StageUpdates:
         found = {name: p for name, p in self._versions.parameters.items() if p.grad is not None}
         if found:
             self._versions.advance(self._in_use, found)
-        return [(p, p.grad) for p in found.values()]
+        return [(p, p.grad) for p in found.values() if p.grad is not None]
 
     def _ordered_window(self) -> list[torch.Tensor]:
         return [self.window[name] for name in self._versions.parameters if name in self.window]

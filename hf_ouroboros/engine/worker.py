@@ -5,9 +5,8 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, SupportsFloat
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -28,52 +27,10 @@ from ..schedules.instructions import (
 )
 from ..simulate.timeline import Event, Timeline
 from .device_queue import DeviceQueue, Moment
+from .messages import ForwardStarted, MicroBatch, Paused, StepDone, Work
 from .settings import EngineSettings, FinishedLoss, Hyperparameters
 from .stage_runner import StageRunner
-from .streams import Segment
 from .transport import Aborted, Transport
-
-
-@dataclass(frozen=True)
-class Work:
-    """A slot with what it carries: the micro-batch that enters, the hyper-parameters of the update that closes.
-
-    `delayed` tells whether the micro-batch belongs to an update with delays; `opened` is that update with its
-    hyper-parameters when it opened, where forwards use predicted weights; `segment` is its place in a stream; `made` are the
-    events of `handed_over`.
-    """
-
-    slot: Slot
-    delayed: bool = False
-    opened: tuple[int, Hyperparameters] | None = None
-    batch: Mapping[str, Any] | None = None
-    context: Any = None
-    segment: Segment | None = None
-    made: Mapping[torch.device, Any] = field(default_factory=dict)
-    hyperparameters: Hyperparameters | None = None
-
-
-@dataclass(frozen=True)
-class ForwardStarted:
-    """The first stage of this process has executed the forward of a tick."""
-
-    tick: int
-
-
-@dataclass(frozen=True)
-class StepDone:
-    """A stage has closed an update; norm of its gradients before clipping, None if it had none."""
-
-    stage: int
-    update: int
-    norm: SupportsFloat | None
-
-
-@dataclass(frozen=True)
-class Paused:
-    """A device reached the pause that the engine asked for."""
-
-    device: int
 
 
 class Worker(threading.Thread):
@@ -122,7 +79,7 @@ class Worker(threading.Thread):
         self._events = events
         self._timeline = timeline
         self.instruction: Instruction | None = None
-        self._work: dict[int, dict[int, Work]] = {stage: {} for stage in runners}
+        self._waiting: dict[int, dict[int, MicroBatch]] = {stage: {} for stage in runners}  # for their forwards
         self._hyperparameters: dict[int, dict[int, Hyperparameters]] = {stage: {} for stage in runners}
         self._norms: dict[int, torch.Tensor | None] = {}
         self._shared_norm: torch.Tensor | None = None
@@ -161,11 +118,13 @@ class Worker(threading.Thread):
                 yield item
                 continue
             for stage in self.runners:
-                if item.slot.tick is not None:
-                    self._work[stage][item.slot.tick] = item
+                entering, micro_batch = item.slot.tick, item.micro_batch
+                if entering is not None and micro_batch is not None:
+                    self._waiting[stage][entering] = micro_batch
                     if stage > 0:
-                        self._transport.expect_hidden(stage, item.slot.tick, item.batch)
+                        self._transport.expect_hidden(stage, entering, micro_batch.batch)
                 if item.slot.update is not None:
+                    assert item.hyperparameters is not None
                     self._hyperparameters[stage][item.slot.update] = item.hyperparameters
                     tick = item.slot.trail[self._num_stages - 1 - stage]
                     if tick is not None and self._is_pending(stage, tick):
@@ -175,7 +134,8 @@ class Worker(threading.Thread):
     def _is_pending(self, stage: int, tick: int) -> bool:
         """Whether the backward of a tick is still to come; the order of some schedules does not wait for the end of an update."""
         return any(
-            tick in known for known in (self._work[stage], self.runners[stage].in_flight, self.runners[stage].settled)
+            tick in known
+            for known in (self._waiting[stage], self.runners[stage].in_flight, self.runners[stage].settled)
         )
 
     def _execute(self, instruction: Instruction) -> None:
@@ -215,18 +175,18 @@ class Worker(threading.Thread):
             self._queue.go_on(runner.tensors())
 
     def _forward(self, runner: StageRunner, tick: int) -> None:
-        work = self._work[runner.index].pop(tick)
+        given = self._waiting[runner.index].pop(tick)
         received = None if runner.index == 0 else self._transport.receive("hidden", runner.index, tick)
-        self._queue.accept(work.batch, work.made)
+        self._queue.accept(given.batch, given.made)
         self._queue.keep_pace()
         start = self._queue.moment()
-        if work.opened is not None:
-            runner.predict(*work.opened)
-        output = runner.forward(tick, work.batch, work.context, received, work.segment)
+        if given.opened is not None:
+            runner.predict(*given.opened)
+        output = runner.forward(tick, given.batch, given.context, received, given.segment)
         self._record("forward", runner, tick, start)
-        if runner.index == self._num_stages - 1:
+        if isinstance(output, torch.Tensor):  # the loss, on the last stage
             self._events.put(FinishedLoss(tick, self._queue.reading(output)))
-            if self._settings.tied_gradient == "paper" and work.delayed and runner.borrows:
+            if self._settings.tied_gradient == "paper" and given.delayed and runner.borrows:
                 self._output_side_first.add(tick)
         else:
             self._transport.expect_gradient(runner.index, tick, output)
@@ -313,6 +273,7 @@ class Worker(threading.Thread):
         if self._settings.clip_scope == "global":
             norm = self._norms[runner.index]
             if self._settings.max_grad_norm is not None and norm is not None:
+                assert self._shared_norm is not None
                 runner.scale(self._shared_norm, self._settings.max_grad_norm)
         else:
             norm = runner.clip(self._settings.stage_norm_bound(self._num_stages))
@@ -327,7 +288,7 @@ class Worker(threading.Thread):
 
     def _record_passed(self) -> None:
         """Writes down what the device has done by now, when it did it."""
-        while self._spans and self._queue.has_passed(self._spans[0][-1]):
+        while self._timeline is not None and self._spans and self._queue.has_passed(self._spans[0][-1]):
             kind, stage, index, start, end = self._spans.popleft()
             self._timeline.record(
                 Event(self.index, stage, kind, index, self._queue.seconds(start), self._queue.seconds(end))

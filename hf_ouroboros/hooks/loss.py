@@ -41,7 +41,7 @@ class TrainerLoss(LossOfModel, Generic[Context]):
         self._trainer = trainer
 
     @property
-    def is_of_script(self) -> bool:  # type: ignore[override]  # the engine only reads it
+    def is_of_script(self) -> bool:
         """Whether more than the model computes it."""
         return not head_computes_loss(self._trainer)
 

@@ -10,8 +10,8 @@ import torch
 
 from ..engine.core import Engine, Site
 from ..engine.losses import LossFunction
+from ..engine.messages import StepDone
 from ..engine.settings import EngineSettings, FinishedLoss, FinishedNorm, log_lag
-from ..engine.worker import StepDone
 from ..partition import Partition
 from ..simulate.timeline import Timeline
 from .grid import ProcessGrid
