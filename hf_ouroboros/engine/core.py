@@ -23,7 +23,7 @@ from .averaging import ReplicaMean
 from .device_queue import handed_over, has_queues, queue_of
 from .exposed import ExposedUpdate
 from .losses import LossFunction
-from .messages import ForwardStarted, MicroBatch, Paused, StepDone, Work
+from .messages import ForwardStarted, MicroBatch, Paused, Reported, StepDone, Work
 from .optimizers import snapshot_hyperparameters
 from .settings import EngineSettings, FinishedLoss, FinishedNorm, Hyperparameters, log_lag
 from .stage_runner import StageRunner
@@ -89,7 +89,7 @@ class Engine(AtRest):
         self.settings = settings
         self.timeline = timeline
         self._clock = Clock(num_stages, settings.is_synchronous)
-        self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[Reported] = queue.SimpleQueue()
         self._started = -1
         self._slots = 0
         self._closed_at: dict[int, int] = {}  # slots that had been handed out when an update was closed
@@ -263,7 +263,7 @@ class Engine(AtRest):
 
     # ---- inside ----
 
-    def _release(self, slots: list[Slot], hyperparameters: Any = None) -> None:
+    def _release(self, slots: list[Slot], hyperparameters: Hyperparameters | None = None) -> None:
         for slot in slots:
             micro_batch = None if slot.tick is None else self._submitted.pop(slot.tick)
             work = Work(slot, micro_batch, None if slot.update is None else hyperparameters)
@@ -329,7 +329,7 @@ class Engine(AtRest):
     def _still_waiting(self) -> None:
         """Called every second while nothing is reported; may raise."""
 
-    def _take(self, event: Any) -> None:
+    def _take(self, event: Reported) -> None:
         """Takes in one report."""
         match event:
             case FinishedLoss():

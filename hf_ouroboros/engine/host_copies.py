@@ -37,7 +37,7 @@ _of_this_thread = threading.local()
 class KnownTensor(torch.Tensor):
     """A tensor with a copy of its values in the host's memory, `host`; None once it was written to."""
 
-    host: torch.Tensor | None
+    host: torch.Tensor | None = None
 
     @staticmethod
     def of(tensor: torch.Tensor, host: torch.Tensor) -> KnownTensor:

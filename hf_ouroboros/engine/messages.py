@@ -8,8 +8,9 @@ from typing import Any, SupportsFloat
 
 import torch
 
+from ..errors import WorkerError
 from ..schedules.clock import Slot
-from .settings import Hyperparameters
+from .settings import FinishedLoss, Hyperparameters
 from .streams import Segment
 
 
@@ -70,3 +71,7 @@ class Paused:
     """A device reached the pause that the engine asked for."""
 
     device: int
+
+
+Reported = FinishedLoss | ForwardStarted | StepDone | Paused | WorkerError
+"""What workers report."""

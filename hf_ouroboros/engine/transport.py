@@ -8,7 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from ..partition import Boundary
-from .device_queue import DeviceQueue
+from .device_queue import DeviceQueue, Parcel
+
+Message = tuple[int, Boundary | Parcel | None]
+"""A tick, and what is sent of it."""
 
 
 class Aborted(Exception):
@@ -53,7 +56,7 @@ class InProcessTransport:
 
     def __init__(self, num_stages: int, num_devices: int, queues: Sequence[DeviceQueue] | None = None):
         self._queues = queues
-        self._channels: dict[tuple[str, int], queue.SimpleQueue[Any]] = {
+        self._channels: dict[tuple[str, int], queue.SimpleQueue[Message | None]] = {
             (direction, stage): queue.SimpleQueue()
             for direction in ("hidden", "gradient")
             for stage in range(num_stages)
@@ -87,10 +90,13 @@ class InProcessTransport:
         if item is None:
             self._channels[direction, stage].put(None)
             raise Aborted
-        sent_tick, tensors = item
+        sent_tick, sent = item
         if sent_tick != tick:
             raise RuntimeError(f"stage {stage} expected the {direction} of tick {tick} but got tick {sent_tick}")
-        return tensors if self._queues is None else self._queues[stage].receive(tensors)
+        if isinstance(sent, Parcel):
+            assert self._queues is not None
+            return self._queues[stage].receive(sent)
+        return sent
 
     def rendezvous(self) -> None:
         """Waits until all devices are here."""

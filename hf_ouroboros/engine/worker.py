@@ -6,7 +6,6 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
@@ -27,7 +26,7 @@ from ..schedules.instructions import (
 )
 from ..simulate.timeline import Event, Timeline
 from .device_queue import DeviceQueue, Moment
-from .messages import ForwardStarted, MicroBatch, Paused, StepDone, Work
+from .messages import ForwardStarted, MicroBatch, Paused, Reported, StepDone, Work
 from .settings import EngineSettings, FinishedLoss, Hyperparameters
 from .stage_runner import StageRunner
 from .transport import Aborted, Transport
@@ -61,7 +60,7 @@ class Worker(threading.Thread):
         settings: EngineSettings,
         num_stages: int,
         pacing_stage: int,
-        events: queue.SimpleQueue[Any],
+        events: queue.SimpleQueue[Reported],
         timeline: Timeline | None,
     ):
         super().__init__(name=f"ouroboros {name}", daemon=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..schedules import SCHEDULES, device_programs, names_where
-from ..schedules.instructions import Backward, Forward, InputGradient, Step, WeightGradient
+from ..schedules.instructions import Backward, Forward, InputGradient, Instruction, Step, WeightGradient
 from ..schedules.interleave import engine_costs, run_slots
 from ..schedules.replay import Executed, Message, replay
 from .links import Links
@@ -152,7 +152,7 @@ def run_programs(
     *,
     recompute: bool = False,
     exchange: bool = False,
-) -> list[list[Any]]:
+) -> list[list[Instruction]]:
     """What every device does in a run of so many updates, in its order; arguments and errors as for `simulate`."""
     if schedule not in simulated():
         raise ValueError(f"schedule {schedule!r} can't be simulated; use one of {', '.join(simulated())}")
@@ -169,7 +169,7 @@ def run_programs(
 
 
 def execute(
-    programs: Sequence[Sequence[Any]],
+    programs: Sequence[Sequence[Instruction]],
     placement: Sequence[int],
     costs: Sequence[StageCost],
     links: Links,
