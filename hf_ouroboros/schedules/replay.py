@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .instructions import Backward, Exchange, Forward, Instruction, Rendezvous
 
@@ -18,7 +18,7 @@ class Executed:
     """An instruction with its simulated times, in the unit of the durations."""
 
     device: int
-    instruction: Any
+    instruction: Instruction
     start: float
     end: float
 
@@ -56,16 +56,16 @@ class Task(NamedTuple):
     link: tuple[int, int] | None
     message: Message | None
     after: float
-    instruction: Any
+    instruction: Instruction
 
 
 NOTHING, EVERYBODY = -1, -2
-Duration = Callable[[Any], float]
-Transfer = Callable[[Any, int, int], Message]
+Duration = Callable[[Instruction], float]
+Transfer = Callable[[Forward | Backward, int, int], Message]
 
 
 def prepare(
-    program: Iterable[Any],
+    program: Iterable[Instruction],
     device: int,
     home: Sequence[int],
     duration: Duration,
@@ -103,7 +103,7 @@ def prepare(
         else:
             stage = getattr(instruction, "stage", -1)
         link = message = None
-        if transfer is not None and target is not None and target != device:
+        if transfer is not None and isinstance(instruction, (Forward, Backward)) and target not in (None, device):
             link, message = (device, target), transfer(instruction, device, target)
         tasks.append(
             Task(
@@ -211,7 +211,7 @@ def replay(
     ]
 
 
-def homes(programs: Sequence[Sequence[Any]], num_stages: int) -> list[int]:
+def homes(programs: Sequence[Sequence[Instruction]], num_stages: int) -> list[int]:
     """Device of every stage, from the programs; -1 for stages that none of them runs."""
     home = [-1] * num_stages
     for device, program in enumerate(programs):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ..schedules import SCHEDULES, device_programs, names_where
 from ..schedules.instructions import Backward, Forward, InputGradient, Instruction, Step, WeightGradient
@@ -177,7 +176,7 @@ def execute(
 ) -> list[Executed]:
     """Replays programs with the times of stages and links."""
 
-    def duration(instruction: Any) -> float:
+    def duration(instruction: Instruction) -> float:
         match instruction:
             case Forward(stage):
                 return costs[stage].forward
@@ -191,11 +190,11 @@ def execute(
                 return costs[stage].step
         return 0.0
 
-    def transfer(instruction: Any, source: int, target: int) -> Message:
+    def transfer(instruction: Forward | Backward, source: int, target: int) -> Message:
         before = isinstance(instruction, Backward)
         return links.message(source, target, costs[instruction.stage - before].boundary_bytes)
 
-    def after(instruction: Any) -> float:
+    def after(instruction: Instruction) -> float:
         # The device's other stage goes on while replicas average.
         return (
             links.mean_over(replicas, costs[instruction.stage].gradient_bytes) if isinstance(instruction, Step) else 0
