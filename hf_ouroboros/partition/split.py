@@ -69,6 +69,11 @@ class Partition:
         """Whether this process runs a stage."""
         return self.home is None or self.plan.placement[stage] == self.home.device_index
 
+    @property
+    def has_last_stage(self) -> bool:
+        """Whether this process runs the last stage, and with it has logits and losses."""
+        return self.is_here(self.plan.num_stages - 1)
+
     def carry_hooks(self) -> None:
         """Lets the stages call the hooks that a script has put on modules by now; see `module_hooks.carry_hooks`.
 

@@ -10,7 +10,7 @@ import torch
 from helpers import Case, Run, clone
 from rig import in_processes
 
-from hf_ouroboros.processes import ProcessGrid
+from hf_ouroboros.processes.grid import ProcessGrid
 from hf_ouroboros.processes.probe import boundary_specs
 from hf_ouroboros.processes.process_engine import ProcessEngine
 from hf_ouroboros.schedules import SCHEDULES
