@@ -6,7 +6,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, SupportsFloat
 
 import torch
@@ -35,21 +35,38 @@ from .transport import Aborted, Transport
 
 
 @dataclass(frozen=True)
-class Work:
-    """A slot with what it carries: the micro-batch that enters, the hyper-parameters of the update that closes.
+class MicroBatch:
+    """A micro-batch with what its forwards need.
 
-    `delayed` tells whether the micro-batch belongs to an update with delays; `opened` is that update with its
-    hyper-parameters when it opened, where forwards use predicted weights; `segment` is its place in a stream; `made` are the
-    events of `handed_over`.
+    Args:
+        batch: its tensors, as workers may use them.
+        context: handed to the loss function.
+        delayed: whether it belongs to an update with delays.
+        opened: that update, with its hyper-parameters when it opened, where forwards use predicted weights; else None.
+        segment: its place in a stream; None for none.
+        made: the events of `handed_over`.
+    """
+
+    batch: Mapping[str, Any]
+    context: Any
+    delayed: bool
+    opened: tuple[int, Hyperparameters] | None
+    segment: Segment | None
+    made: Mapping[torch.device, Any]
+
+
+@dataclass(frozen=True)
+class Work:
+    """A slot with what it carries.
+
+    Args:
+        slot: of all devices.
+        micro_batch: the one that enters; None in a bubble.
+        hyperparameters: of the update that closes; None where none does.
     """
 
     slot: Slot
-    delayed: bool = False
-    opened: tuple[int, Hyperparameters] | None = None
-    batch: Mapping[str, Any] | None = None
-    context: Any = None
-    segment: Segment | None = None
-    made: Mapping[torch.device, Any] = field(default_factory=dict)
+    micro_batch: MicroBatch | None = None
     hyperparameters: Hyperparameters | None = None
 
 
@@ -122,7 +139,7 @@ class Worker(threading.Thread):
         self._events = events
         self._timeline = timeline
         self.instruction: Instruction | None = None
-        self._work: dict[int, dict[int, Work]] = {stage: {} for stage in runners}
+        self._waiting: dict[int, dict[int, MicroBatch]] = {stage: {} for stage in runners}  # for their forwards
         self._hyperparameters: dict[int, dict[int, Hyperparameters]] = {stage: {} for stage in runners}
         self._norms: dict[int, torch.Tensor | None] = {}
         self._shared_norm: torch.Tensor | None = None
@@ -161,10 +178,11 @@ class Worker(threading.Thread):
                 yield item
                 continue
             for stage in self.runners:
-                if item.slot.tick is not None:
-                    self._work[stage][item.slot.tick] = item
+                entering, micro_batch = item.slot.tick, item.micro_batch
+                if entering is not None and micro_batch is not None:
+                    self._waiting[stage][entering] = micro_batch
                     if stage > 0:
-                        self._transport.expect_hidden(stage, item.slot.tick, item.batch)
+                        self._transport.expect_hidden(stage, entering, micro_batch.batch)
                 if item.slot.update is not None:
                     self._hyperparameters[stage][item.slot.update] = item.hyperparameters
                     tick = item.slot.trail[self._num_stages - 1 - stage]
@@ -175,7 +193,7 @@ class Worker(threading.Thread):
     def _is_pending(self, stage: int, tick: int) -> bool:
         """Whether the backward of a tick is still to come; the order of some schedules does not wait for the end of an update."""
         return any(
-            tick in known for known in (self._work[stage], self.runners[stage].in_flight, self.runners[stage].settled)
+            tick in known for known in (self._waiting[stage], self.runners[stage].in_flight, self.runners[stage].settled)
         )
 
     def _execute(self, instruction: Instruction) -> None:
@@ -215,18 +233,18 @@ class Worker(threading.Thread):
             self._queue.go_on(runner.tensors())
 
     def _forward(self, runner: StageRunner, tick: int) -> None:
-        work = self._work[runner.index].pop(tick)
+        given = self._waiting[runner.index].pop(tick)
         received = None if runner.index == 0 else self._transport.receive("hidden", runner.index, tick)
-        self._queue.accept(work.batch, work.made)
+        self._queue.accept(given.batch, given.made)
         self._queue.keep_pace()
         start = self._queue.moment()
-        if work.opened is not None:
-            runner.predict(*work.opened)
-        output = runner.forward(tick, work.batch, work.context, received, work.segment)
+        if given.opened is not None:
+            runner.predict(*given.opened)
+        output = runner.forward(tick, given.batch, given.context, received, given.segment)
         self._record("forward", runner, tick, start)
         if runner.index == self._num_stages - 1:
             self._events.put(FinishedLoss(tick, self._queue.reading(output)))
-            if self._settings.tied_gradient == "paper" and work.delayed and runner.borrows:
+            if self._settings.tied_gradient == "paper" and given.delayed and runner.borrows:
                 self._output_side_first.add(tick)
         else:
             self._transport.expect_gradient(runner.index, tick, output)

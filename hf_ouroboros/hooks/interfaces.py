@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class RunningEngine(Protocol):
-    """An engine as trainer, hooks and faces see it; see `engine.core.Engine`, `ProcessEngine` and `Reference`."""
+    """An engine as trainer, hooks and faces see it; see `engine.core.Engine` and `Reference`."""
 
     @property
     def settings(self) -> EngineSettings:
@@ -69,7 +69,7 @@ class RunningEngine(Protocol):
     def collect_norms(self) -> list[FinishedNorm]:
         """Gradient norms known since the last call, in the order of updates."""
 
-    def lag(self, update: int) -> int:
+    def updates_behind(self, update: int) -> int:
         """After how many more updates those of this one can be waited for without the pipeline running dry."""
 
     def account_for(self, updates: int) -> None:

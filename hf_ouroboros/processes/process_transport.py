@@ -121,6 +121,10 @@ class ProcessTransport:
             dist.all_reduce(table, group=self._row)  # exact: all other terms are zero
         return {k: table[1, k].to(dtype) if table[0, k] else None for k in range(self._num_stages)}
 
+    def share_at_rest(self, update: int, values: dict[int, Any]) -> dict[int, Any]:
+        """As `share`; a process has one worker, in whose place its main thread does it."""
+        return self.share(update, values)
+
     def abort(self) -> None:
         """Stops this process's worker at its next instruction; the other processes find out by themselves."""
         self.aborted.set()
@@ -130,12 +134,8 @@ class ProcessTransport:
         with self._talking("others to receive", None):
             self._wires.flush()
 
-    def close(self, drained: bool = False) -> None:
-        """Lets go of the process groups and of whatever is still on its way.
-
-        Args:
-            drained: whether all processes have received all that was sent to them.
-        """
+    def close(self, drained: bool) -> None:
+        """See `Transport`."""
         for items in self._arriving.values():
             for _, item in items:
                 if isinstance(item, PostedBoundary):

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from ..checkpoint.hashes import FileHashes
+from ..engine.core import Engine
 from ..engine.losses import LossFunction
 from ..engine.settings import EngineSettings
 from ..partition import Home, Partition
@@ -26,7 +27,7 @@ from .grid import ProcessGrid, leave_at_exit
 from .handshake import Facts
 from .meeting import present
 from .probe import boundary_specs, with_gradients
-from .process_engine import ProcessEngine
+from .process_parts import parts_of_process
 from .processes import Processes
 from .relay import AheadLoader, Relay
 from .same_batches import SameBatches
@@ -70,7 +71,8 @@ class SeveralProcesses(Processes):
         self._group = grid.standing_group("world", "control")
         self._row = grid.standing_group("row", "set-up")
         self._phase: str | None = None
-        self._engine: ProcessEngine | None = None
+        self._engine: Engine | None = None
+        self._waits_for: tuple[str | None, int | None] = None, None
         self._watch = Watch(grid, self._group, self._doing)
         self._same_batches = SameBatches(grid, self._group, self._watch.check)
         leave_at_exit()
@@ -112,9 +114,17 @@ class SeveralProcesses(Processes):
             self._phase = before
 
     def _doing(self) -> tuple[str, int | None]:
-        if self._phase == "training" and self._engine is not None and not self._engine.closed:
-            return self._engine.doing()
-        return self._phase or "between training and evaluation", None
+        engine = self._engine
+        if self._phase != "training" or engine is None or engine.closed:
+            return self._phase or "between training and evaluation", None
+        what, peer = self._waits_for
+        if what is not None:
+            return f"waiting for {what}", peer
+        instruction = engine.instruction
+        return ("waiting for its next micro-batch" if instruction is None else f"at {instruction}"), None
+
+    def _wait_for(self, what: str | None, peer: int | None) -> None:
+        self._waits_for = what, peer
 
     # ---- what they tell each other ----
 
@@ -185,12 +195,14 @@ class SeveralProcesses(Processes):
         loss_fn: LossFunction,
         settings: EngineSettings,
         timeline: Timeline | None,
-    ) -> ProcessEngine:
+    ) -> Engine:
         """See `Processes`."""
         specs = with_gradients(self._specs, partition)
-        self._engine = ProcessEngine(
-            partition, optimizer, loss_fn, settings, timeline, self._grid, specs, self.check_others
+        self._waits_for = None, None
+        parts = parts_of_process(
+            self._grid, partition.plan, settings.micro_batches, specs, self.check_others, self._wait_for
         )
+        self._engine = Engine(partition, optimizer, loss_fn, settings, timeline, parts)
         return self._engine
 
     def share_batches(self, accelerator: Accelerator) -> ReplicaAccelerator:

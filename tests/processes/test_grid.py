@@ -73,7 +73,7 @@ def test_wires() -> None:
 
 
 def average(rank: int) -> list[torch.Tensor]:
-    mean = GroupMean(grid_of(rank, 3, 3).lease_group("column").group)
+    mean = GroupMean(grid_of(rank, 3, 3).lease_group("column"))
     tensors = [torch.full((3, 2), float(rank)), torch.ones(()), torch.arange(4.0).to(torch.bfloat16) * rank]
     waits = [mean.start(tensors[:2]), mean.start(tensors[2:])]
     for wait in waits:
