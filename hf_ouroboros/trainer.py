@@ -168,7 +168,7 @@ class OuroborosTrainer(
             memory,
             delayed=not schedule.is_synchronous,
             colocate=not schedule.uses_devices,
-            home=self._processes.home,
+            own_device=self._processes.own_device,
         )
         self._partition.evaluation_config(**args.evaluation_options)  # refuses what this model does not have
         dtype = args.engine_settings(self.stage_plan.num_workers).autocast_dtype

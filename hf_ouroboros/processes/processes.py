@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..checkpoint.reading import RNG_STATE
 from ..engine.core import Engine
-from ..partition import Home, Partition
+from ..partition import OwnDevice, Partition
 from .handshake import Facts
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Processes:
         replicas: R.
         device_index: which device of its replica this process is; 0 where it is all of them.
         processes_per_replica: how many share a batch.
-        home: the device of the plan that this process is; None where it is all of them.
+        own_device: the device of the plan that this process is; None where it is all of them.
     """
 
     def __init__(
@@ -49,12 +49,12 @@ class Processes:
         replica: int = 0,
         replicas: int = 1,
         device_index: int = 0,
-        home: Home | None = None,
+        own_device: OwnDevice | None = None,
     ):
         self.rank, self.world_size = rank, world_size
         self.replica, self.replicas = replica, replicas
         self.device_index, self.processes_per_replica = device_index, world_size // replicas
-        self.home = home
+        self.own_device = own_device
 
     @property
     def alone(self) -> bool:

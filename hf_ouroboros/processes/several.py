@@ -17,7 +17,7 @@ from ..checkpoint.hashes import FileHashes
 from ..engine.core import Engine
 from ..engine.losses import LossFunction
 from ..engine.settings import EngineSettings
-from ..partition import Home, Partition
+from ..partition import OwnDevice, Partition
 from ..simulate.timeline import Timeline
 from . import files as shared_files
 from .accelerator import ReplicaAccelerator
@@ -65,8 +65,8 @@ class SeveralProcesses(Processes):
     _accelerator: ReplicaAccelerator
 
     def __init__(self, grid: ProcessGrid):
-        home = Home(grid.device_index, grid.device)
-        super().__init__(grid.rank, grid.world_size, grid.replica, grid.replicas, grid.device_index, home)
+        own_device = OwnDevice(grid.device_index, grid.device)
+        super().__init__(grid.rank, grid.world_size, grid.replica, grid.replicas, grid.device_index, own_device)
         self._grid = grid
         self._group = grid.standing_group("world", "control")
         self._row = grid.standing_group("row", "set-up")
