@@ -33,14 +33,14 @@ PIECE_BYTES = 64 * 2**20
 SHARD_SIZE = "5GB"
 
 
-def together(grid: ProcessGrid, group: dist.ProcessGroup, value: T) -> list[T]:
+def gather_objects(grid: ProcessGrid, group: dist.ProcessGroup, value: T) -> list[T]:
     """Every process's value, by rank; called by all processes at the same point."""
     values: list[Any] = [None] * grid.world_size
     dist.all_gather_object(values, value, group=group)
     return values
 
 
-def bring_home(
+def gather_files(
     directory: Path,
     files: Iterable[str],
     grid: ProcessGrid,
@@ -64,7 +64,7 @@ def bring_home(
         token.touch()
     dist.barrier(group)
     sees_main = token.exists()
-    lists = together(grid, group, [] if sees_main else [(n, (directory / n).stat().st_size) for n in files])
+    lists = gather_objects(grid, group, [] if sees_main else [(n, (directory / n).stat().st_size) for n in files])
     for rank, wanted in enumerate(lists):
         for name, size in wanted:
             if grid.rank == rank:

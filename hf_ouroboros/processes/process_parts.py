@@ -11,7 +11,7 @@ from .grid import ProcessGrid
 from .process_transport import ProcessTransport
 from .replica_mean import GroupMean
 from .shared_accounts import SharedAccounts
-from .wires import BoundarySpec
+from .channels import BoundarySpec
 
 
 def parts_of_process(

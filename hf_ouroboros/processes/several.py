@@ -32,7 +32,7 @@ from .processes import Processes
 from .relay import AheadLoader, Relay
 from .same_batches import SameBatches
 from .watch import Watch
-from .wires import BoundarySpec
+from .channels import BoundarySpec
 
 if TYPE_CHECKING:
     from ..arguments import OuroborosArguments
@@ -134,7 +134,7 @@ class SeveralProcesses(Processes):
 
     def gather(self, value: T) -> list[T]:
         """See `Processes`."""
-        return shared_files.together(self._grid, self._group, value)
+        return shared_files.gather_objects(self._grid, self._group, value)
 
     def broadcast(self, value: T) -> T:
         """See `Processes`."""
@@ -160,7 +160,7 @@ class SeveralProcesses(Processes):
 
     def gather_files(self, directory: Path, files: Iterable[str], hashes: FileHashes | None = None) -> None:
         """See `Processes`."""
-        shared_files.bring_home(directory, files, self._grid, self._group, hashes)
+        shared_files.gather_files(directory, files, self._grid, self._group, hashes)
 
     def gather_timeline(self, timeline: Timeline) -> Timeline:
         """See `Processes`."""
