@@ -115,19 +115,19 @@ class CheckpointHooks(AgreementHooks, ResumeHooks):
             with ExitStack() as stack:
                 staging = None
                 if processes.is_main:
-                    self._held_lock.check()
+                    self._own_lock.check()
                     staging = stack.enter_context(appearing_whole(run_dir))
                 self._staging_dir = processes.broadcast(str(staging))
                 yield Path(self._staging_dir)
                 processes.barrier()  # all have written
                 if processes.is_main:
-                    self._held_lock.check()
+                    self._own_lock.check()
             processes.barrier()  # it is in its place
         finally:
             self._staging_dir = self._hashes = None
 
     @property
-    def _held_lock(self) -> FolderLock:
+    def _own_lock(self) -> FolderLock:
         """The lock that the main process holds while it saves."""
         assert self._lock is not None  # `_holding` is around it
         return self._lock

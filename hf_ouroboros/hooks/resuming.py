@@ -39,13 +39,13 @@ class ResumeHooks(SplitTrainer):
         self.create_optimizer()
         self._face_optimizer()  # as `train` would a moment later: nothing is loaded before all is known to fit
         checkpoint = self._open(Path(resume_from_checkpoint))
-        held = [k for k in range(self.stage_plan.num_stages) if self._partition.is_here(k)]
+        own_stages = [k for k in range(self.stage_plan.num_stages) if self._partition.is_here(k)]
         replica, replicas = self._processes.replica, self._processes.replicas
 
-        state = self._agreed(lambda: checkpoint.read_all(held, replica, replicas), resume_from_checkpoint)
+        state = self._agreed(lambda: checkpoint.read_all(own_stages, replica, replicas), resume_from_checkpoint)
         self._resumed_state = state
         self._resumed_rng = checkpoint.rng_state()
-        saved = self._agreed(lambda: self._fitting(checkpoint, state, held))
+        saved = self._agreed(lambda: self._fitting(checkpoint, state, own_stages))
         self._agreed(lambda: saving.load(self.model, checkpoint.directory, saved), resume_from_checkpoint)
         self._resumed = checkpoint
 
@@ -57,7 +57,7 @@ class ResumeHooks(SplitTrainer):
         accept = self.options.resume_changed == "accept"
         return self._agreed(lambda: Checkpoint(directory, manifest, changes, accept), directory)
 
-    def _fitting(self, checkpoint: Checkpoint, state: RunState, held: list[int]) -> Any:
+    def _fitting(self, checkpoint: Checkpoint, state: RunState, own_stages: list[int]) -> Any:
         """Its weights, once everything in it is known to be of a run like this one.
 
         Raises:
@@ -66,7 +66,7 @@ class ResumeHooks(SplitTrainer):
         saved = saving.look_at(self.model, checkpoint.directory, checkpoint.weights)
         saving.check(self.model, saved, checkpoint.directory)
         settings = self.options.engine_settings(self.stage_plan.num_workers)
-        state.check(self._partition, settings, held)
+        state.check(self._partition, settings, own_stages)
         staged = self._face
         check_run(checkpoint.manifest.run, describe_run(self.model, staged.optimizer, staged.compensation))
         try:

@@ -1,6 +1,6 @@
 """Reports: what every process tells all others about an update, some updates later, so that nobody waits.
 
-After the step of update u each process contributes one row about update u - lag: a fingerprint of its micro-batches,
+After the step of update u each process contributes one row about an earlier update: a fingerprint of its micro-batches,
 their losses (known where the last stage is) and the gradient norms of its stages. Which rows have been taken in at which
 point of the run does not depend on timing: all processes log the same numbers and take the same decisions.
 """
