@@ -22,9 +22,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..checkpoint.hashes import FileHashes
 from ..checkpoint.weights import converted, written_tensors
-from .grid import ProcessGrid
 
 if TYPE_CHECKING:
+    from .grid import ProcessGrid
     from .processes import Processes
 
 T = TypeVar("T")
