@@ -39,8 +39,8 @@ from .partition.finite import check_finite
 from .partition.meta import is_encoder_decoder
 from .partition.trained import refresh
 from .precision import check_surroundings
-from .processes.processes import processes_of
 from .processes.meeting import refusing
+from .processes.processes import processes_of
 from .reference import Reference
 from .schedules import SCHEDULES
 from .simulate.timeline import Timeline

@@ -193,7 +193,8 @@ class Worker(threading.Thread):
     def _is_pending(self, stage: int, tick: int) -> bool:
         """Whether the backward of a tick is still to come; the order of some schedules does not wait for the end of an update."""
         return any(
-            tick in known for known in (self._waiting[stage], self.runners[stage].in_flight, self.runners[stage].settled)
+            tick in known
+            for known in (self._waiting[stage], self.runners[stage].in_flight, self.runners[stage].settled)
         )
 
     def _execute(self, instruction: Instruction) -> None:

@@ -93,7 +93,11 @@ class CheckpointHooks(AgreementHooks, ResumeHooks):
         state = None if self.args.save_only_model else engine.state_dict()
         run_dir = super()._get_output_dir(trial)
         folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with self._processes.guard(f"saving {folder}"), self._holding(run_dir), self._putting_together(run_dir) as staging:
+        with (
+            self._processes.guard(f"saving {folder}"),
+            self._holding(run_dir),
+            self._putting_together(run_dir) as staging,
+        ):
             with closing(FileHashes(staging / folder)) as hashes:
                 self._hashes = hashes
                 super()._save_checkpoint(model, trial)

@@ -195,7 +195,9 @@ def split_model(
     expected = None
     # Random numbers of two kinds of devices are not the same.
     training = family.draws_in_turn and all(p.device.type == "cpu" for p in model.parameters())
-    training &= own_device.device.type == "cpu" if own_device is not None else all(name.startswith("cpu") for name in devices)
+    training &= (
+        own_device.device.type == "cpu" if own_device is not None else all(name.startswith("cpu") for name in devices)
+    )
     if check:
         expected = _sample(model, training, "it does not run", lambda batch: logits_of(model(**batch, **options)))
     remove_hook_from_submodules(model)

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from ..engine.device_queue import queue_of
 from ..engine.parts import EngineParts
 from ..partition import StagePlan
+from .channels import BoundarySpec
 from .grid import ProcessGrid
 from .process_transport import ProcessTransport
 from .replica_mean import GroupMean
 from .shared_accounts import SharedAccounts
-from .channels import BoundarySpec
 
 
 def parts_of_process(

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from ..engine.transport import Aborted
 from ..errors import ConnectionLostError
 from ..partition import Boundary
+from .channels import DIRECTIONS, BoundarySpec, Channels, PostedReceives
 from .grid import ProcessGrid
-from .channels import DIRECTIONS, BoundarySpec, PostedReceives, Channels
 
 
 @dataclass(frozen=True)

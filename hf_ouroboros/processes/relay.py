@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 from ..engine.streams import Reading, Segment
 from ..partition import Boundary, Finish, Partition, select
 from .accelerator import ReplicaAccelerator
-from .grid import ProcessGrid
 from .channels import BoundarySpec, Channels
+from .grid import ProcessGrid
 
 
 class Relay:

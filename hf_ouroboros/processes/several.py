@@ -22,6 +22,7 @@ from ..simulate.timeline import Timeline
 from . import files as shared_files
 from .accelerator import ReplicaAccelerator
 from .awaiting import summed
+from .channels import BoundarySpec
 from .clocks import record_of_all
 from .grid import ProcessGrid, leave_at_exit
 from .handshake import Facts
@@ -32,7 +33,6 @@ from .processes import Processes
 from .relay import AheadLoader, Relay
 from .same_batches import SameBatches
 from .watch import Watch
-from .channels import BoundarySpec
 
 if TYPE_CHECKING:
     from ..arguments import OuroborosArguments

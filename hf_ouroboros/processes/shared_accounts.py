@@ -136,9 +136,7 @@ class SharedAccounts(Accounts):
         norms = {k: None if norm is None else float(norm) for k, norm in self._own_norms.pop(update).items()}
         # The last stage's forwards of the update come before its step.
         losses = [float(self._own_losses.pop(tick)) for tick in submitted.ticks] if self._has_losses else []
-        self._reports.send(
-            self._closed, update, submitted.ticks, submitted.checksum, losses, norms, self._stop_asked
-        )
+        self._reports.send(self._closed, update, submitted.ticks, submitted.checksum, losses, norms, self._stop_asked)
 
     def _take_reports(self, all_before: int = 0) -> None:
         for report in self._reports.take(math.inf if self._all_reported else self._closed, all_before):

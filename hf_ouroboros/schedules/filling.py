@@ -286,7 +286,9 @@ def filling_programs(
     found: list[tuple[float, list[Program]]] = []
     for limits, rule in itertools.product(_limits(num_stages, ticks), RULES):
         orders = _Devices(placement, costs, ticks, limits, rule).run()
-        programs = [filling_program(stages, order, ticks, exchange) for stages, order in zip(stages_of, orders, strict=True)]
+        programs = [
+            filling_program(stages, order, ticks, exchange) for stages, order in zip(stages_of, orders, strict=True)
+        ]
         tasks = [prepare(program(slots), d, placement, duration) for d, program in enumerate(programs)]
         found.append((max(ends[-1] for ends in run(tasks)), programs))
     enough = min(span for span, _ in found) * (1 + WORTH)

@@ -324,7 +324,9 @@ def test_nothing_grows(schedule: str) -> None:
             for leaf in item.leaves.values()
         }
         books = [engine._submitted, engine._accounts._open, engine._accounts._norms, engine._parts.transport._shared]
-        books += [entry for w in engine._workers for table in (w._waiting, w._hyperparameters) for entry in table.values()]
+        books += [
+            entry for w in engine._workers for table in (w._waiting, w._hyperparameters) for entry in table.values()
+        ]
         link = engine._runners[0]._link
         return {
             "tensors": sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()),

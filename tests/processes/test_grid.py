@@ -12,10 +12,10 @@ from trainer_helpers import complete_optimizer
 from trainer_runs import made
 
 from hf_ouroboros.errors import UnsupportedOptionError
+from hf_ouroboros.processes.channels import BoundarySpec, Channels, TensorSpec
 from hf_ouroboros.processes.grid import ProcessGrid
 from hf_ouroboros.processes.replica_mean import GroupMean
 from hf_ouroboros.processes.reports import Reports, fingerprint
-from hf_ouroboros.processes.channels import BoundarySpec, TensorSpec, Channels
 
 CPU = torch.device("cpu")
 
