@@ -122,7 +122,7 @@ def test_what_only_several_processes_need_is_not_imported_for_one() -> None:
     assert ones < inside
     found = {m.removeprefix("hf_ouroboros.processes.") for m in reachable("hf_ouroboros.trainer")}
     assert found & inside == ones
-    assert {"several", "channels", "watch"} <= {m.split(".")[-1] for m in reachable("hf_ouroboros.processes.several")}
+    assert "hf_ouroboros.processes.channels" in reachable("hf_ouroboros.processes.several")
 
 
 def test_a_circle_is_found() -> None:

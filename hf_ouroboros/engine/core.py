@@ -60,7 +60,7 @@ class Engine(AtRest):
         num_stages, placement = plan.num_stages, plan.placement
         parts = parts_of_threads(plan) if parts is None else parts
         self._parts = parts
-        self._feeds_queues = any(has_queues(each.device.type) for each in parts.queues.values())
+        self._feeds_queues = any(has_queues(device.type) for device in parts.devices.values())
         self.partition = partition
         self.settings = settings
         self.timeline = timeline
@@ -80,9 +80,9 @@ class Engine(AtRest):
         self._drained = True  # whether all processes have received all that was sent to them
         link = TiedLink(partition.tied_names) if partition.tied_names and num_stages > 1 else None
         self._runners = {
-            k: StageRunner(partition, k, parts.queues[d].device, loss_fn, settings, link, parts.replica_mean)
+            k: StageRunner(partition, k, parts.devices[d], loss_fn, settings, link, parts.replica_mean)
             for k, d in enumerate(placement)
-            if d in parts.queues
+            if d in parts.devices
         }
         programs = device_programs(
             settings.schedule,
@@ -107,7 +107,7 @@ class Engine(AtRest):
                 self._events,
                 timeline,
             )
-            for index in parts.queues
+            for index in parts.devices
         ]
         self.attach(optimizer)
         for worker in self._workers:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
+
 from ..partition import StagePlan, torch_device
 from .accounts import Accounts
 from .averaging import ReplicaMean
@@ -21,7 +23,8 @@ class EngineParts:
     """What an engine works with.
 
     Args:
-        queues: {index in the plan: queue of that device} of the devices that this process runs.
+        devices: {index in the plan: torch device} of the devices that this process runs.
+        queues: what these are asked to do goes through; see `device_queue`.
         transport: to and from all stages.
         accounts: hears of losses and steps of the stages that are here, and knows those of all.
         run_ahead: micro-batches that may wait in front of the first stage of this process.
@@ -30,6 +33,7 @@ class EngineParts:
         close_timeout: seconds in which workers have to end when the engine is closed.
     """
 
+    devices: Mapping[int, torch.device]
     queues: Mapping[int, DeviceQueue]
     transport: Transport
     accounts: Accounts
@@ -41,8 +45,9 @@ class EngineParts:
 
 def parts_of_threads(plan: StagePlan) -> EngineParts:
     """For an engine that runs all devices of a plan, each in a thread."""
-    queues = {index: queue_of(torch_device(name)) for index, name in enumerate(plan.devices)}
-    crosses_queues = any(has_queues(each.device.type) for each in queues.values())
+    devices = {index: torch_device(name) for index, name in enumerate(plan.devices)}
+    queues = {index: queue_of(device) for index, device in devices.items()}
+    crosses_queues = any(has_queues(device.type) for device in devices.values())
     by_stage = [queues[index] for index in plan.placement] if crosses_queues else None
     transport = InProcessTransport(plan.num_stages, len(queues), by_stage)
-    return EngineParts(queues, transport, Accounts(plan.num_stages))
+    return EngineParts(devices, queues, transport, Accounts(plan.num_stages))

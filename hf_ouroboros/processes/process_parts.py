@@ -36,6 +36,7 @@ def parts_of_process(
     accounts = SharedAccounts(grid, plan, micro_batches, check)
     transport = ProcessTransport(grid, plan.placement, specs, waiting)
     return EngineParts(
+        {grid.device_index: grid.device},
         {grid.device_index: queue_of(grid.device)},
         transport,
         accounts,
