@@ -21,13 +21,14 @@ from .at_rest import AtRest
 from .device_queue import handed_over, has_queues
 from .exposed import ExposedUpdate
 from .losses import LossFunction
+from .messages import ForwardStarted, MicroBatch, Paused, StepDone, Work
 from .optimizers import snapshot_hyperparameters
 from .parts import EngineParts, parts_of_threads
 from .settings import EngineSettings, FinishedLoss, FinishedNorm, Hyperparameters, updates_behind
 from .stage_runner import StageRunner
 from .streams import Streams
 from .weights import TiedLink
-from .worker import ForwardStarted, MicroBatch, Paused, StepDone, Work, Worker
+from .worker import Worker
 
 
 class Engine(AtRest):

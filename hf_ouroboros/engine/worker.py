@@ -5,9 +5,8 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, SupportsFloat
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -28,69 +27,10 @@ from ..schedules.instructions import (
 )
 from ..simulate.timeline import Event, Timeline
 from .device_queue import DeviceQueue, Moment
+from .messages import ForwardStarted, MicroBatch, Paused, StepDone, Work
 from .settings import EngineSettings, FinishedLoss, Hyperparameters
 from .stage_runner import StageRunner
-from .streams import Segment
 from .transport import Aborted, Transport
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """A micro-batch with what its forwards need.
-
-    Args:
-        batch: its tensors, as workers may use them.
-        context: handed to the loss function.
-        delayed: whether it belongs to an update with delays.
-        opened: that update, with its hyper-parameters when it opened, where forwards use predicted weights; else None.
-        segment: its place in a stream; None for none.
-        made: the events of `handed_over`.
-    """
-
-    batch: Mapping[str, Any]
-    context: Any
-    delayed: bool
-    opened: tuple[int, Hyperparameters] | None
-    segment: Segment | None
-    made: Mapping[torch.device, Any]
-
-
-@dataclass(frozen=True)
-class Work:
-    """A slot with what it carries.
-
-    Args:
-        slot: of all devices.
-        micro_batch: the one that enters; None in a bubble.
-        hyperparameters: of the update that closes; None where none does.
-    """
-
-    slot: Slot
-    micro_batch: MicroBatch | None = None
-    hyperparameters: Hyperparameters | None = None
-
-
-@dataclass(frozen=True)
-class ForwardStarted:
-    """The first stage of this process has executed the forward of a tick."""
-
-    tick: int
-
-
-@dataclass(frozen=True)
-class StepDone:
-    """A stage has closed an update; norm of its gradients before clipping, None if it had none."""
-
-    stage: int
-    update: int
-    norm: SupportsFloat | None
-
-
-@dataclass(frozen=True)
-class Paused:
-    """A device reached the pause that the engine asked for."""
-
-    device: int
 
 
 class Worker(threading.Thread):

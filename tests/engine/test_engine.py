@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from trainer_helpers import EVERY
 
 from hf_ouroboros.engine.core import Engine
+from hf_ouroboros.engine.messages import StepDone
 from hf_ouroboros.engine.settings import EngineSettings
-from hf_ouroboros.engine.worker import StepDone
 from hf_ouroboros.errors import EngineError, WorkerError
 from hf_ouroboros.partition import split_model
 from hf_ouroboros.simulate.timeline import Timeline
