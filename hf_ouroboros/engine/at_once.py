@@ -71,7 +71,7 @@ class AtOnce:
         finished, self._norms = self._norms, []
         return finished
 
-    def lag(self, update: int) -> int:
+    def updates_behind(self, update: int) -> int:
         """Nothing is late."""
         return 0
 

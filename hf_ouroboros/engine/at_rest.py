@@ -10,6 +10,7 @@ from ..schedules.clock import Clock, Slot
 from .accounts import Accounts
 from .exposed import ExposedUpdate
 from .optimizers import StageOptimizer
+from .parts import EngineParts
 from .settings import EngineSettings
 from .stage_runner import StageRunner
 from .state import RunState
@@ -22,6 +23,7 @@ class AtRest:
     partition: Partition
     settings: EngineSettings
     optimizer: torch.optim.Optimizer
+    _parts: EngineParts
     _runners: dict[int, StageRunner]
     _accounts: Accounts
     _clock: Clock
@@ -85,8 +87,8 @@ class AtRest:
             self._release(self._clock.drain())
             self._resting = False
             self.rest()
-            runners = self._runners
-            self._exposed = ExposedUpdate(runners, self.settings, self.partition.plan.num_stages, self._share_norms)
+            share = self._parts.transport.share_at_rest
+            self._exposed = ExposedUpdate(self._runners, self.settings, self.partition.plan.num_stages, share)
 
     def clear_gradients(self) -> None:
         """Removes the gradients that were exposed."""
@@ -147,7 +149,3 @@ class AtRest:
         for runner in self._runners.values():
             owned = self.partition.owned(runner.index).values()
             runner.optimizer = StageOptimizer(optimizer, owned, self.settings.compensations)
-
-    def _share_norms(self, update: int, norms: dict[int, torch.Tensor | None]) -> dict[int, torch.Tensor | None]:
-        """The norms of all stages, those of other processes included."""
-        return norms

@@ -1,4 +1,4 @@
-"""Messages: what an engine gives its workers to do, and what they report."""
+"""Messages: what the engine hands its workers, and what they report to it."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ class FinishedNorm:
         return math.sqrt(sum(float(norm) ** 2 for norm in self.stages))
 
 
-def log_lag(num_stages: int, micro_batches: int) -> int:
+def updates_behind(num_stages: int, micro_batches: int) -> int:
     """Updates after which the account of a delayed update is there without anybody having waited for it.
 
     An interleaved device stays behind by less than K slots, and a micro-batch is on its way for K; updates may be ragged,

@@ -100,13 +100,13 @@ class RunState:
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(f"Ouroboros state is damaged: {type(error).__name__}: {error}") from error
 
-    def check(self, partition: Partition, settings: EngineSettings, held: Iterable[int] | None = None) -> None:
+    def check(self, partition: Partition, settings: EngineSettings, own_stages: Iterable[int] | None = None) -> None:
         """Refuses a state that can't be continued exactly by this run.
 
         Args:
             partition: the run's stages.
             settings: the run's settings.
-            held: the stages whose gradients this process needs; None for all.
+            own_stages: the stages whose gradients this process needs; None for all.
 
         Raises:
             CheckpointMismatchError: other number of stages, split, tied-gradient rule, or delays; memories of other layers.
@@ -129,7 +129,7 @@ class RunState:
                 f"there (schedule={settings.schedule!r}, delay_warmup_steps={settings.delay_warmup_steps}); resume with "
                 f"schedule {', '.join(names_where(lambda s: not s.is_synchronous))} and the same delay_warmup_steps"
             )
-        for stage in range(stages) if held is None else held:
+        for stage in range(stages) if own_stages is None else own_stages:
             delay = stages - 1 - stage
             oldest = self.tick if self.delay_start is None else max(self.tick - delay, self.delay_start)
             entries = self.pending.get(stage, {})

@@ -41,8 +41,21 @@ class Transport(Protocol):
     def share(self, update: int, values: dict[int, Any]) -> dict[int, Any]:
         """Puts together what the devices contribute to an update: {stage: value} of all of them."""
 
+    def share_at_rest(self, update: int, values: dict[int, Any]) -> dict[int, Any]:
+        """The same, in the main thread of a process while its workers rest, for all of its stages."""
+
+    def flush(self) -> None:
+        """Waits until everything that was sent has been received."""
+
     def abort(self) -> None:
         """Wakes all waiting workers with `Aborted`; may be called from any thread, more than once."""
+
+    def close(self, drained: bool) -> None:
+        """Lets go of what connects processes, and of whatever is still on its way.
+
+        Args:
+            drained: whether all processes have received all that was sent to them, so that connections can be used again.
+        """
 
 
 class InProcessTransport:
@@ -112,9 +125,19 @@ class InProcessTransport:
         self._shared.pop(update - 2, None)  # everybody has read it: all came to this rendezvous since
         return self._shared[update]
 
+    def share_at_rest(self, update: int, values: dict[int, Any]) -> dict[int, Any]:
+        """The values themselves: all stages are here."""
+        return values
+
+    def flush(self) -> None:
+        """Nothing: what was sent is here."""
+
     def abort(self) -> None:
         """Wakes all waiting workers with `Aborted`; may be called from any thread, more than once."""
         self.aborted.set()
         self._barrier.abort()
         for channel in self._channels.values():
             channel.put(None)
+
+    def close(self, drained: bool) -> None:
+        """Nothing: nobody else is connected."""

@@ -125,7 +125,7 @@ class Worker(threading.Thread):
                 if item.slot.update is not None:
                     assert item.hyperparameters is not None
                     self._hyperparameters[stage][item.slot.update] = item.hyperparameters
-                    tick = item.slot.trail[self._num_stages - 1 - stage]
+                    tick = item.slot.recent_ticks[self._num_stages - 1 - stage]
                     if tick is not None and self._is_pending(stage, tick):
                         self._closing[stage].add(tick)
             yield item.slot

@@ -66,9 +66,9 @@ class OptimizerHooks(SplitTrainer):
         reason = why_at_once(self._face.optimizer, self.lr_scheduler, trusted)
         if reason is None:
             return
-        if self._grid is not None:
+        if not self._processes.alone:
             raise UnsupportedOptionError(
-                f"{reason}, so it needs all gradients at once, but each of the {self._grid.world_size} processes has those "
+                f"{reason}, so it needs all gradients at once, but each of the {self._processes.world_size} processes has those "
                 "of its own stages; start the script as one process (python script.py), or use another optimizer"
             )
         if self.delay_compensation.compensations:

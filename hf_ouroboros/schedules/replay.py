@@ -67,7 +67,7 @@ Transfer = Callable[[Forward | Backward, int, int], Message]
 def prepare(
     program: Iterable[Instruction],
     device: int,
-    home: Sequence[int],
+    placement: Sequence[int],
     duration: Duration,
     transfer: Transfer | None = None,
     after: Duration | None = None,
@@ -77,12 +77,12 @@ def prepare(
     Args:
         program: finite sequence of `Instruction`s; unknown kinds with a `stage` need nothing and give nothing.
         device: who executes it.
-        home: device of every stage.
+        placement: device of every stage.
         duration: time that an instruction takes.
         transfer: (instruction, from, to) -> what sending its result takes; None for no time at all.
         after: see `Task`; None for no time at all.
     """
-    stages = len(home)
+    stages = len(placement)
     tasks = []
     for instruction in program:
         need, give, target = NOTHING, NOTHING, None
@@ -91,13 +91,13 @@ def prepare(
             give = 2 * (tick * stages + stage)
             if stage > 0:
                 need = give - 2
-            target = home[stage + 1] if stage < stages - 1 else None
+            target = placement[stage + 1] if stage < stages - 1 else None
         elif isinstance(instruction, Backward):
             stage, tick = instruction.stage, instruction.tick
             give = 2 * (tick * stages + stage) + 1
             if stage < stages - 1:
                 need = give + 2
-            target = home[stage - 1] if stage > 0 else None
+            target = placement[stage - 1] if stage > 0 else None
         elif isinstance(instruction, (Rendezvous, Exchange)):
             stage, need = -1, EVERYBODY
         else:
@@ -201,8 +201,8 @@ def replay(
         Deadlock: some device can never go on.
     """
     sequences = [list(program) for program in programs]
-    home = homes(sequences, num_stages)
-    tasks = [prepare(program, d, home, duration, transfer, after) for d, program in enumerate(sequences)]
+    placement = placement_of(sequences, num_stages)
+    tasks = [prepare(program, d, placement, duration, transfer, after) for d, program in enumerate(sequences)]
     return [
         # Never before the end of the one before, which the subtraction might miss by the last bit.
         Executed(device, task.instruction, max(end - task.duration, before), end)
@@ -211,11 +211,11 @@ def replay(
     ]
 
 
-def homes(programs: Sequence[Sequence[Instruction]], num_stages: int) -> list[int]:
+def placement_of(programs: Sequence[Sequence[Instruction]], num_stages: int) -> list[int]:
     """Device of every stage, from the programs; -1 for stages that none of them runs."""
-    home = [-1] * num_stages
+    placement = [-1] * num_stages
     for device, program in enumerate(programs):
         for instruction in program:
             if (stage := getattr(instruction, "stage", -1)) >= 0:
-                home[stage] = device
-    return home
+                placement[stage] = device
+    return placement

@@ -9,7 +9,7 @@ import torch
 from helpers import Case, Run
 from stream_races import RacingBackend
 
-from hf_ouroboros.engine import core, device_queue
+from hf_ouroboros.engine import core, device_queue, parts
 from hf_ouroboros.engine.device_queue import AHEAD, AcceleratorQueue, DeviceQueue, handed_over, queue_of
 from hf_ouroboros.schedules import SCHEDULES
 
@@ -29,10 +29,10 @@ class Racing(Run):
     def __init__(self, case: Case, schedule: str, devices: list[torch.device], patch: pytest.MonkeyPatch):
         self.backend = RacingBackend()
         left = iter(devices)
-        patch.setattr(core, "queue_of", lambda device: AcceleratorQueue(next(left), self.backend))
+        patch.setattr(parts, "queue_of", lambda device: AcceleratorQueue(next(left), self.backend))
         patch.setattr(core, "handed_over", self.handed_over)
         super().__init__(case, schedule)
-        self.engine._site.transport._queues = [worker._queue for worker in self.engine._workers]
+        self.engine._parts.transport._queues = [worker._queue for worker in self.engine._workers]
 
     def handed_over(self, batch: dict, to_queues: bool) -> tuple:
         main = self.backend.default_stream(FIRST)

@@ -323,7 +323,7 @@ def test_nothing_grows(schedule: str) -> None:
             for item in r.in_flight.values()
             for leaf in item.leaves.values()
         }
-        books = [engine._submitted, engine._accounts._open, engine._accounts._norms, engine._site.transport._shared]
+        books = [engine._submitted, engine._accounts._open, engine._accounts._norms, engine._parts.transport._shared]
         books += [
             entry for w in engine._workers for table in (w._waiting, w._hyperparameters) for entry in table.values()
         ]

@@ -10,7 +10,7 @@ from helpers import Case, differences
 from rig import Ended, ends_of, in_processes
 from strict_backend import use_strict_backend
 
-from hf_ouroboros.processes.wires import Wires
+from hf_ouroboros.processes.channels import Channels
 
 SCHEDULES = ["pipelined", "lockstep", "1f1b", "zero_bubble"]
 
@@ -23,8 +23,8 @@ def part(rank: int, *args: Any) -> Any:
 
 def part_without_connecting(rank: int, *args: Any) -> Any:
     """As `part`, with communicators that connect at their first message, receives being posted early."""
-    Wires._connect = lambda self, direction, stage: None
-    Wires.posts_early = True
+    Channels._connect = lambda self, direction, stage: None
+    Channels.posts_early = True
     return part(rank, *args)
 
 
