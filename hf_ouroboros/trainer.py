@@ -50,7 +50,7 @@ from .processes.process_engine import ProcessEngine
 from .processes.relay import Relay
 from .processes.same_batches import SameBatches
 from .processes.watch import Watch
-from .reference import Reference
+from .reference_now import reference_of
 from .schedules import SCHEDULES
 from .simulate.timeline import Timeline
 from .staged import StagedModel, refuse_forward
@@ -312,7 +312,7 @@ class OuroborosTrainer(
         elif settings.record.uses_devices:
             self.engine = Engine(*common, self.timeline)
         else:
-            self.engine = Reference(*common)
+            self.engine = reference_of(settings)(*common)
         staged.engine = self._staged.engine = self.engine
         self._start_ledger()
         self._save_due = False

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import EngineError, WorkerError
-from ..partition import Partition, torch_device
+from ..partition import Boundary, Partition, torch_device
 from ..schedules import device_programs
 from ..schedules.clock import Clock, Pause, Slot
 from ..schedules.interleave import engine_costs
@@ -110,7 +110,7 @@ class Engine(AtRest):
         programs = device_programs(
             settings.schedule,
             placement,
-            *engine_costs([row.cost for row in plan.rows], settings.recompute),
+            *engine_costs([row.cost for row in plan.rows], settings.replayed_by is not None),
             settings.micro_batches,
             exchange=settings.clip_scope == "global",
         )
@@ -292,6 +292,9 @@ class Engine(AtRest):
             worker.inbox.put(pause)
         while len(self._paused) < len(self._workers):
             self._hear(block=True)
+
+    def _expect_gradient(self, stage: int, tick: int, output: Boundary) -> None:
+        self._site.transport.expect_gradient(stage, tick, output)
 
     def account_for_open(self) -> None:
         """Waits until the losses of the open update's micro-batches can be collected."""

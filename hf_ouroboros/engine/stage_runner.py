@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from .divided import DividedBackward
 from .gradient_hooks import calls_backward_hooks, first_part, refuse_on_halves, second_part, stage_backward
 from .graph import GraphCheck
 from .host_copies import known, plain_positions
-from .in_flight import BufferCheck, InFlight, detached, roots_of
+from .in_flight import BufferCheck, InFlight, detached, roots_of, shapes_of
 from .kept_state import KeptState
 from .losses import LossFunction, LossOfModel, finishing
 from .noise import StageNoise
@@ -44,6 +44,10 @@ class StageRunner(StageUpdates):
         settings: settings of the run.
         link: shared by first and last stage of a model with tied embeddings, else None.
         replica_mean: averages the gradients of an update over replicas; None for a single replica.
+
+    Attributes:
+        replays_newest: whether backwards replay their forward with the newest weights.
+        arrived: gradients of this stage's outputs, by tick, that came before the slot of their backward.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class StageRunner(StageUpdates):
         self.settings = settings
         self.seed = settings.seed
         self.in_flight: dict[int, InFlight] = {}
+        self.arrived: dict[int, Boundary] = {}
         self._divided_backwards: dict[int, tuple[InFlight, DividedBackward, bool]] = {}
         self.settled: dict[int, Gradients] = {}
         self.window: Gradients = {}
@@ -86,10 +91,12 @@ class StageRunner(StageUpdates):
         self._meeting = [name for name in link.names if uses[name] > 1] if self._lends else []
         self._noise = StageNoise(stage, self.stage.draws or has_dropout(self.stage))
         self._kept = KeptState(self.stage, isinstance(loss_fn, LossOfModel) and loss_fn.is_of_script)
-        self._buffers = BufferCheck(self.stage, replayed=settings.recompute and not self.stage.is_last)
+        self._replayed_by = None if self.stage.is_last else settings.replayed_by
+        self.replays_newest = settings.replays_newest and not self.stage.is_last
+        self._buffers = BufferCheck(self.stage, self._replayed_by)
         self._backwards, self._modules = 0, list(self.stage.modules())
-        # The last stage has one micro-batch in flight, and a stage that recomputes keeps no graph.
-        shares = not (self.stage.is_last or settings.recompute or settings.autocast_dtype is None)
+        # The last stage has one micro-batch in flight, and a stage that replays keeps no graph.
+        shares = not (self.stage.is_last or self._replayed_by or settings.autocast_dtype is None)
         self._copies = ComputeCopies(self.stage, self._bindings, settings.autocast_dtype) if shares else None
         refuse_on_halves(partition.tied, settings)
 
@@ -162,9 +169,17 @@ class StageRunner(StageUpdates):
         self.memories.keep(segment, memory)
         # What will be replayed has a graph, too, which is dropped here: without one, torch may choose kernels (of attention
         # with an additive mask, for instance) that round in another way than the replay.
-        if self.stage.is_last or not self.settings.recompute:
+        if self._replayed_by is None:
             item.output = output
+        elif self.replays_newest:
+            item.shapes = shapes_of(output)
+            item.forget_weights()
         return detached(output)
+
+    def _replay(self, item: InFlight) -> None:
+        """A forward once more, with its own weights, or with the newest ones."""
+        item.leaves = item.leaves or dict(self._versions.leaves())
+        item.output, _ = self._compute(item)
 
     def _compute(self, item: InFlight) -> tuple[Boundary | torch.Tensor, Memory | None]:
         """Output and memory of a forward, which leaves what it was given as it is: it may be replayed."""
@@ -217,7 +232,7 @@ class StageRunner(StageUpdates):
     def backward(
         self, tick: int, gradient: Boundary | None, closing: bool = False, adding: bool = False
     ) -> tuple[Gradients, Boundary | None]:
-        """Backward of a micro-batch with the weights and masks of its forward.
+        """Backward of a micro-batch with the masks and weights of its forward, or with the newest weights.
 
         Args:
             tick: the micro-batch's number.
@@ -235,7 +250,7 @@ class StageRunner(StageUpdates):
         if item.output is None and not gradient:  # nothing is trained here or before
             return {}, None if item.received is None else {}
         if item.output is None:
-            item.output, _ = self._compute(item)
+            self._replay(item)
         outputs, output_gradients = roots_of(item.output, gradient, self.device)
         tied = self._link.gradients.pop(tick, {}) if self._lends else {}
         for name in tied.keys() & item.meeting.keys():
@@ -275,7 +290,7 @@ class StageRunner(StageUpdates):
         """
         item = self.in_flight[tick]
         if item.output is None and gradient:
-            item.output, _ = self._compute(item)
+            self._replay(item)
         divided, output_gradients = self._divided(item, gradient)
         if divided is None or not divided.is_worth_it:
             for earlier in sorted(self._divided_backwards):
@@ -333,14 +348,18 @@ class StageRunner(StageUpdates):
     # ---- between ticks ----
 
     @property
-    def _in_use(self) -> bool:
-        """Whether a pending forward or backward needs the present weights."""
-        divided = bool(self._divided_backwards)
-        return bool(self.in_flight) or divided or (self._lends and bool(self._link.weights))
+    def _in_use(self) -> Collection[str]:
+        """Names of the parameters whose present values a pending forward or backward needs."""
+        if self.replays_newest:  # nothing but what the last stage has borrowed and not finished with
+            lent = self._lends and any(tick not in self._link.gradients for tick in self.in_flight)
+            return self._link.names if lent else ()
+        pending = self.in_flight or self._divided_backwards or (self._lends and self._link.weights)
+        return self._versions.parameters if pending else ()
 
     def release(self) -> None:
         """Lets go of activations, gradients, memories and old weights when the run is over."""
         self.in_flight.clear()
+        self.arrived.clear()
         self._divided_backwards.clear()
         self.settled.clear()
         self.window.clear()

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 
 import torch
 from torch import nn
 from torch.nn.utils import get_total_norm
 
-from ..partition import Stage
+from ..partition import Boundary, Stage
 from .averaging import BucketedMean
 from .gradient_hooks import accumulated, hooked
+from .in_flight import InFlight
 from .noise import StageNoise
 from .optimizers import StageOptimizer
+from .pending import Pending, due_next
 from .randomness import has_dropout
 from .reads import ReadCheck
 from .settings import EngineSettings, Hyperparameters
@@ -33,13 +35,19 @@ class StageUpdates:
 
     stage: Stage
     index: int
+    device: torch.device
     seed: int
     settings: EngineSettings
     memories: Memories
     window: Gradients
+    in_flight: dict[int, InFlight]
+    arrived: dict[int, Boundary]
+    settled: dict[int, Gradients]
+    replays_newest: bool
     optimizer: StageOptimizer | None
     _num_stages: int
-    _in_use: bool
+    _lends: bool
+    _in_use: Collection[str]
     _versions: WeightVersions
     _link: TiedLink | None
     _mean: BucketedMean | None
@@ -152,6 +160,34 @@ class StageUpdates:
         yield from self.stage.buffers()
         yield from self.window.values()
         yield from (t for memory in self.memories.groups.values() for t in memory.values())
+        if self.replays_newest:  # as they were read from a checkpoint
+            for item in self.in_flight.values():
+                yield from (*item.batch.values(), *(item.received or {}).values(), *(item.memory or {}).values())
+            yield from (t for gradient in self.arrived.values() for t in gradient.values())
+            heads = self._link.gradients if self._lends else {}
+            yield from (t for gradients in heads.values() for t in gradients.values())
+
+    def pending(self) -> dict[int, Gradients]:
+        """Copies of the settled gradients, or of what pending backwards with weights of now need, by tick."""
+        if not self.replays_newest:
+            return {tick: {n: g.clone() for n, g in gradients.items()} for tick, gradients in self.settled.items()}
+        heads = self._link.gradients if self._lends else {}
+        return {
+            tick: Pending(item, self.arrived.get(tick), heads.get(tick, {})).tensors()
+            for tick, item in self.in_flight.items()
+        }
+
+    def take_pending(self, pending: Mapping[int, Gradients]) -> None:
+        """Inverse of `pending`."""
+        if not self.replays_newest:
+            self.settled = {t: {n: g.to("cpu", copy=True) for n, g in found.items()} for t, found in pending.items()}
+            return
+        found = {t: Pending.of(t, pending[t], self.stage, self.device) for t in sorted(pending)}
+        self.in_flight = {tick: each.item for tick, each in found.items()}
+        due = due_next(found, self._num_stages - 1 - self.index)
+        self.arrived = {} if due is None else {due: found[due].gradient or {}}
+        if self._lends:
+            self._link.gradients |= {tick: each.head for tick, each in found.items()}
 
     @property
     def has_views(self) -> bool:

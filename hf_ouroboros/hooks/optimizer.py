@@ -94,6 +94,7 @@ class OptimizerHooks(SplitTrainer):
 
     def _check_compensation(self) -> None:
         choice = self.delay_compensation
+        choice.check_weights(self.options.weights, self.options.delay_compensation)
         if self._own_optimizer and choice.optimizer is not None:
             raise UnsupportedOptionError(
                 f"delay_compensation={self.options.delay_compensation!r} brings its own optimizer, but this trainer was given "
