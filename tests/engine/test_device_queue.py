@@ -45,7 +45,7 @@ class Racing(Run):
 
 CASES = {
     "plain": Case(tied=False, dropout=0.1, updates=(2, 2, 1, 2)),
-    "weights of now": Case(3, updates=(2, 1, 2), padded=True, dropout=0.1, weights="now"),
+    "weights of now": Case(tied=False, updates=(2, 1, 2), padded=True, dropout=0.1, weights="now"),
     "recomputed": Case(tied=False, updates=(2, 2, 2), recompute=True, padded=True),
     "predicted": Case(tied=False, compensation="weight_prediction", updates=(2,) * 3),
     "muon": Case(tied=False, optimizer="muon", compensation="error_feedback", updates=(2,) * 3, clip=0.1),
@@ -86,7 +86,9 @@ def test_a_resumed_replay_does_not_race(monkeypatch: pytest.MonkeyPatch) -> None
     begun = Run(case, "reference")
     begun.update(0)
     checkpoint = begun.checkpoint()
-    found = Racing(case, "pipelined", TWO, monkeypatch).resume(checkpoint)
+    found = Racing(case, "pipelined", SHARED, monkeypatch)
+    with found.backend.using(found.backend.default_stream(FIRST)), found.backend.observing(FIRST):
+        found.resume(checkpoint)
     found.train(updates=(1, 2))
     assert found.backend.races == []
     expected = Run(case, "reference").train()
