@@ -21,6 +21,9 @@ one loss at one consistent set of predicted weights, and is applied to the real 
 Because every gradient belongs to one consistent set of weights, it can be computed at once and merely applied late:
 one ordinary backward per tick and a queue of gradients per stage are the whole algorithm. The schedules of the
 engine only change when things happen.
+
+That is the rule with weights of then. With weights="now" a gradient is taken at the weights that it is applied to, for inputs
+of d_k ticks ago: `reference_now.py`.
 """
 
 from __future__ import annotations
@@ -104,17 +107,29 @@ class Reference(AtOnce):
         if delayed and self._delay_start is None:
             self._delay_start = tick
         with own_threads(self.settings.threads, self._device), self._predicted_weights():
-            leaves = self._leaves()
-            loss, output_side = self._forward(tick, batch, context, segment, leaves, split_tied=delayed)
-            self._backward(loss, tick)
-        self._output_side[tick] = {name: head.grad for name, head in output_side.items() if head.grad is not None}
-        for queue, owned in zip(self._queues, self._owned, strict=True):
-            found = {name: leaves[id(p)] for name, p in owned.items() if leaves[id(p)].grad is not None}
-            queue[tick] = {name: leaf.grad for name, leaf in found.items() if leaf.grad is not None}
-            for leaf in found.values():
-                leaf.grad = None
+            loss = self._compute(tick, batch, context, segment, delayed)
         self._finished.append(FinishedLoss(tick, loss.detach()))
         return tick
+
+    def _compute(
+        self, tick: int, batch: Mapping[str, Any], context: Any, segment: Segment | None, delayed: bool
+    ) -> torch.Tensor:
+        """The loss of a micro-batch, whose gradients are queued."""
+        leaves = self._leaves()
+        loss, output_side = self._forward(tick, batch, context, segment, leaves, split_tied=delayed)
+        self._backward(loss, tick)
+        self._output_side[tick] = {name: head.grad for name, head in output_side.items() if head.grad is not None}
+        for k in range(len(self._owned)):
+            self._queues[k][tick] = self._taken(k, leaves)
+        return loss
+
+    def _taken(self, k: int, leaves: Mapping[int, torch.Tensor]) -> Gradients:
+        """The gradients that a backward has left in a stage's leaves, taken out of them."""
+        found = {name: leaves[id(p)] for name, p in self._owned[k].items() if leaves[id(p)].grad is not None}
+        gradients = {name: leaf.grad for name, leaf in found.items() if leaf.grad is not None}
+        for leaf in found.values():
+            leaf.grad = None
+        return gradients
 
     def _predict(self) -> None:
         """What the ticks of the update that opens now use instead of the real weights."""
@@ -149,11 +164,14 @@ class Reference(AtOnce):
         with ExitStack() as scopes:
             if self._alone:
                 scopes.enter_context(silenced(self._owned[0].values()))
-            if tick < self.settings.micro_batches or any(
-                calls_backward_hooks(s.modules()) for s in self.partition.stages
-            ):
+            if self._watches_backward(tick):
                 scopes.enter_context(NoDraws())
             loss.backward()
+
+    def _watches_backward(self, tick: int) -> bool:
+        """Whether a backward is watched for random numbers that are drawn in it."""
+        early = tick < self.settings.micro_batches
+        return early or any(calls_backward_hooks(s.modules()) for s in self.partition.stages)
 
     def _forward(
         self,

@@ -41,7 +41,7 @@ from .partition.trained import refresh
 from .precision import check_surroundings
 from .processes.meeting import refusing
 from .processes.processes import processes_of
-from .reference import Reference
+from .reference_now import reference_of
 from .schedules import SCHEDULES
 from .simulate.timeline import Timeline
 from .staged import StagedModel, refuse_forward
@@ -271,7 +271,7 @@ class OuroborosTrainer(
         if settings.record.uses_devices:
             self.engine = self._processes.make_engine(*common, self.timeline)
         else:
-            self.engine = Reference(*common)
+            self.engine = reference_of(settings)(*common)
         staged.engine = self._staged.engine = self.engine
         self._start_ledger()
         self._save_due = False

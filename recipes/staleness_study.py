@@ -62,6 +62,7 @@ class Setting:
         micro_batches: M; divides `rows`.
         compensation: `delay_compensation`.
         compensation_args: `delay_compensation_args`.
+        weights: `weights`, of late backwards: "then" or "now".
         updates: length of the run, over which the learning rate goes to 0.
         model: "gpt2" on blocks of text in random order, "transfo-xl" on contiguous columns with memory.
         init_std: of the weights. 0.02, as is usual for models ten times as wide, keeps small ones on the plateau of single
@@ -94,6 +95,7 @@ class Setting:
     rows: int = 16
     block_size: int = 64
     start_from: str = ""
+    weights: str = "then"
 
     def __post_init__(self) -> None:
         if self.rows % self.micro_batches:
@@ -302,6 +304,7 @@ def run(setting: Setting, options: StudyArguments) -> dict[str, Any]:
             weight_decay=setting.weight_decay,
             max_grad_norm=setting.max_grad_norm,
             tied_gradient=setting.tied_gradient,
+            weights=setting.weights,
             seed=setting.seed,
             eval_strategy="steps",
             eval_steps=min(options.eval_updates, setting.updates),

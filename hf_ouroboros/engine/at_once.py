@@ -12,7 +12,7 @@ from .noise import StageNoise
 from .randomness import has_dropout
 from .reads import ReadCheck
 from .settings import EngineSettings, FinishedLoss, FinishedNorm
-from .state import RunState
+from .state import RunState, starts_of
 from .streams import Memories, Streams, memories_on
 
 Gradients = dict[str, torch.Tensor]
@@ -132,6 +132,8 @@ class AtOnce:
             {k: self._pending(k) for k in range(len(self._queues))},
             dict(self._streams.positions),
             {k: dict(memories.groups) for k, memories in enumerate(self._memories)},
+            self.settings.weights,
+            starts_of(self.partition),
         )
 
     def load_state_dict(self, state: RunState) -> None:

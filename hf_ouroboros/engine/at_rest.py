@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 
 from ..errors import EngineError
-from ..partition import Partition
+from ..partition import Boundary, Partition
 from ..schedules.clock import Clock, Slot
 from .accounts import Accounts
 from .exposed import ExposedUpdate
+from .in_flight import whole
 from .optimizers import StageOptimizer
 from .parts import EngineParts
 from .settings import EngineSettings
 from .stage_runner import StageRunner
-from .state import RunState
+from .state import RunState, starts_of
 from .streams import Streams, memories_on
 
 
@@ -53,6 +54,9 @@ class AtRest:
         raise NotImplementedError
 
     def _release(self, slots: list[Slot]) -> None:
+        raise NotImplementedError
+
+    def _expect_gradient(self, stage: int, tick: int, output: Boundary) -> None:
         raise NotImplementedError
 
     def open_weights(self) -> None:
@@ -112,13 +116,12 @@ class AtRest:
             self._clock.tick,
             self._clock.update,
             self._clock.delay_start,
-            {
-                # Copies: the run goes on and adds up and clips its gradients in place.
-                runner.index: {t: {n: g.clone() for n, g in gs.items()} for t, gs in runner.settled.items()}
-                for runner in self._runners.values()
-            },
+            # Copies: the run goes on and adds up and clips its gradients in place.
+            {runner.index: runner.pending() for runner in self._runners.values()},
             dict(self._streams.positions),
             {runner.index: dict(runner.memories.groups) for runner in self._runners.values()},
+            self.settings.weights,
+            starts_of(self.partition),
         )
 
     def load_state_dict(self, state: RunState) -> None:
@@ -132,10 +135,9 @@ class AtRest:
         state.check(self.partition, self.settings, self._runners)
         self.synchronize()
         for runner in self._runners.values():
-            runner.settled = {
-                tick: {name: g.to("cpu", copy=True) for name, g in gradients.items()}
-                for tick, gradients in state.pending.get(runner.index, {}).items()
-            }
+            runner.take_pending(state.pending.get(runner.index, {}))
+            for tick in sorted(runner.in_flight.keys() - runner.arrived.keys()):
+                self._expect_gradient(runner.index, tick, whole(runner.in_flight[tick].shapes))
             runner.memories.groups = memories_on(runner.device, state.memories.get(runner.index, {}))
             runner.seed = state.seed
         self._streams.positions = dict(state.streams)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import EngineError, WorkerError
-from ..partition import Partition
+from ..partition import Boundary, Partition
 from ..schedules import device_programs
 from ..schedules.clock import Clock, Pause, Slot
 from ..schedules.instructions import Instruction
@@ -88,7 +88,7 @@ class Engine(AtRest):
         programs = device_programs(
             settings.schedule,
             placement,
-            *engine_costs([row.cost for row in plan.rows], settings.recompute),
+            *engine_costs([row.cost for row in plan.rows], settings.replayed_by is not None),
             settings.micro_batches,
             exchange=settings.clip_scope == "global",
         )
@@ -285,6 +285,9 @@ class Engine(AtRest):
             worker.inbox.put(pause)
         while len(self._paused) < len(self._workers):
             self._hear(block=True)
+
+    def _expect_gradient(self, stage: int, tick: int, output: Boundary) -> None:
+        self._parts.transport.expect_gradient(stage, tick, output)
 
     @property
     def updates(self) -> int:

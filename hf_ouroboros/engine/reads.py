@@ -75,7 +75,7 @@ class ReadCheck:
         others = ((name, b) for name, b in model.named_buffers() if name not in buffers and id(b) not in held)
         self._buffers = {id(b): name for name, b in others}
         together = settings.record.is_synchronous
-        replayed = settings.recompute and not stage.is_last
+        replayed = settings.replayed_by is not None and not stage.is_last
         forward = together or not (settings.predicts or replayed)
         self._own_allowed = {Moment.FORWARD: forward, Moment.LOSS: forward, Moment.BACKWARD: together}
         # What a stage has received was computed after the steps of the stages before; those behind may not have stepped yet.

@@ -20,7 +20,7 @@ from .divided import DividedBackward
 from .gradient_hooks import calls_backward_hooks, first_part, refuse_on_halves, second_part, stage_backward
 from .graph import GraphCheck
 from .host_copies import known, plain_positions
-from .in_flight import BufferCheck, InFlight, are_equal, detached, roots_of
+from .in_flight import BufferCheck, InFlight, are_equal, detached, roots_of, shapes_of
 from .kept_state import KeptState
 from .losses import LossFunction, LossOfModel, finishing
 from .noise import StageNoise
@@ -44,6 +44,10 @@ class StageRunner(StageUpdates):
         settings: settings of the run.
         link: shared by first and last stage of a model with tied embeddings, else None.
         replica_mean: averages the gradients of an update over replicas; None for a single replica.
+
+    Attributes:
+        replays_newest: whether backwards replay their forward with the newest weights.
+        arrived: gradients of this stage's outputs, by tick, that came before the slot of their backward.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class StageRunner(StageUpdates):
         self.settings = settings
         self.seed = settings.seed
         self.in_flight: dict[int, InFlight] = {}
+        self.arrived: dict[int, Boundary] = {}
         self._divided_backwards: dict[int, tuple[InFlight, DividedBackward, bool]] = {}
         self.settled: dict[int, Gradients] = {}
         self.window: Gradients = {}
@@ -88,11 +93,12 @@ class StageRunner(StageUpdates):
         self._meeting = [name for name in lent if uses[name] > 1]
         self._noise = StageNoise(stage, self.stage.draws or has_dropout(self.stage))
         self._kept = KeptState(self.stage, isinstance(loss_fn, LossOfModel) and loss_fn.is_of_script)
-        self._buffers = BufferCheck(self.stage, replayed=settings.recompute and not self.stage.is_last)
+        self._replayed_by = None if self.stage.is_last else settings.replayed_by
+        self.replays_newest = settings.replays_newest and not self.stage.is_last
+        self._buffers = BufferCheck(self.stage, self._replayed_by)
         self._backwards, self._modules = 0, list(self.stage.modules())
-        # The last stage has one micro-batch in flight, and a stage that recomputes keeps no graph.
-        shares = not (self.stage.is_last or settings.recompute or settings.autocast_dtype is None)
-        dtype = settings.autocast_dtype if shares else None
+        # The last stage has one micro-batch in flight, and a stage that replays keeps no graph.
+        dtype = None if self.stage.is_last or self._replayed_by else settings.autocast_dtype
         self._copies = None if dtype is None else ComputeCopies(self.stage, self._bindings, dtype)
         refuse_on_halves(partition.tied, settings)
 
@@ -161,9 +167,17 @@ class StageRunner(StageUpdates):
         self.memories.keep(segment, memory)
         # What will be replayed has a graph, too, which is dropped here: without one, torch may choose kernels (of attention
         # with an additive mask, for instance) that round in another way than the replay.
-        if self.stage.is_last or not self.settings.recompute:
+        if self._replayed_by is None:
             item.output = output
+        elif self.replays_newest:
+            item.shapes = shapes_of(output)
+            item.forget_weights()
         return detached(output)
+
+    def _replay(self, item: InFlight) -> Boundary | torch.Tensor:
+        """A forward once more, with its own weights, or with the newest ones."""
+        item.leaves = item.leaves or dict(self._versions.leaves())
+        return self._compute(item)[0]
 
     def _compute(self, item: InFlight) -> tuple[Boundary | torch.Tensor, Memory | None]:
         """Output and memory of a forward, which leaves what it was given as it is: it may be replayed."""
@@ -217,7 +231,7 @@ class StageRunner(StageUpdates):
     def backward(
         self, tick: int, gradient: Boundary | None, closing: bool = False, adding: bool = False
     ) -> tuple[Gradients, Boundary | None]:
-        """Backward of a micro-batch with the weights and masks of its forward.
+        """Backward of a micro-batch with the masks and weights of its forward, or with the newest weights.
 
         Args:
             tick: the micro-batch's number.
@@ -235,7 +249,7 @@ class StageRunner(StageUpdates):
         if item.output is None and not gradient:  # nothing is trained here or before
             return {}, None if item.received is None else {}
         if item.output is None:
-            item.output, _ = self._compute(item)
+            item.output = self._replay(item)
         outputs, output_gradients = roots_of(item.output, gradient, self.device)
         tied = {} if (link := self._lends) is None else link.gradients.pop(tick, {})
         for name in tied.keys() & item.meeting.keys():
@@ -275,7 +289,7 @@ class StageRunner(StageUpdates):
         """
         item = self.in_flight[tick]
         if item.output is None and gradient:
-            item.output, _ = self._compute(item)
+            item.output = self._replay(item)
         divided, output_gradients = self._divided(item, gradient)
         if divided is None or not divided.is_worth_it:
             for earlier in sorted(self._divided_backwards):
@@ -329,23 +343,3 @@ class StageRunner(StageUpdates):
         """Takes those of borrowed matrices out, for the stage that they belong to."""
         if (link := self._borrows) is not None:
             link.gradients[tick] = {n: gradients.pop(n) for n in link.names if n in gradients}
-
-    # ---- between ticks ----
-
-    @property
-    def _in_use(self) -> bool:
-        """Whether a pending forward or backward needs the present weights."""
-        divided, link = bool(self._divided_backwards), self._lends
-        return bool(self.in_flight) or divided or (link is not None and bool(link.weights))
-
-    def release(self) -> None:
-        """Lets go of activations, gradients, memories and old weights when the run is over."""
-        self.in_flight.clear()
-        self._divided_backwards.clear()
-        self.settled.clear()
-        self.window.clear()
-        self.memories.groups.clear()
-        self._versions.look_again()
-        if self._link is not None:
-            self._link.weights.clear()
-            self._link.gradients.clear()

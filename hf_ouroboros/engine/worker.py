@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from ..errors import WorkerError
+from ..partition import Boundary
 from ..schedules.clock import Pause, Slot
 from ..schedules.instructions import (
     Backward,
@@ -27,6 +28,7 @@ from ..schedules.instructions import (
 from ..simulate.timeline import Event, Timeline
 from .device_queue import DeviceQueue, Moment
 from .messages import ForwardStarted, MicroBatch, Paused, Reported, StepDone, Work
+from .pending import due_next
 from .settings import EngineSettings, FinishedLoss, Hyperparameters
 from .stage_runner import StageRunner
 from .transport import Aborted, Transport
@@ -205,8 +207,7 @@ class Worker(threading.Thread):
             self.runners[0].add_output_side(tick)
 
     def _input_gradient(self, runner: StageRunner, tick: int) -> None:
-        last = runner.index == self._num_stages - 1
-        gradient = None if last else self._transport.receive("gradient", runner.index, tick)
+        gradient = self._gradient(runner, tick)
         start = self._queue.moment()
         upstream = runner.input_gradient(tick, gradient)
         self._record("backward", runner, tick, start)
@@ -220,15 +221,27 @@ class Worker(threading.Thread):
         runner.weight_gradients(tick, closing)
         self._record("weights", runner, tick, start)
 
+    def _gradient(self, runner: StageRunner, tick: int) -> Boundary | None:
+        """Of the output of a stage's forward of a tick; waits for it."""
+        if runner.index == self._num_stages - 1:
+            return None
+        if tick in runner.arrived:
+            return runner.arrived.pop(tick)
+        return self._transport.receive("gradient", runner.index, tick)
+
     def _settle(self, runner: StageRunner) -> None:
+        if runner.replays_newest:  # with weights that are still to come; but no message stays on its way
+            due = due_next(runner.in_flight, self._num_stages - 1 - runner.index)
+            if due is not None and due not in runner.arrived:
+                runner.arrived[due] = self._gradient(runner, due) or {}
+            return
         for tick in sorted(runner.in_flight):
             runner.settled[tick] = self._queue.put_away(self._run_backward(runner, tick, "settle"))
 
     def _run_backward(
         self, runner: StageRunner, tick: int, kind: str, closing: bool = False
     ) -> dict[str, torch.Tensor]:
-        last = runner.index == self._num_stages - 1
-        gradient = None if last else self._transport.receive("gradient", runner.index, tick)
+        gradient = self._gradient(runner, tick)
         start = self._queue.moment()
         gradients, upstream = runner.backward(tick, gradient, closing, adding=kind == "backward")
         self._record(kind, runner, tick, start)

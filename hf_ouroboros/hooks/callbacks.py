@@ -103,9 +103,10 @@ class CallbackHooks(SplitTrainer):
                 f"{what}, but each of the {self._processes.world_size} processes has an object of its own; start the script as one process "
                 "(python script.py), or train with num_stages=1"
             )
-        if self.options.recompute:
+        option = self.options.engine_settings(1).replayed_by
+        if option is not None:
             raise UnsupportedOptionError(
-                f"{what}, which a replay overwrites; leave recompute off, or train with num_stages=1"
+                f"{what}, which a replay overwrites; train without {option}, or with num_stages=1"
             )
 
     def _take_settings(self) -> None:

@@ -94,6 +94,7 @@ class OptimizerHooks(SplitTrainer):
 
     def _check_compensation(self) -> None:
         choice = self.delay_compensation
+        choice.check_weights(self.options.weights, self.options.delay_compensation)
         if self._own_optimizer and choice.optimizer is not None:
             raise UnsupportedOptionError(
                 f"delay_compensation={self.options.delay_compensation!r} brings its own optimizer, but this trainer was given "
@@ -112,7 +113,7 @@ class OptimizerHooks(SplitTrainer):
                 "inside the layers are trained by Muon with steps as long as AdamW's, the rest by AdamW. "
                 "delay_compensation='weight_prediction' keeps AdamW for all of them"
             )
-        if is_adapted(self.model):
+        if is_adapted(self.model) or self.options.weights == "now":
             return  # nothing is known about them, and Muon, which is recommended below, leaves them alone
         name = "adamw" if type(optimizer) is torch.optim.AdamW else type(optimizer).__name__
         others = "+".join(c.name for c in choice.compensations) or "none"

@@ -42,6 +42,7 @@ def test_equals_the_reference(stages: int) -> None:
     cases = [
         Case(stages, updates=(2, 2, 3, 1), tied=False, dropout=0.1, padded=True, clip=0.5),
         Case(stages, updates=(1, 4, 2), tied=False, recompute=True, warmup=1),
+        *([Case(stages, updates=(1, 2, 1), tied=False, weights="now")] if stages == 3 else []),
     ]
     check_all(stages, cases)
 

@@ -64,6 +64,7 @@ def test_grids_that_are_refused(tmp_path: Path, content: Any, message: str) -> N
         "finetune_shakespeare_adamw",
         "finetune_epoch",
         "transfo_xl",
+        "weights_now",
         "smoke",
     ],
 )
