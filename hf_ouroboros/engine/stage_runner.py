@@ -27,7 +27,7 @@ from .optimizers import StageOptimizer
 from .randomness import has_dropout
 from .reads import ReadCheck
 from .rehearsal import rehearse
-from .settings import EngineSettings, Hyperparameters
+from .settings import EngineSettings
 from .stage_updates import Gradients, StageUpdates
 from .streams import Memories, Segment
 from .weights import TiedLink, WeightVersions
@@ -110,21 +110,6 @@ class StageRunner(StageUpdates):
         return self._link is not None and not self.stage.is_last
 
     # ---- forward ----
-
-    def predict(self, update: int, hyperparameters: Hyperparameters) -> None:
-        """Lets the forwards of an update use predicted weights; the first of them asks for it.
-
-        Args:
-            update: the update that the forwards belong to.
-            hyperparameters: as they were when it opened.
-        """
-        if update == self._predicted_for:
-            return
-        self._predicted_for = update
-        at = self.settings.stage_update(self.index, self._num_stages, update)
-        found = self.optimizer.predictions(hyperparameters, at)
-        parameters = self._versions.parameters
-        self._versions.predict({name: found[id(p)] for name, p in parameters.items() if id(p) in found})
 
     def forward(
         self,
@@ -351,20 +336,7 @@ class StageRunner(StageUpdates):
     def _in_use(self) -> Collection[str]:
         """Names of the parameters whose present values a pending forward or backward needs."""
         if self.replays_newest:  # nothing but what the last stage has borrowed and not finished with
-            lent = self._lends and any(tick not in self._link.gradients for tick in self.in_flight)
+            lent = self._link is not None and any(tick not in self._heads for tick in self.in_flight)
             return self._link.names if lent else ()
         pending = self.in_flight or self._divided_backwards or (self._lends and self._link.weights)
         return self._versions.parameters if pending else ()
-
-    def release(self) -> None:
-        """Lets go of activations, gradients, memories and old weights when the run is over."""
-        self.in_flight.clear()
-        self.arrived.clear()
-        self._divided_backwards.clear()
-        self.settled.clear()
-        self.window.clear()
-        self.memories.groups.clear()
-        self._versions.look_again()
-        if self._link is not None:
-            self._link.weights.clear()
-            self._link.gradients.clear()
