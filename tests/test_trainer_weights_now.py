@@ -11,7 +11,14 @@ import torch
 from script_runs import Script, assert_equal
 from torch.nn.utils import parametrizations
 from trainer_helpers import AtStep, assert_same, differing, ouroboros, outcome, split_options, tiny_model, trained
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel, Trainer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+)
 
 from hf_ouroboros import CheckpointError, OuroborosError, UnsupportedOptionError
 
@@ -42,6 +49,25 @@ def test_equal_to_the_reference(schedule: str, tmp_path: Path) -> None:
 def change(model: PreTrainedModel) -> None:
     """What a callback may do to the weights: the replays that follow use what is there."""
     model.transformer.h[0].mlp.c_fc.weight.mul_(0.9)
+
+
+class Scales(TrainerCallback):
+    """Looks at gradients, and changes them."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """See `TrainerCallback`."""
+        if (gradient := model.transformer.h[0].mlp.c_fc.weight.grad) is not None:
+            gradient.mul_(0.5)
+
+
+def test_gradients_that_scripts_change(tmp_path: Path) -> None:
+    found = []
+    for schedule in ("reference", "pipelined"):
+        given = {"callbacks": [Scales()], "model": tiny_model(dropout=0.1)}
+        found.append(
+            outcome(trained(tmp_path, given, **{**NOW, "max_steps": 4}, schedule=schedule, **split_options(3, 2)))
+        )
+    assert differing(*found) == []
 
 
 WAYS: dict[str, dict[str, Any]] = {

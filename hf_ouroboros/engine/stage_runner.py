@@ -27,7 +27,7 @@ from .noise import StageNoise
 from .randomness import has_dropout
 from .reads import ReadCheck
 from .rehearsal import rehearse
-from .settings import EngineSettings, Hyperparameters
+from .settings import EngineSettings
 from .stage_updates import Gradients, StageUpdates
 from .streams import Memories, Segment
 from .weights import TiedLink, WeightVersions
@@ -108,21 +108,6 @@ class StageRunner(StageUpdates):
         return self._borrows is not None
 
     # ---- forward ----
-
-    def predict(self, update: int, hyperparameters: Hyperparameters) -> None:
-        """Lets the forwards of an update use predicted weights; the first of them asks for it.
-
-        Args:
-            update: the update that the forwards belong to.
-            hyperparameters: as they were when it opened.
-        """
-        if update == self._predicted_for:
-            return
-        self._predicted_for = update
-        at = self.settings.stage_update(self.index, self._num_stages, update)
-        found = self.optimizer.predictions(hyperparameters, at)
-        parameters = self._versions.parameters
-        self._versions.predict({name: found[id(p)] for name, p in parameters.items() if id(p) in found})
 
     def forward(
         self,

@@ -46,6 +46,7 @@ class StageUpdates:
     settled: dict[int, Gradients]
     _divided_backwards: dict[int, tuple[InFlight, DividedBackward, bool]]
     replays_newest: bool
+    _predicted_for: int | None
     optimizer: StageOptimizer
     _num_stages: int
     _lends: TiedLink | None
@@ -155,6 +156,21 @@ class StageUpdates:
         at = self.settings.stage_update(self.index, self._num_stages, update)
         self.optimizer.step(ordered, hyperparameters, at)
 
+    def predict(self, update: int, hyperparameters: Hyperparameters) -> None:
+        """Lets the forwards of an update use predicted weights; the first of them asks for it.
+
+        Args:
+            update: the update that the forwards belong to.
+            hyperparameters: as they were when it opened.
+        """
+        if update == self._predicted_for:
+            return
+        self._predicted_for = update
+        at = self.settings.stage_update(self.index, self._num_stages, update)
+        found = self.optimizer.predictions(hyperparameters, at)
+        parameters = self._versions.parameters
+        self._versions.predict({name: found[id(p)] for name, p in parameters.items() if id(p) in found})
+
     # ---- between ticks ----
 
     @property
@@ -167,19 +183,6 @@ class StageUpdates:
         pending = self.in_flight or self._divided_backwards or (link is not None and link.weights)
         return self._versions.parameters if pending else ()
 
-    def release(self) -> None:
-        """Lets go of activations, gradients, memories and old weights when the run is over."""
-        self.in_flight.clear()
-        self.arrived.clear()
-        self._divided_backwards.clear()
-        self.settled.clear()
-        self.window.clear()
-        self.memories.groups.clear()
-        self._versions.look_again()
-        if self._link is not None:
-            self._link.weights.clear()
-            self._link.gradients.clear()
-
     def tensors(self) -> Iterator[torch.Tensor]:
         """What this stage uses, and others may have made while it rested."""
         yield from (p.data for p in self._versions.parameters.values())
@@ -190,16 +193,14 @@ class StageUpdates:
             for item in self.in_flight.values():
                 yield from (*item.batch.values(), *(item.received or {}).values(), *(item.memory or {}).values())
             yield from (t for gradient in self.arrived.values() for t in gradient.values())
-            heads = {} if self._lends is None else self._lends.gradients
-            yield from (t for gradients in heads.values() for t in gradients.values())
+            yield from (t for gradients in self._heads.values() for t in gradients.values())
 
     def pending(self) -> dict[int, Gradients]:
         """Copies of the settled gradients, or of what pending backwards with weights of now need, by tick."""
         if not self.replays_newest:
             return {tick: {n: g.clone() for n, g in gradients.items()} for tick, gradients in self.settled.items()}
-        heads = {} if self._lends is None else self._lends.gradients
         return {
-            tick: Pending(item, self.arrived.get(tick), heads.get(tick, {})).tensors()
+            tick: Pending(item, self.arrived.get(tick), self._heads.get(tick, {})).tensors()
             for tick, item in self.in_flight.items()
         }
 
@@ -212,8 +213,12 @@ class StageUpdates:
         self.in_flight = {tick: each.item for tick, each in found.items()}
         due = due_next(found, self._num_stages - 1 - self.index)
         self.arrived = {} if due is None else {due: found[due].gradient or {}}
-        if self._lends is not None:
-            self._lends.gradients |= {tick: each.head for tick, each in found.items()}
+        self._heads.update({tick: each.head for tick, each in found.items()})
+
+    @property
+    def _heads(self) -> dict[int, Gradients]:
+        """Of tied matrices, by tick: the gradients that the last stage has left for the first one."""
+        return {} if self._lends is None else self._lends.gradients
 
     @property
     def has_views(self) -> bool:
@@ -246,3 +251,16 @@ class StageUpdates:
 
     def _ordered_window(self) -> list[torch.Tensor]:
         return [self.window[name] for name in self._versions.parameters if name in self.window]
+
+    def release(self) -> None:
+        """Lets go of activations, gradients, memories and old weights when the run is over."""
+        self.in_flight.clear()
+        self.arrived.clear()
+        self._divided_backwards.clear()
+        self.settled.clear()
+        self.window.clear()
+        self.memories.groups.clear()
+        self._versions.look_again()
+        if self._link is not None:
+            self._link.weights.clear()
+            self._link.gradients.clear()
