@@ -89,8 +89,7 @@ class StageRunner(StageUpdates):
         self._bindings = [(name, leaf_names[id(p)]) for name, p in parameter_places(self.stage)]
         # A tied matrix that the embeddings use several times: what the head adds to its gradient comes first.
         uses = Counter(source for _, source in self._bindings)
-        lent = () if self._lends is None else self._lends.names
-        self._meeting = [name for name in lent if uses[name] > 1]
+        self._meeting = [n for n in (() if self._lends is None else self._lends.names) if uses[n] > 1]
         self._noise = StageNoise(stage, self.stage.draws or has_dropout(self.stage))
         self._kept = KeptState(self.stage, isinstance(loss_fn, LossOfModel) and loss_fn.is_of_script)
         self._replayed_by = None if self.stage.is_last else settings.replayed_by
