@@ -127,6 +127,7 @@ OWN: dict[str, Rule] = {
     "eval_mem_len": Whole(0, 2**24, optional=True),
     "eval_clamp_len": Whole(-1, 2**24, optional=True),
     "recompute": Flag(),
+    "weights": OneOf("then", "now"),
     "timeline": Place(optional=True),
 }
 INHERITED: dict[str, Rule] = {

@@ -50,6 +50,7 @@ _REFUSED: dict[str, tuple[Any, str]] = {
 
 _GLOBAL = names_where(lambda schedule: schedule.allows_global_norm)
 _HALVES = names_where(lambda schedule: schedule.allows_halves)
+_DELAYED = names_where(lambda schedule: not schedule.is_synchronous)
 
 
 @dataclass
@@ -142,6 +143,14 @@ class OuroborosArguments(TrainingArguments):
         metadata={
             "help": "Keep only the inputs of in-flight micro-batches and replay their forward at backward, with the weights "
             "and dropout masks of then.",
+        },
+    )
+    weights: str = field(
+        default="then",
+        metadata={
+            "help": "Weights of a late backward: 'then', those of its forward, older versions being kept, or 'now', the newest "
+            "ones, with which it replays its forward (features replay: another update rule, that keeps no older version).",
+            "choices": words_of("weights"),
         },
     )
     fused_head: str = field(
@@ -269,6 +278,7 @@ class OuroborosArguments(TrainingArguments):
             # kernels may sum in another order with another number of threads. A process of several has its own share.
             threads=max(1, torch.get_num_threads() // (1 if self.world_size > 1 else num_workers)) if on_cpu else None,
             micro_batches=self.gradient_accumulation_steps,
+            weights=self.weights,
         )
 
     # ---- checks ----
@@ -327,12 +337,27 @@ class OuroborosArguments(TrainingArguments):
                 f"clip_scope='global' makes every stage wait for all others in each update, which schedule={self.schedule!r} "
                 f"rules out; use clip_scope='stage', or schedule {' or '.join(_GLOBAL)}"
             )
+        self._check_weights()
         self._check_compensation()
         if self.timeline is not None and not schedule.uses_devices:
             raise UnsupportedOptionError(
                 f"timeline records devices at work; schedule={self.schedule!r} has none to record"
             )
         self._check_devices()
+
+    def _check_weights(self) -> None:
+        if self.weights == "then":
+            return
+        if SCHEDULES[self.schedule].is_synchronous:
+            raise UnsupportedOptionError(
+                f"weights={self.weights!r} is about late backwards, but with schedule={self.schedule!r} none is late, and no older "
+                f"weights are kept; leave weights at 'then', or use schedule {', '.join(_DELAYED)}"
+            )
+        if self.tied_gradient == "paper":
+            raise UnsupportedOptionError(
+                f"weights={self.weights!r} and tied_gradient='paper' are of two different update rules; use tied_gradient='joint', or "
+                "leave weights at 'then'"
+            )
 
     def _check_compensation(self) -> None:
         if self.delay_compensation in AUTOMATIC and self.delay_compensation_args:
@@ -344,6 +369,8 @@ class OuroborosArguments(TrainingArguments):
             return
         chosen = "muon" if self.delay_compensation in AUTOMATIC else self.delay_compensation
         choice = choose(chosen, self.delay_compensation_args)
+        if self.delay_compensation not in AUTOMATIC:  # the trainer checks what they stand for
+            choice.check_weights(self.weights, self.delay_compensation)
         if choice.optimizer is not None and not self.has_default_optimizer:
             raise UnsupportedOptionError(
                 f"delay_compensation={self.delay_compensation!r} brings its own optimizer, so optim="

@@ -21,6 +21,9 @@ one loss at one consistent set of predicted weights, and is applied to the real 
 Because every gradient belongs to one consistent set of weights, it can be computed at once and merely applied late:
 one ordinary backward per tick and a queue of gradients per stage are the whole algorithm. The schedules of the
 engine only change when things happen.
+
+That is the rule with weights of then. With weights="now" a gradient is taken at the weights that it is applied to, for inputs
+of d_k ticks ago: `reference_now.py`.
 """
 
 from __future__ import annotations
@@ -32,7 +35,9 @@ from typing import Any
 
 import torch
 from torch.func import functional_call
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from .engine.at_once import AtOnce, Gradients
 from .engine.exposed import own_threads
 from .engine.gradient_hooks import accumulated, calls_backward_hooks, hooked, refuse_on_halves, silenced
 from .engine.graph import GraphCheck, nodes_of
@@ -43,18 +48,15 @@ from .engine.randomness import has_dropout
 from .engine.reads import ReadCheck
 from .engine.rehearsal import rehearse
 from .engine.settings import EngineSettings, FinishedLoss, FinishedNorm
-from .engine.state import RunState
-from .engine.streams import Memories, Segment, Streams, memories_on
+from .engine.streams import Memories, Segment, Streams
 from .errors import EngineError
 from .optim import compensated_step, predictions
-from .partition import Partition, select, torch_device
+from .partition import Boundary, Partition, select, torch_device
 from .partition.ownership import parameter_places
 
-Gradients = dict[str, torch.Tensor]
 
-
-class Reference:
-    """Same interface as `engine.Engine`, no threads, no pipeline.
+class Reference(AtOnce):
+    """Same interface as `engine.core.Engine`, no threads, no pipeline; what is no part of the rule is in `AtOnce`.
 
     Args:
         partition: the model split into K stages, all on one device.
@@ -105,17 +107,29 @@ class Reference:
         if delayed and self._delay_start is None:
             self._delay_start = tick
         with own_threads(self.settings.threads, self._device), self._predicted_weights():
-            leaves = self._leaves()
-            loss, output_side = self._forward(tick, batch, context, segment, leaves, split_tied=delayed)
-            self._backward(loss, tick)
-        self._output_side[tick] = {name: head.grad for name, head in output_side.items() if head.grad is not None}
-        for queue, owned in zip(self._queues, self._owned, strict=True):
-            found = {name: leaves[id(p)] for name, p in owned.items() if leaves[id(p)].grad is not None}
-            queue[tick] = {name: leaf.grad for name, leaf in found.items()}
-            for leaf in found.values():
-                leaf.grad = None
+            loss = self._compute(tick, batch, context, segment, delayed)
         self._finished.append(FinishedLoss(tick, loss.detach()))
         return tick
+
+    def _compute(
+        self, tick: int, batch: Mapping[str, Any], context: Any, segment: Segment | None, delayed: bool
+    ) -> torch.Tensor:
+        """The loss of a micro-batch, whose gradients are queued."""
+        leaves = self._leaves()
+        loss, output_side = self._forward(tick, batch, context, segment, leaves, split_tied=delayed)
+        self._backward(loss, tick)
+        self._output_side[tick] = {name: head.grad for name, head in output_side.items() if head.grad is not None}
+        for k in range(len(self._owned)):
+            self._queues[k][tick] = self._taken(k, leaves)
+        return loss
+
+    def _taken(self, k: int, leaves: Mapping[int, torch.Tensor]) -> Gradients:
+        """The gradients that a backward has left in a stage's leaves, taken out of them."""
+        found = {name: leaves[id(p)] for name, p in self._owned[k].items() if leaves[id(p)].grad is not None}
+        gradients = {name: leaf.grad for name, leaf in found.items() if leaf.grad is not None}
+        for leaf in found.values():
+            leaf.grad = None
+        return gradients
 
     def _predict(self) -> None:
         """What the ticks of the update that opens now use instead of the real weights."""
@@ -150,11 +164,14 @@ class Reference:
         with ExitStack() as scopes:
             if self._alone:
                 scopes.enter_context(silenced(self._owned[0].values()))
-            if tick < self.settings.micro_batches or any(
-                calls_backward_hooks(s.modules()) for s in self.partition.stages
-            ):
+            if self._watches_backward(tick):
                 scopes.enter_context(NoDraws())
             loss.backward()
+
+    def _watches_backward(self, tick: int) -> bool:
+        """Whether a backward is watched for random numbers that are drawn in it."""
+        early = tick < self.settings.micro_batches
+        return early or any(calls_backward_hooks(s.modules()) for s in self.partition.stages)
 
     def _forward(
         self,
@@ -166,8 +183,9 @@ class Reference:
         split_tied: bool,
     ) -> tuple[torch.Tensor, Gradients]:
         """The loss, and with tied_gradient="paper" the separate leaves that the head used."""
-        stages, state, heads = self.partition.stages, None, {}
-        for k, stage in enumerate(stages):
+        state: Boundary | torch.Tensor | None = None
+        heads: Gradients = {}
+        for k, stage in enumerate(self.partition.stages):
             stage.train()
             source = leaves
             if stage.is_last and k > 0 and split_tied and self.settings.tied_gradient == "paper":
@@ -191,11 +209,13 @@ class Reference:
                 if stage.is_last:
                     given = batch, inputs, context, self._device
                     finish = finishing(self._loss_fn, *given, check, self._reads[k])
-                state = functional_call(stage, replaced, (inputs, state, memory, finish), tie_weights=False)
+                output = functional_call(stage, replaced, (inputs, state, memory, finish), tie_weights=False)
                 self._memories[k].keep(segment, memory)
                 if not self._alone:
-                    outputs = [state] if stage.is_last else state.values()
+                    outputs = [output] if stage.is_last else output.values()
                     self._checks[k].forward(outputs, [*leaves.values(), *heads.values()])
+            state = output
+        assert isinstance(state, torch.Tensor)  # the loss, of the last stage
         return state, heads
 
     @contextmanager
@@ -273,29 +293,29 @@ class Reference:
         for tick in range(self._first_tick, self._tick):
             if k == 0:
                 for name, gradient in self._output_side.pop(tick).items():
-                    _add(self._owned[0][name], gradient)
+                    self._owned[0][name].grad = _sum(self._owned[0][name], gradient)
             for name, gradient in self._queues[k].pop(tick - delay, {}).items():
                 parameter = self._owned[k][name]
-                _add(parameter, hooked(parameter, gradient, self._seed, k, tick - delay, name))
-                parameter.grad = accumulated(parameter, parameter.grad)
+                gradient = hooked(parameter, gradient, self._seed, k, tick - delay, name)
+                parameter.grad = accumulated(parameter, _sum(parameter, gradient))
 
     def _clip(self) -> None:
         """Bounds each stage's norm by max_grad_norm/sqrt(K), or the norm of the whole by max_grad_norm."""
         stages = [[p for p in owned.values() if p.grad is not None] for owned in self._owned]
         stages = [parameters for parameters in stages if parameters]
-        norms = [torch.nn.utils.get_total_norm([p.grad for p in parameters]) for parameters in stages]
+        norms = [get_total_norm([p.grad for p in parameters if p.grad is not None]) for parameters in stages]
         finished = FinishedNorm(self._update, tuple(norms))
         self._norms.append(finished)
         self.grad_norm = finished.value
-        if self.settings.max_grad_norm is None:
+        if self.settings.max_grad_norm is None or not norms:
             return
-        whole = torch.linalg.vector_norm(torch.stack(norms)) if norms else None
+        whole = torch.linalg.vector_norm(torch.stack(norms))
         for parameters, norm in zip(stages, norms, strict=True):
             if self.settings.clip_scope == "global":
-                torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.max_grad_norm, whole)
+                clip_grads_with_norm_(parameters, self.settings.max_grad_norm, whole)
             else:
                 bound = self.settings.stage_norm_bound(len(self._owned))
-                torch.nn.utils.clip_grads_with_norm_(parameters, bound, norm)
+                clip_grads_with_norm_(parameters, bound, norm)
 
     def _compensated_step(self) -> None:
         """Steps stage by stage: the optimizer leaves parameters without gradient alone, so the order is of no matter."""
@@ -308,113 +328,7 @@ class Reference:
                 at = self.settings.stage_update(k, len(stages), self._update)
                 compensated_step(self.optimizer, gradients, self.settings.compensations, at)
 
-    # ---- the rest of the engine's interface: with everything done at once, there is nothing to wait for ----
 
-    def collect(self) -> list[FinishedLoss]:
-        """Losses since the last call."""
-        finished, self._finished = self._finished, []
-        return finished
-
-    def collect_norms(self) -> list[FinishedNorm]:
-        """Gradient norms since the last call."""
-        finished, self._norms = self._norms, []
-        return finished
-
-    def lag(self, update: int) -> int:
-        """Nothing is late."""
-        return 0
-
-    def account_for(self, updates: int) -> None:
-        """Everything is known at once."""
-
-    def account_for_open(self) -> None:
-        """Everything is known at once."""
-
-    @property
-    def updates(self) -> int:
-        """Updates closed so far, those before the run was resumed included."""
-        return self._update
-
-    @property
-    def update_open(self) -> bool:
-        """Whether micro-batches were submitted since the last `step`."""
-        return self._tick > self._first_tick
-
-    closed = False
-    stop_requested = False
-    has_views = False
-    holds_gradients = False
-
-    def request_stop(self) -> None:
-        """Asks for the end of the run."""
-        self.stop_requested = True
-
-    def rest(self) -> None:
-        """Nothing is ever in flight."""
-
-    def open_weights(self) -> None:
-        """Between micro-batches, weights may be written and frozen by anybody."""
-
-    def take_weights(self) -> None:
-        """The parameters are always used as they are; what draws random numbers may have changed."""
-        for noise, reads, stage in zip(self._noise, self._reads, self.partition.stages, strict=True):
-            noise.look_again(stage.draws or has_dropout(stage))
-            reads.look_again()
-
-    def synchronize(self) -> None:
-        """Nothing is ever in flight."""
-
-    def settle(self) -> None:
-        """Nothing is ever in flight."""
-
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Uses this optimizer from now on."""
-        self.optimizer = optimizer
-
-    def close(self) -> None:
-        """Nothing to stop."""
-
-    def state_dict(self) -> RunState:
-        """What a run is besides weights and optimizer state."""
-        if self.update_open:
-            raise EngineError("the state of a run is defined between updates; call step() first")
-        pending = {
-            k: {t: {n: g.clone() for n, g in gradients.items()} for t, gradients in queue.items()}
-            for k, queue in enumerate(self._queues)
-        }
-        return RunState(
-            len(self._owned),
-            self.settings.tied_gradient,
-            self._seed,
-            self._tick,
-            self._update,
-            self._delay_start,
-            pending,
-            dict(self._streams.positions),
-            {k: dict(memories.groups) for k, memories in enumerate(self._memories)},
-        )
-
-    def load_state_dict(self, state: RunState) -> None:
-        """Continues a run."""
-        state.check(self.partition, self.settings)
-        self._seed, self._tick, self._update, self._delay_start = (
-            state.seed,
-            state.tick,
-            state.update,
-            state.delay_start,
-        )
-        self._first_tick = state.tick
-        self._queues = [
-            {
-                t: {n: g.to(self._device, copy=True) for n, g in grads.items()}
-                for t, grads in state.pending.get(k, {}).items()
-            }
-            for k in range(len(self._owned))
-        ]
-        self._streams.positions = dict(state.streams)
-        for k, memories in enumerate(self._memories):
-            memories.groups = memories_on(self._device, state.memories.get(k, {}))
-
-
-def _add(parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
-    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+def _sum(parameter: torch.nn.Parameter, gradient: torch.Tensor) -> torch.Tensor:
+    """The gradient that a parameter has with another one added."""
+    return gradient if parameter.grad is None else parameter.grad + gradient

@@ -16,10 +16,10 @@ from .head_model import call_model, causal_name
 from .main_thread import unwatched
 from .partition import Finish, ModelCall, Partition, compose, to_device
 from .partition.module_hooks import OURS
-from .processes.relay import Relay
 
 if TYPE_CHECKING:
     from .hooks.interfaces import RunningEngine
+    from .processes.relay import Relay
 
 
 class StagedModel(nn.Module):
@@ -107,6 +107,12 @@ class StagedModel(nn.Module):
         if self._autocast_dtype is not None and output.get("logits") is not None:
             output["logits"] = output["logits"].float()  # as accelerate does for an unsplit model
         return output
+
+    def pass_on(self, inputs: dict[str, Any]) -> None:
+        """Does this process's part of `forward`, where the last stage is another one's."""
+        assert self.relay is not None  # else all stages are here
+        with self.forward_scope():
+            self.relay.run(inputs)
 
     def _run(self, inputs: dict[str, Any], finish: Finish) -> ModelOutput:
         if self._reading is None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import copy_context
 from dataclasses import replace
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -19,9 +16,9 @@ from transformers.trainer_utils import EvalPrediction, TrainOutput
 
 from .adapters import base_of, check_adapters, check_quantized
 from .arguments import OuroborosArguments
-from .engine.core import Engine
 from .engine.optimizers import check_optimizer, check_trainable
 from .errors import EngineError
+from .hooks.agreement import facts_of_creation
 from .hooks.batches import BatchHooks
 from .hooks.callbacks import CallbackHooks, ScriptCallbacks
 from .hooks.card import CardHooks
@@ -37,20 +34,14 @@ from .hooks.timeline import TimelineHooks
 from .hooks.touching import is_foreign
 from .hub.card_facts import TAG
 from .main_thread import MainThread, unwatched
-from .partition import Home, StagePlan, split_model, torch_device
+from .partition import StagePlan, split_model, torch_device
 from .partition.finite import check_finite
 from .partition.meta import is_encoder_decoder
 from .partition.trained import refresh
 from .precision import check_surroundings
-from .processes import ProcessGrid
-from .processes.grid import leave_at_exit
 from .processes.meeting import refusing
-from .processes.probe import boundary_specs, with_gradients
-from .processes.process_engine import ProcessEngine
-from .processes.relay import Relay
-from .processes.same_batches import SameBatches
-from .processes.watch import Watch
-from .reference import Reference
+from .processes.processes import processes_of
+from .reference_now import reference_of
 from .schedules import SCHEDULES
 from .simulate.timeline import Timeline
 from .staged import StagedModel, refuse_forward
@@ -105,26 +96,16 @@ class OuroborosTrainer(
         args = OuroborosArguments(output_dir="tmp_trainer") if args is None else args
         options = OuroborosArguments.from_training_arguments(args)
         self._beside = args, options
-        self._agree_on_options(
-            options,
-            compute_loss_func=compute_loss_func,
-            compute_metrics=compute_metrics,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            callbacks=callbacks,
-        )
+        functions = {
+            "compute_loss_func": compute_loss_func,
+            "compute_metrics": compute_metrics,
+            "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
+        }
+        self._processes = processes_of(options, lambda: facts_of_creation(options, callbacks, **functions))
         self.engine = None
         self.timeline = None
-        self._grid = _grid_of(options)
-        self._watch = None
-        self._phase: str | None = None
         self._counts_all_replicas = False
         self._own_optimizer = optimizers[0] is not None or optimizer_cls_and_kwargs is not None
-        if self._grid is not None:
-            self._control_group = self._grid.standing_group("world", "control")
-            self._row_group = self._grid.standing_group("row", "set-up")
-            self._watch = Watch(self._grid, self._control_group, self._doing)
-            self._same_batches = SameBatches(self._grid, self._control_group, self._watch.check)
-            leave_at_exit()
         if model is not None:
             self._split(model, options)
         if optimizers[0] is not None:
@@ -149,10 +130,8 @@ class OuroborosTrainer(
         )
         args.enable_jit_checkpoint = save_on_sigterm
         # Releases of Trainer differ in how they scale a loss for that; here the stage's loss does it.
-        self._counts_all_replicas = (
-            self._grid is not None and self._grid.replicas > 1 and args.average_tokens_across_devices
-        )
-        if self._grid is not None:
+        self._counts_all_replicas = self._processes.replicas > 1 and args.average_tokens_across_devices
+        if not self._processes.alone:
             args.average_tokens_across_devices = False
         if save_on_sigterm:
             self.add_callback(SaveOnSigterm(self))
@@ -174,9 +153,9 @@ class OuroborosTrainer(
 
     def _split(self, model: nn.Module, args: OuroborosArguments) -> None:
         self._agree_on_model(model, args)
-        check_adapters(model, processes=self._grid is not None)
+        check_adapters(model, processes=not self._processes.alone)
         check_quantized(model)
-        if self._grid is not None:
+        if not self._processes.alone:
             check_finite(model)  # in one process, the comparison of logits finds out
         inner: PreTrainedModel = base_of(model)  # a module of another kind is refused now
         memory: Any = args.max_memory  # text on the command line, and read by now
@@ -189,16 +168,14 @@ class OuroborosTrainer(
             memory,
             delayed=not schedule.is_synchronous,
             colocate=not schedule.uses_devices,
-            home=None if self._grid is None else Home(self._grid.device_index, self._grid.device),
+            own_device=self._processes.own_device,
         )
         self._partition.evaluation_config(**args.evaluation_options)  # refuses what this model does not have
         dtype = args.engine_settings(self.stage_plan.num_workers).autocast_dtype
-        relay = None
-        if self._grid is not None:
-            self._agree_on_plan(args)
-            with self._guarded("setting up"):
-                self._specs = boundary_specs(self._partition, self._grid, self._row_group, dtype)
-                relay = Relay(self._partition, self._grid, self._specs)
+        self._agree_on_plan(args)
+        with self._processes.guard("setting up"):
+            relay = self._processes.connect(self._partition, dtype)
+        if relay is not None:
             for whole in {inner, model}:
                 refuse_forward(whole)
         self._staged = StagedModel(self._partition, dtype, relay, model)
@@ -232,9 +209,10 @@ class OuroborosTrainer(
             DisagreementError: processes of the run have different options, models, optimizers, or data.
             OutputFileError: the timeline can't be written where it is wanted.
         """
-        with self._guarded("training"):
+        with self._processes.guard("training"):
             self.options.check()
             self._check_timeline()
+            trained = False
             try:
                 with MainThread(self):
                     output = super().train(
@@ -243,34 +221,18 @@ class OuroborosTrainer(
                         ignore_keys_for_eval=ignore_keys_for_eval,
                     )
                 self._make_model_usable()
+                trained = True
             finally:
                 self.is_in_train = False
                 if self.engine is not None:
                     self.engine.close()
-                if self._grid is None:
+                if trained or self._processes.alone:  # after a failure nobody hears what others have executed
                     self._write_timeline()
-            if self._grid is not None:
-                self._write_timeline()
             return output
-
-    @contextmanager
-    def _guarded(self, phase: str) -> Iterator[None]:
-        """Names what is going on to those who watch; the failure of another process becomes a named error here."""
-        before, self._phase = self._phase, phase
-        try:
-            with contextlib.nullcontext() if self._watch is None else self._watch.guard():
-                yield
-        finally:
-            self._phase = before
-
-    def _doing(self) -> tuple[str, int | None]:
-        if self._phase == "training" and isinstance(self.engine, ProcessEngine) and not self.engine.closed:
-            return self.engine.doing()
-        return self._phase or "between training and evaluation", None
 
     def _make_model_usable(self) -> None:
         """Lets `trainer.model` run by itself where its parts stay on several accelerators, as device_map="auto" does."""
-        if self._grid is not None:
+        if not self._processes.alone:
             return
         device_map, model = self.stage_plan.device_map(), self._partition.model
         if len({torch_device(name) for name in device_map.values()}) > 1 and not hasattr(model, "hf_device_map"):
@@ -306,13 +268,10 @@ class OuroborosTrainer(
         self._agree_on_training(settings, str(self.delay_compensation))
         self._warn_of_delay(staged.optimizer)
         common = self._partition, staged.optimizer, LossAtItsStep(self), settings
-        if self._grid is not None:
-            specs = with_gradients(self._specs, self._partition)
-            self.engine = ProcessEngine(*common, self.timeline, self._grid, specs, self._check_others)
-        elif settings.record.uses_devices:
-            self.engine = Engine(*common, self.timeline)
+        if settings.record.uses_devices:
+            self.engine = self._processes.make_engine(*common, self.timeline)
         else:
-            self.engine = Reference(*common)
+            self.engine = reference_of(settings)(*common)
         staged.engine = self._staged.engine = self.engine
         self._start_ledger()
         self._save_due = False
@@ -331,7 +290,7 @@ class OuroborosTrainer(
             )
         if not self.model.training:  # nothing is in flight between modules: they were switched by an evaluation
             model.train()
-        if self._grid is not None or is_foreign(self, "_prepare_inputs") or is_foreign(self, "_prepare_input"):
+        if not self._processes.alone or is_foreign(self, "_prepare_inputs") or is_foreign(self, "_prepare_input"):
             inputs = self._prepare_inputs(inputs)  # else the stages fetch what they need from the host's memory
         steps = getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
         context = MomentContext(num_items_in_batch, steps)
@@ -364,13 +323,3 @@ class OuroborosTrainer(
         elif self._save_due:
             control.should_save, self._save_due = True, False
         super()._maybe_log_save_evaluate(*args, **kwargs)
-
-
-def _grid_of(args: OuroborosArguments) -> ProcessGrid | None:
-    """The processes of this run; None where there is only one."""
-    if args.world_size == 1:
-        return None
-    timeout = timedelta(seconds=args.ddp_timeout)
-    # accelerate says "cpu:0" for every process; to that, torch would copy every tensor that is on "cpu".
-    device = torch.device("cpu") if args.device.type == "cpu" else args.device
-    return ProcessGrid(args.process_index, args.world_size, args.data_parallel_replicas, device, timeout)

@@ -14,7 +14,16 @@ from typing import Any
 from staleness_picture import Panel, draw
 
 # What a row of the table is about; the learning rate is chosen, seeds are averaged, everything else is the family.
-_ROW = ("stages", "micro_batches", "compensation", "compensation_args", "delay_warmup_updates", "optim", "optim_args")
+_ROW = (
+    "stages",
+    "micro_batches",
+    "compensation",
+    "compensation_args",
+    "delay_warmup_updates",
+    "optim",
+    "optim_args",
+    "weights",
+)
 _FREE = (*_ROW, "learning_rate", "seed", "updates", "adam_beta1", "adam_beta2", "weight_decay")
 _OPTIMIZERS = ("nesterov", "muon", "basis_rotation")
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
@@ -85,12 +94,14 @@ class Row:
         extra = [f"({self.compensation_args})"] if self.compensation_args else []
         extra += [f"delay warm-up {self.delay_warmup_updates}"] if self.delay_warmup_updates else []
         extra += [f"{self.optim} {self.optim_args}".strip()] if self.optim != "adamw_torch" else []
+        extra += [f"weights {self.weights}"] if self.weights != "then" else []
         return " ".join([self.compensation, *extra])
 
 
 def read_runs(folder: Path) -> list[Run]:
-    """All results in a folder."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("K*.json"))]
+    """All results in a folder, also those of before there was a choice of weights."""
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("K*.json"))]
+    return [{**run, "setting": {"weights": "then", **run["setting"]}} for run in runs]
 
 
 def rows_of(runs: Iterable[Run]) -> list[Row]:

@@ -31,6 +31,7 @@ class Setting:
             letters' frequencies for most of a short run.
         rows: sequences per update, over all micro-batches.
         start_from: checkpoint to fine-tune; none for a model from scratch.
+        weights: `weights`, of late backwards: "then" or "now".
         lora_rank: of adapters on all linear modules of the layers, which are then all that is trained; 0 for none.
     """
 
@@ -59,6 +60,7 @@ class Setting:
     block_size: int = 64
     start_from: str = ""
     lora_rank: int = 0
+    weights: str = "then"
 
     def __post_init__(self) -> None:
         if self.rows % self.micro_batches:

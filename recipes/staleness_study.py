@@ -201,6 +201,7 @@ def run(setting: Setting, options: StudyArguments) -> dict[str, Any]:
             weight_decay=setting.weight_decay,
             max_grad_norm=setting.max_grad_norm,
             tied_gradient=setting.tied_gradient,
+            weights=setting.weights,
             seed=setting.seed,
             eval_strategy="steps",
             eval_steps=min(options.eval_updates, setting.updates),

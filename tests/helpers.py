@@ -21,6 +21,7 @@ from hf_ouroboros.optim.basis_rotation import RotatedAdamW
 from hf_ouroboros.optim.muon import MuonAdamW
 from hf_ouroboros.partition import Partition, split_model
 from hf_ouroboros.reference import Reference
+from hf_ouroboros.reference_now import reference_of
 
 VOCABULARY = 19
 Batch = dict[str, torch.Tensor]
@@ -83,6 +84,8 @@ def make_optimizer(name: str, model: torch.nn.Module) -> torch.optim.Optimizer:
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and ".h." in n]
     if name == "sgd":
         return torch.optim.SGD(groups, lr=0.05, momentum=0.9, nesterov=True)
+    if name == "plain sgd":
+        return torch.optim.SGD(groups, lr=0.05)
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95))
     if name == "nadam":
@@ -111,6 +114,7 @@ class Case:
         counts: layers of each stage; None for a balanced split.
         compensation: what is done about the delay besides the choice of the optimizer.
         compensation_args: its options.
+        weights: of late backwards.
     """
 
     stages: int = 3
@@ -129,6 +133,7 @@ class Case:
     counts: tuple[int, ...] | None = None
     compensation: str = "none"
     compensation_args: str = ""
+    weights: str = "then"
 
     def model(self) -> PreTrainedModel:
         """The model before it is split."""
@@ -191,6 +196,7 @@ class Run:
             threads=1,
             micro_batches=max(case.updates),
             compensations=choose(case.compensation, case.compensation_args).compensations,
+            weights=case.weights,
         )
         self.engine = self.make_engine(partition, settings)
         self.ticks: list[int] = []
@@ -199,7 +205,7 @@ class Run:
 
     def make_engine(self, partition: Partition, settings: EngineSettings) -> Engine | Reference:
         """The engine that the schedule asks for."""
-        kind = Reference if settings.schedule == "reference" else Engine
+        kind = reference_of(settings) if settings.schedule == "reference" else Engine
         return kind(partition, self.optimizer, self.case.loss(), settings)
 
     def update(self, u: int, look: str | None = None) -> None:

@@ -40,6 +40,7 @@ WRONG: dict[str, list[Any]] = {
     "eval_mem_len": [True, 1.0, -1, 10**12],
     "eval_clamp_len": [True, 1.0, -2, 10**12],
     "recompute": [None, 2, 0.0, "maybe", [], np.int64(3)],
+    "weights": [None, True, 0, ["now"], "Now"],
     "fused_head": [None, True, 1, "yes", [], "ON"],
     "timeline": [1, True, ["t"], {}, b"t"],
     "gradient_accumulation_steps": [None, True, 1.0, 0, -1, 10**12],

@@ -44,6 +44,7 @@ def test_defaults(tmp_path: Path) -> None:
         "eval_mem_len": None,
         "eval_clamp_len": None,
         "recompute": False,
+        "weights": "then",
         "fused_head": "auto",
         "resume_changed": "refuse",
         "timeline": None,
@@ -247,6 +248,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"devices": ["cpu:x"]}, "devices names 'cpu:x'"),
     ({"devices": ["cuda:99"]}, "devices names 'cuda:99'"),
     ({"devices": ["tpu:0"]}, "devices names 'tpu:0'"),
+    ({"weights": "old"}, "weights='old'.*then, now"),
+    ({"weights": "now", "schedule": "1f1b"}, "weights='now'.*schedule='1f1b' none is late.*pipelined, lockstep"),
+    ({"weights": "now", "schedule": "zero_bubble"}, "weights='now'.*schedule='zero_bubble' none is late"),
+    ({"weights": "now", "schedule": "lockstep", "tied_gradient": "paper"}, "weights='now' and tied_gradient='paper'"),
+    (
+        {"weights": "now", "delay_compensation": "weight_prediction"},
+        "weight_prediction does not go together with weights",
+    ),
+    ({"weights": "now", "delay_compensation": "muon+gap_aware"}, "gap_aware does not go together with weights='now'"),
     ({"max_memory": "{10GB}"}, "max_memory='{10GB}' must be .*not valid JSON"),
 ]
 

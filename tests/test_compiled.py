@@ -72,6 +72,14 @@ def test_schedules_agree(make: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_replays_of_compiled_layers(tmp_path: Path) -> None:
+    compiled = {**RUN, "weights": "now", **CAPTURED}
+    expected = trained(tmp_path / "reference", {"model": gpt2()}, schedule="reference", **compiled)
+    found = trained(tmp_path / "pipelined", {"model": gpt2()}, **compiled)
+    assert differing(outcome(expected), outcome(found)) == []
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
 @pytest.mark.skipif(not EVERY, reason="compiles for a minute: HF_OUROBOROS_EVERY_CASE=1 runs it")
 def test_inductor(tmp_path: Path) -> None:

@@ -116,6 +116,15 @@ def test_a_pure_part_imports_no_library_of_tensors(part: str) -> None:
         assert not libraries & set(PURE[part]), (module, libraries)
 
 
+def test_what_only_several_processes_need_is_not_imported_for_one() -> None:
+    ones = {"processes", "files", "saving", "handshake", "run_digest", "meeting", "launch"}
+    inside = {m.removeprefix("hf_ouroboros.processes.") for m in MODULES if m.startswith("hf_ouroboros.processes.")}
+    assert ones < inside
+    found = {m.removeprefix("hf_ouroboros.processes.") for m in reachable("hf_ouroboros.trainer")}
+    assert found & inside == ones
+    assert "hf_ouroboros.processes.channels" in reachable("hf_ouroboros.processes.several")
+
+
 def test_a_circle_is_found() -> None:
     with pytest.raises(pytest.fail.Exception, match="a -> b -> a|b -> a -> b"):
         assert_no_circle({"a": {"b"}, "b": {"a"}})

@@ -15,7 +15,11 @@ ANEW = "or start anew from its weights (model_name_or_path)"
 
 
 def describe_run(
-    model: nn.Module, optimizer: torch.optim.Optimizer, compensation: str, scheduler: Any = None
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    compensation: str,
+    scheduler: Any = None,
+    frozen: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """What the manifest says of a run, ready for JSON.
 
@@ -24,6 +28,7 @@ def describe_run(
         optimizer: the complete optimizer itself, without the faces that Trainer sees.
         compensation: what is done about the delay.
         scheduler: of the learning rate; None where it is not known yet.
+        frozen: digests of the model's frozen parameters, also of those of other processes; None for those that are here.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = [[names.get(id(p), "?") for p in group["params"]] for group in optimizer.param_groups]
@@ -33,7 +38,7 @@ def describe_run(
         "groups": groups,
     }
     if options := adapter_options(model):
-        run |= {"adapters": options, "frozen": frozen_digests(model)}
+        run |= {"adapters": options, "frozen": frozen_digests(model) if frozen is None else frozen}
     return run if scheduler is None else {**run, "scheduler": type(scheduler).__name__}
 
 

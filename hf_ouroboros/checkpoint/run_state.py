@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..engine.state import RunState
-from ..errors import CheckpointError
+from ..errors import CheckpointError, CheckpointMismatchError
 from .manifest import Manifest, StatePart, find_changes, read_manifest, write_manifest
 
 STATE_TENSORS = "ouroboros_state.safetensors"
@@ -66,9 +66,16 @@ def read_run_state(
             gradients of its replicas, so that the update they make is the same, and the memories of all columns.
 
     Raises:
+        CheckpointMismatchError: another R, and with weights="now" there are no gradients yet of which to take the mean.
         CheckpointError: a file can't be read, or does not hold what the manifest says.
     """
     meta = manifest.meta
+    if meta["replicas"] != replicas and meta.get("weights") == "now" and any(meta["pending_ticks"].values()):
+        raise CheckpointMismatchError(
+            f"the checkpoint was written by {meta['replicas']} replicas with weights='now', which each have micro-batches of their own "
+            f"whose backward is still to come, and this run has {replicas}; resume with data_parallel_replicas={meta['replicas']}, or "
+            "start anew from its weights (model_name_or_path)"
+        )
     own = [part for part in meta["parts"] if meta["replicas"] != replicas or part["replica"] == replica]
     ticks = {s: entries for s, entries in meta["pending_ticks"].items() if stages is None or int(s) in stages}
     gradients: dict[str, torch.Tensor] = {}

@@ -38,6 +38,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=["float32", "bfloat16", "float16"], default=None, help="default: the configuration's"
     )
     parser.add_argument("--recompute", action="store_true", help="keep only stage inputs, replay forwards")
+    parser.add_argument(
+        "--weights",
+        choices=["then", "now"],
+        default="then",
+        help="of late backwards: then, older versions being kept (default), or now, with a replay and no older version",
+    )
 
 
 GIGABYTES, MICROSECONDS = Number(1e-6, 1e6), Number(0, 1e9)

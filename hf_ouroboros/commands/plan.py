@@ -99,8 +99,14 @@ def run(arguments: argparse.Namespace) -> int:
             )
         dtype = data_type(arguments, config)
         facts = model_facts(config, arguments.batch, arguments.seq, dtype, arguments.lora_rank, arguments.quantization)
+    if arguments.weights == "now" and SCHEDULES[arguments.schedule].is_synchronous:
+        raise UnsupportedOptionError(
+            f"--weights now: with --schedule {arguments.schedule} no backward is late, and no older weights are kept; leave it out"
+        )
     check_work(facts.layers, [(len(kinds), arguments.micro_batches)] * len(simulated()))
-    options = MemoryOptions(arguments.schedule, arguments.micro_batches, arguments.recompute, arguments.optimizer)
+    options = MemoryOptions(
+        arguments.schedule, arguments.micro_batches, arguments.recompute, arguments.optimizer, arguments.weights
+    )
     plan = plan_split(facts, _devices(arguments, kinds, config, facts), options, arguments.num_stages)
     connections = links(arguments, arguments.link)
     runs, left_out = {}, {}
@@ -182,6 +188,7 @@ def _headline(plan: SplitPlan) -> str:
         f"{facts.name}: {facts.parameters:,} parameters{active}, {facts.layers} layers, {tied} embeddings; micro-batches of "
         f"{facts.batch} x {facts.time} tokens, {str(facts.dtype).removeprefix('torch.')}, "
         f"M = {plan.options.micro_batches}, {plan.options.optimizer}{', recompute' if plan.options.recompute else ''}"
+        f"{', weights of now' if plan.options.replays_newest else ''}"
     )
     if any(unit.trained < unit.parameter_bytes for unit in facts.units):
         text += f"\nonly adapters are trained: {sum(unit.trained for unit in facts.units) / 2**20:,.1f} MiB"

@@ -5,35 +5,49 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from ..planning.memory_model import MemoryOptions
 from ..planning.planner import PlannedStage, SplitPlan, plan_split
+from ..schedules import SCHEDULES
 from ..simulate.links import Links
 from ..simulate.peers import PEERS, peer_placement
 from ..simulate.simulator import Simulation, StageCost, ideal_speedup, simulate
 
 
-def stage_costs(plan: SplitPlan) -> list[StageCost]:
-    """What the simulator has to know of the stages of a plan."""
+def stage_costs(plan: SplitPlan, schedule: str | None = None) -> list[StageCost]:
+    """What the simulator has to know of the stages of a plan.
+
+    Args:
+        plan: the plan.
+        schedule: that executes it; None for the one that it was made for.
+    """
+    saved = plan.options.replays and schedule is not None and not _options(plan, schedule).replays
     return [
         StageCost(
             stage.forward,
-            stage.backward,
+            stage.backward - (stage.forward if saved and stage is not plan.stages[-1] else 0.0),
             stage.step,
             stage.units[-1].output_bytes,
-            _kept_bytes(plan, stage),
+            _whole_bytes(stage) if saved else _kept_bytes(plan, stage),
             sum(unit.parameter_bytes for unit in stage.units),
-            weight_share=_weight_share(plan, stage),
+            weight_share=_weight_share(plan, stage, saved),
             plan_cost=sum(unit.plan_cost for unit in stage.units),
             divided_bytes=_whole_bytes(stage)
-            - _kept_bytes(plan, stage)
+            - (_whole_bytes(stage) if saved else _kept_bytes(plan, stage))
             + sum(unit.arrival_bytes for unit in stage.units),
         )
         for stage in plan.stages
     ]
 
 
+def _options(plan: SplitPlan, schedule: str) -> MemoryOptions:
+    """Options of a plan under another schedule; no gradient of a peer is late."""
+    known = schedule in SCHEDULES
+    return replace(plan.options, schedule=schedule) if known else replace(plan.options, weights="then")
+
+
 def _kept_bytes(plan: SplitPlan, stage: PlannedStage) -> float:
-    """What a stage keeps of a micro-batch from its forward to its backward; with recompute, its input."""
-    if plan.options.recompute and stage is not plan.stages[-1]:
+    """What a stage keeps of a micro-batch from its forward to its backward; with a replay, its input."""
+    if plan.options.replays and stage is not plan.stages[-1]:
         return stage.units[0].output_bytes if stage.stage else 0.0
     return _whole_bytes(stage)
 
@@ -42,11 +56,12 @@ def _whole_bytes(stage: PlannedStage) -> float:
     return sum(unit.activation_bytes for unit in stage.units)
 
 
-def _weight_share(plan: SplitPlan, stage: PlannedStage) -> float:
+def _weight_share(plan: SplitPlan, stage: PlannedStage, saved: bool) -> float:
     """The part of a backward that is of the weights; the gradient of the input takes as long as a forward does."""
-    replayed = plan.options.recompute and stage is not plan.stages[-1]
-    spent = stage.forward * (1 + replayed)
-    return min(1.0, max(0.0, 1 - spent / stage.backward)) if stage.backward else 0.0
+    replayed = plan.options.replays and stage is not plan.stages[-1]
+    backward = stage.backward - (stage.forward if replayed and saved else 0.0)
+    spent = stage.forward * (1 + (replayed and not saved))
+    return min(1.0, max(0.0, 1 - spent / backward)) if backward else 0.0
 
 
 def predict(plan: SplitPlan, schedule: str, links: Links, replicas: int = 1) -> Simulation:
@@ -60,18 +75,18 @@ def predict(plan: SplitPlan, schedule: str, links: Links, replicas: int = 1) -> 
         plan = plan_split(
             replace(plan.facts, tied_bytes=0),
             [replace(device, memory=math.inf) for device in plan.devices],
-            plan.options,
+            _options(plan, schedule),
             placement=peer_placement(schedule, len(plan.devices)),
         )
     used = max(plan.placement) + 1
     return simulate(
         schedule,
         plan.placement,
-        stage_costs(plan),
+        stage_costs(plan, schedule),
         plan.options.micro_batches,
         links=links,
         replicas=replicas,
-        recompute=plan.options.recompute,
+        recompute=_options(plan, schedule).replays,
         device_names=names[:used],
     )
 

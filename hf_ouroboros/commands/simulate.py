@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     device = replace(estimated(facts, kinds[0]), memory=float("inf"))
     rows, panels = [], []
     for micro_batches in arguments.micro_batches:
-        options = MemoryOptions(micro_batches=micro_batches, recompute=arguments.recompute)
+        options = MemoryOptions(micro_batches=micro_batches, recompute=arguments.recompute, weights=arguments.weights)
         for gigabytes in arguments.link:
             plans = [plan_split(facts, [device] * count, options) for count in counts]
             ideals = [ideal(plan) for plan in plans]

@@ -5,14 +5,16 @@ from __future__ import annotations
 import torch
 
 from ..errors import EngineError
-from ..partition import Partition
+from ..partition import Boundary, Partition
 from ..schedules.clock import Clock, Slot
 from .accounts import Accounts
 from .exposed import ExposedUpdate
+from .in_flight import whole
 from .optimizers import StageOptimizer
+from .parts import EngineParts
 from .settings import EngineSettings
 from .stage_runner import StageRunner
-from .state import RunState
+from .state import RunState, starts_of
 from .streams import Streams, memories_on
 
 
@@ -22,7 +24,7 @@ class AtRest:
     partition: Partition
     settings: EngineSettings
     optimizer: torch.optim.Optimizer
-    update_open: bool
+    _parts: EngineParts
     _runners: dict[int, StageRunner]
     _accounts: Accounts
     _clock: Clock
@@ -30,6 +32,11 @@ class AtRest:
     _started: int
     _resting: bool
     _exposed: ExposedUpdate | None
+
+    @property
+    def update_open(self) -> bool:
+        """Whether micro-batches were submitted since the last `step`."""
+        raise NotImplementedError
 
     def rest(self) -> None:
         """Waits until all stages of this process have finished the newest tick; pending backwards stay pending."""
@@ -47,6 +54,9 @@ class AtRest:
         raise NotImplementedError
 
     def _release(self, slots: list[Slot]) -> None:
+        raise NotImplementedError
+
+    def _expect_gradient(self, stage: int, tick: int, output: Boundary) -> None:
         raise NotImplementedError
 
     def open_weights(self) -> None:
@@ -81,8 +91,8 @@ class AtRest:
             self._release(self._clock.drain())
             self._resting = False
             self.rest()
-            runners = self._runners
-            self._exposed = ExposedUpdate(runners, self.settings, self.partition.plan.num_stages, self._share_norms)
+            share = self._parts.transport.share_at_rest
+            self._exposed = ExposedUpdate(self._runners, self.settings, self.partition.plan.num_stages, share)
 
     def clear_gradients(self) -> None:
         """Removes the gradients that were exposed."""
@@ -106,13 +116,12 @@ class AtRest:
             self._clock.tick,
             self._clock.update,
             self._clock.delay_start,
-            {
-                # Copies: the run goes on and adds up and clips its gradients in place.
-                runner.index: {t: {n: g.clone() for n, g in gs.items()} for t, gs in runner.settled.items()}
-                for runner in self._runners.values()
-            },
+            # Copies: the run goes on and adds up and clips its gradients in place.
+            {runner.index: runner.pending() for runner in self._runners.values()},
             dict(self._streams.positions),
             {runner.index: dict(runner.memories.groups) for runner in self._runners.values()},
+            self.settings.weights,
+            starts_of(self.partition),
         )
 
     def load_state_dict(self, state: RunState) -> None:
@@ -126,10 +135,9 @@ class AtRest:
         state.check(self.partition, self.settings, self._runners)
         self.synchronize()
         for runner in self._runners.values():
-            runner.settled = {
-                tick: {name: g.to("cpu", copy=True) for name, g in gradients.items()}
-                for tick, gradients in state.pending.get(runner.index, {}).items()
-            }
+            runner.take_pending(state.pending.get(runner.index, {}))
+            for tick in sorted(runner.in_flight.keys() - runner.arrived.keys()):
+                self._expect_gradient(runner.index, tick, whole(runner.in_flight[tick].shapes))
             runner.memories.groups = memories_on(runner.device, state.memories.get(runner.index, {}))
             runner.seed = state.seed
         self._streams.positions = dict(state.streams)
@@ -143,7 +151,3 @@ class AtRest:
         for runner in self._runners.values():
             owned = self.partition.owned(runner.index).values()
             runner.optimizer = StageOptimizer(optimizer, owned, self.settings.compensations)
-
-    def _share_norms(self, update: int, norms: dict[int, torch.Tensor | None]) -> dict[int, torch.Tensor | None]:
-        """The norms of all stages, those of other processes included."""
-        return norms

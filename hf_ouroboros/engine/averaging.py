@@ -27,6 +27,9 @@ class ReplicaMean(Protocol):
     def start(self, tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
         """Begins to average tensors of one dtype, in place; the function returned waits until that is done."""
 
+    def close(self, drained: bool) -> None:
+        """The end; see `Transport.close`."""
+
 
 class BucketedMean:
     """Averages the gradients of one stage, once per update.

@@ -5,52 +5,36 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..errors import EngineError, WorkerError
-from ..partition import Partition, torch_device
+from ..partition import Boundary, Partition
 from ..schedules import device_programs
 from ..schedules.clock import Clock, Pause, Slot
+from ..schedules.instructions import Instruction
 from ..schedules.interleave import engine_costs
 from ..schedules.programs import stages_by_device
 from ..simulate.timeline import Timeline
-from .accounts import Accounts
 from .at_rest import AtRest
-from .averaging import ReplicaMean
-from .device_queue import handed_over, has_queues, queue_of
+from .device_queue import handed_over, has_queues
 from .exposed import ExposedUpdate
 from .losses import LossFunction
+from .messages import ForwardStarted, MicroBatch, Paused, Reported, StepDone, Work
 from .optimizers import snapshot_hyperparameters
-from .settings import EngineSettings, FinishedLoss, FinishedNorm, Hyperparameters, log_lag
+from .parts import EngineParts, parts_of_threads
+from .settings import EngineSettings, FinishedLoss, FinishedNorm, Hyperparameters, updates_behind
 from .stage_runner import StageRunner
 from .streams import Streams
-from .transport import InProcessTransport, Transport
 from .weights import TiedLink
-from .worker import ForwardStarted, Paused, StepDone, Work, Worker
-
-
-@dataclass(frozen=True)
-class Site:
-    """Where an engine works: which devices are its own, and how it reaches the others.
-
-    Args:
-        devices: {index in the plan: torch device} of the devices that this process runs.
-        transport: to and from all stages.
-        run_ahead: micro-batches that may wait in front of the first stage of this process.
-        replica_mean: averages gradients over data-parallel replicas; None for a single replica.
-    """
-
-    devices: Mapping[int, torch.device]
-    transport: Transport
-    run_ahead: int = 1
-    replica_mean: ReplicaMean | None = None
+from .worker import Worker
 
 
 class Engine(AtRest):
-    """Delayed-gradient training of a partition, one worker thread per device.
+    """Delayed-gradient training of a partition, one worker thread per device of this process.
+
+    Where there are several processes, all of them make the same calls in the same order.
 
     Call `submit` for every micro-batch and `step` after the last one of an update. Both return as soon as the
     workers have enough to do; losses come back through `collect`, up to K ticks later.
@@ -61,7 +45,7 @@ class Engine(AtRest):
         loss_fn: (logits, micro-batch, context) -> scalar, run by the last stage.
         settings: settings of the run.
         timeline: where to record executed instructions; None for nowhere.
-        site: the part of the devices that this process runs; None for all of them.
+        parts: what it works with; None for all devices in this process.
     """
 
     def __init__(
@@ -71,24 +55,18 @@ class Engine(AtRest):
         loss_fn: LossFunction,
         settings: EngineSettings,
         timeline: Timeline | None = None,
-        site: Site | None = None,
+        parts: EngineParts | None = None,
     ):
         plan = partition.plan
         num_stages, placement = plan.num_stages, plan.placement
-        devices = (
-            {index: torch_device(name) for index, name in enumerate(plan.devices)} if site is None else site.devices
-        )
-        queues = {index: queue_of(device) for index, device in devices.items()}
-        self._feeds_queues = any(has_queues(device.type) for device in devices.values())
-        if site is None:
-            by_stage = [queues[index] for index in placement] if self._feeds_queues else None
-            site = Site(devices, InProcessTransport(num_stages, len(devices), by_stage))
-        self._site = site
+        parts = parts_of_threads(plan) if parts is None else parts
+        self._parts = parts
+        self._feeds_queues = any(has_queues(device.type) for device in parts.devices.values())
         self.partition = partition
         self.settings = settings
         self.timeline = timeline
         self._clock = Clock(num_stages, settings.is_synchronous)
-        self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[Reported] = queue.SimpleQueue()
         self._started = -1
         self._slots = 0
         self._closed_at: dict[int, int] = {}  # slots that had been handed out when an update was closed
@@ -96,41 +74,41 @@ class Engine(AtRest):
         self._exposed: ExposedUpdate | None = None
         self._streams = Streams()
         self._opened: tuple[int, Hyperparameters] | None = None
-        self._work: dict[int, dict[str, Any]] = {}
+        self._submitted: dict[int, MicroBatch] = {}
         self._paused: set[int] = set()
         self._failure: WorkerError | None = None
         self._closed = False
-        self._stop_asked = False
+        self._drained = True  # whether all processes have received all that was sent to them
         link = TiedLink(partition.tied_names) if partition.tied_names and num_stages > 1 else None
         self._runners = {
-            k: StageRunner(partition, k, site.devices[d], loss_fn, settings, link, site.replica_mean)
+            k: StageRunner(partition, k, parts.devices[d], loss_fn, settings, link, parts.replica_mean)
             for k, d in enumerate(placement)
-            if d in site.devices
+            if d in parts.devices
         }
         programs = device_programs(
             settings.schedule,
             placement,
-            *engine_costs([row.cost for row in plan.rows], settings.recompute),
+            *engine_costs([row.cost for row in plan.rows], settings.replayed_by is not None),
             settings.micro_batches,
             exchange=settings.clip_scope == "global",
         )
-        self._accounts = Accounts(len(self._runners))
-        held = stages_by_device(placement)
+        self._accounts = parts.accounts
+        stages_of = stages_by_device(placement)
         self._workers = [
             Worker(
                 index,
                 plan.devices[index],
-                queues[index],
-                {k: self._runners[k] for k in held[index]},
+                parts.queues[index],
+                {k: self._runners[k] for k in stages_of[index]},
                 programs[index],
-                site.transport,
+                parts.transport,
                 settings,
                 num_stages,
                 min(self._runners),
                 self._events,
                 timeline,
             )
-            for index in site.devices
+            for index in parts.devices
         ]
         self.attach(optimizer)
         for worker in self._workers:
@@ -143,7 +121,8 @@ class Engine(AtRest):
 
         Args:
             batch: `input_ids` [batch, time] and what else the family and the loss take; `stream_columns` and
-                `stream_segments` [batch], where memories are to be carried over from segment to segment.
+                `stream_segments` [batch], where memories are to be carried over from segment to segment. The same one in
+                all processes of a replica.
             context: passed on to the loss function.
 
         Raises:
@@ -155,17 +134,13 @@ class Engine(AtRest):
         segment = self._streams.enter(batch) if self.partition.remembers else None
         if self.settings.predicts and not self.update_open:
             self._opened = self._clock.update, snapshot_hyperparameters(self.optimizer)
-        batch, made = handed_over(batch, self._feeds_queues)
+        ready, made = handed_over(batch, self._feeds_queues)
         tick, slots = self._clock.next_tick()
-        self._work[tick] = {
-            "delayed": not self.settings.is_synchronous(self._clock.update),
-            "opened": self._opened,
-            "batch": batch,
-            "context": context,
-            "segment": segment,
-            "made": made,
-        }
+        delayed = not self.settings.is_synchronous(self._clock.update)
+        self._submitted[tick] = MicroBatch(ready, context, delayed, self._opened, segment, made)
+        self._drained = False
         self._release(slots)
+        self._accounts.open_tick(tick, batch)
         return tick
 
     def step(self) -> int:
@@ -184,6 +159,7 @@ class Engine(AtRest):
             exposed.step(self.optimizer, update)
             for stage, norm in exposed.norms.items():
                 self._take(StepDone(stage, update, norm))
+        self._accounts.close_update(update, self._await_step)
         return update
 
     def collect(self) -> list[FinishedLoss]:
@@ -199,30 +175,41 @@ class Engine(AtRest):
 
     @property
     def grad_norm(self) -> float | None:
-        """Gradient norm, before clipping, of the newest update that all stages have closed."""
-        newest = self._accounts.newest
+        """Gradient norm, before clipping, of the newest update that all stages are known to have closed."""
+        newest = self._accounts.newest_norm()
         return None if newest is None else newest.value
 
-    def lag(self, update: int) -> int:
+    def updates_behind(self, update: int) -> int:
         """After how many more updates losses and norm of this one can be waited for without the pipeline running dry."""
         if self.settings.is_synchronous(update):
             return 0
-        return log_lag(self.partition.plan.num_stages, self.settings.micro_batches)
+        behind = updates_behind(self.partition.plan.num_stages, self.settings.micro_batches)
+        return behind + self._accounts.reporting_delay
 
     def account_for(self, updates: int) -> None:
         """Waits until losses and norms of so many updates can be collected."""
         self._check()
-        while self._accounts.complete < updates:
-            self._await_step(updates - 1)
+        self._accounts.account_for(updates, self._await_step)
+
+    def account_for_open(self) -> None:
+        """Waits until the losses of the open update's micro-batches can be collected."""
+        self.rest()
+        self._hear(block=False)
+        self._accounts.account_for_open(self._await_step)
 
     def request_stop(self) -> None:
-        """Asks for the end of the run."""
-        self._stop_asked = True
+        """Asks for the end of the run, in all processes."""
+        self._accounts.request_stop()
 
     @property
     def stop_requested(self) -> bool:
-        """Whether the end of the run was asked for."""
-        return self._stop_asked
+        """Whether the end of the run was asked for; becomes true at the same step in all processes."""
+        return self._accounts.stop_requested()
+
+    @property
+    def instruction(self) -> Instruction | None:
+        """What the worker of this process's first device executes at present."""
+        return self._workers[0].instruction
 
     @property
     def closed(self) -> bool:
@@ -247,41 +234,47 @@ class Engine(AtRest):
     def synchronize(self) -> None:
         """Waits until all stages have finished the newest tick; pending backwards stay pending."""
         self.rest()
+        self._accounts.report_all(self._await_step)
 
     def settle(self) -> None:
         """Like `synchronize`, and runs the pending backwards: their gradients are kept, queued, not applied."""
         self._pause(Pause(settle=True))
+        self._parts.transport.flush()
+        self._accounts.report_all(self._await_step)
+        self._drained = not self.update_open
 
-    def close(self, timeout: float = 10.0) -> None:
+    def close(self) -> None:
         """Stops the workers, whatever they are doing; safe to call twice."""
         if self._closed:
             return
+        parts, drained = self._parts, self._drained and self._failure is None
         self._closed = True
-        self._site.transport.abort()
+        parts.transport.abort()
         for worker in self._workers:
             worker.inbox.put(None)
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + parts.close_timeout
         for worker in self._workers:
             worker.join(max(0.0, deadline - time.monotonic()))
         for runner in self._runners.values():
             runner.release()
+        parts.transport.close(drained)
+        parts.accounts.close(drained)
+        if parts.replica_mean is not None:
+            parts.replica_mean.close(drained)
 
     # ---- inside ----
 
-    def _release(self, slots: list[Slot], hyperparameters: Any = None) -> None:
+    def _release(self, slots: list[Slot], hyperparameters: Hyperparameters | None = None) -> None:
         for slot in slots:
-            work = Work(
-                slot,
-                **self._work.pop(slot.tick, {}),
-                hyperparameters=hyperparameters if slot.update is not None else None,
-            )
+            micro_batch = None if slot.tick is None else self._submitted.pop(slot.tick)
+            work = Work(slot, micro_batch, None if slot.update is None else hyperparameters)
             self._slots += 1
             for worker in self._workers:
                 worker.inbox.put(work)
             if slot.tick is not None:
                 self._hear(block=False)
                 # Back-pressure: so many micro-batches may wait in front of the pipeline besides the K in flight.
-                while self._started < slot.tick - self._site.run_ahead:
+                while self._started < slot.tick - self._parts.run_ahead:
                     self._hear(block=True)
 
     def _pause(self, pause: Pause) -> None:
@@ -293,10 +286,8 @@ class Engine(AtRest):
         while len(self._paused) < len(self._workers):
             self._hear(block=True)
 
-    def account_for_open(self) -> None:
-        """Waits until the losses of the open update's micro-batches can be collected."""
-        self.rest()
-        self._hear(block=False)
+    def _expect_gradient(self, stage: int, tick: int, output: Boundary) -> None:
+        self._parts.transport.expect_gradient(stage, tick, output)
 
     @property
     def updates(self) -> int:
@@ -328,20 +319,17 @@ class Engine(AtRest):
                 event = self._events.get(block=block, timeout=1.0)
             except queue.Empty:
                 if block:
-                    self._still_waiting()
+                    self._parts.check_others()
                     continue
                 return
             block = False
             self._take(event)
 
-    def _still_waiting(self) -> None:
-        """Called every second while nothing is reported; may raise."""
-
-    def _take(self, event: Any) -> None:
+    def _take(self, event: Reported) -> None:
         """Takes in one report."""
         match event:
             case FinishedLoss():
-                self._accounts.add_losses([event])
+                self._accounts.add_loss(event)
             case ForwardStarted(tick):
                 self._started = tick
             case StepDone(stage, update, norm):

@@ -30,8 +30,8 @@ from ..partition import Boundary
 AHEAD = 3
 """Forwards that a worker may have asked for and its device not done."""
 
-Moment = Any
-"""A point of a queue's time: seconds, or an event."""
+Moment = float | torch.Event
+"""A point of a queue's time: seconds on a CPU, elsewhere an event."""
 
 
 class Reading:
@@ -42,7 +42,7 @@ class Reading:
         event: passed when it is there.
     """
 
-    def __init__(self, copy: torch.Tensor, event: Any):
+    def __init__(self, copy: torch.Tensor, event: torch.Event):
         self._copy, self._event = copy, event
 
     @property
@@ -66,7 +66,7 @@ class Parcel:
     """
 
     tensors: Boundary | None
-    event: Any = None
+    event: torch.Event | None = None
 
 
 class DeviceQueue:
@@ -95,7 +95,7 @@ class DeviceQueue:
     def keep_pace(self) -> None:
         """Before a forward: waits, in the thread, while the device is more than `AHEAD` forwards behind."""
 
-    def accept(self, batch: Mapping[str, Any], events: Mapping[torch.device, Any]) -> None:
+    def accept(self, batch: Mapping[str, Any], events: Mapping[torch.device, torch.Event]) -> None:
         """A micro-batch that the main thread has handed over is going to be used.
 
         Args:
@@ -133,6 +133,7 @@ class DeviceQueue:
 
     def seconds(self, moment: Moment) -> float:
         """A moment that is over, in seconds of `time.perf_counter`."""
+        assert isinstance(moment, float)
         return moment
 
 
@@ -148,17 +149,17 @@ class AcceleratorQueue(DeviceQueue):
         super().__init__(device)
         self._backend = backend
         self._compute = backend.stream(device)
-        self._beside: dict[tuple[int, torch.device], Any] = {}  # (id of the peer, device): streams of copies
-        self._forwards: deque[Any] = deque()
-        self._origin: tuple[Any, float] | None = None
+        self._beside: dict[tuple[int, torch.device], torch.Stream] = {}  # (id of the peer, device): streams of copies
+        self._forwards: deque[torch.Event] = deque()
+        self._origin: tuple[torch.Event, float] | None = None
 
     def begin(self) -> None:
         """See `DeviceQueue`."""
         self._backend.use(self._compute)
         self.go_on()
-        self._origin = self._backend.event(self._compute, timing=True), 0.0
-        self._origin[0].synchronize()
-        self._origin = self._origin[0], time.perf_counter()
+        event = self._backend.event(self._compute, timing=True)
+        event.synchronize()
+        self._origin = event, time.perf_counter()
 
     def go_on(self, tensors: Iterable[torch.Tensor] = ()) -> None:
         """See `DeviceQueue`."""
@@ -178,7 +179,7 @@ class AcceleratorQueue(DeviceQueue):
             self._forwards.popleft().synchronize()
         self._forwards.append(self._backend.event(self._compute))
 
-    def accept(self, batch: Mapping[str, Any], events: Mapping[torch.device, Any]) -> None:
+    def accept(self, batch: Mapping[str, Any], events: Mapping[torch.device, torch.Event]) -> None:
         """See `DeviceQueue`."""
         if self.device in events:
             self._backend.wait(self._compute, events[self.device])
@@ -228,14 +229,16 @@ class AcceleratorQueue(DeviceQueue):
 
     def has_passed(self, moment: Moment) -> bool:
         """See `DeviceQueue`."""
+        assert not isinstance(moment, float)
         return moment.query()
 
     def seconds(self, moment: Moment) -> float:
         """See `DeviceQueue`."""
+        assert self._origin is not None and not isinstance(moment, float)
         event, seconds = self._origin
         return seconds + event.elapsed_time(moment) / 1000
 
-    def _copies(self, receiver: DeviceQueue, device: torch.device) -> Any:
+    def _copies(self, receiver: DeviceQueue, device: torch.device) -> torch.Stream:
         key = id(receiver), device
         if key not in self._beside:
             self._beside[key] = self._backend.stream(device)
@@ -252,38 +255,42 @@ class Backend:
     def __init__(self, kind: str):
         self._module = torch.get_device_module(kind)
 
-    def stream(self, device: torch.device) -> Any:
+    def stream(self, device: torch.device) -> torch.Stream:
         """A new stream of a device."""
-        return self._module.Stream(device)
+        stream: torch.Stream = self._module.Stream(device)
+        return stream
 
-    def default_stream(self, device: torch.device) -> Any:
+    def default_stream(self, device: torch.device) -> torch.Stream:
         """The stream of those who ask for none."""
-        return self._module.default_stream(device)
+        stream: torch.Stream = self._module.default_stream(device)
+        return stream
 
-    def current_stream(self, device: torch.device) -> Any:
+    def current_stream(self, device: torch.device) -> torch.Stream:
         """The stream that this thread uses on a device."""
-        return self._module.current_stream(device)
+        stream: torch.Stream = self._module.current_stream(device)
+        return stream
 
-    def use(self, stream: Any) -> None:
+    def use(self, stream: torch.Stream) -> None:
         """Lets this thread use a stream, and its device, from now on."""
         self._module.set_device(stream.device)
         self._module.set_stream(stream)
 
-    def using(self, stream: Any) -> AbstractContextManager[Any]:
+    def using(self, stream: torch.Stream) -> AbstractContextManager[None]:
         """Lets this thread use a stream on the stream's device for a while."""
-        return self._module.stream(stream)
+        use: AbstractContextManager[None] = self._module.stream(stream)
+        return use
 
-    def event(self, stream: Any, timing: bool = False) -> Any:
+    def event(self, stream: torch.Stream, timing: bool = False) -> torch.Event:
         """An event that passes when a stream has done what it was asked for so far."""
-        event = self._module.Event(enable_timing=timing)
+        event: torch.Event = self._module.Event(enable_timing=timing)
         event.record(stream)
         return event
 
-    def wait(self, stream: Any, event: Any) -> None:
+    def wait(self, stream: torch.Stream, event: torch.Event) -> None:
         """Lets a stream, not the thread, wait for an event."""
         stream.wait_event(event)
 
-    def record(self, tensor: torch.Tensor, stream: Any) -> None:
+    def record(self, tensor: torch.Tensor, stream: torch.Stream) -> None:
         """Keeps a tensor's memory until a stream has done what it was asked for before the tensor was let go."""
         tensor.record_stream(stream)
 
@@ -318,7 +325,7 @@ def has_queues(kind: str) -> bool:
     return all(hasattr(module, name) for name in ("Stream", "Event", "default_stream", "set_stream"))
 
 
-def handed_over(batch: Mapping[str, Any], to_queues: bool) -> tuple[Mapping[str, Any], dict[torch.device, Any]]:
+def handed_over(batch: Mapping[str, Any], to_queues: bool) -> tuple[Mapping[str, Any], dict[torch.device, torch.Event]]:
     """A micro-batch as workers may use it without waiting, to be called in the thread that has made it.
 
     Args:

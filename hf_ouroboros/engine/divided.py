@@ -40,13 +40,13 @@ class Junction:
     Attributes:
         node: the node.
         leaves: the weights.
-        gradients: that arrived at the node, one per output of its forward; None before the first part.
+        gradients: that arrived at the node, one per output of its forward; none before the first part.
         versions: of their values when they arrived.
     """
 
     node: Node
     leaves: list[torch.Tensor] = field(default_factory=list)
-    gradients: tuple[torch.Tensor | None, ...] | None = None
+    gradients: tuple[torch.Tensor | None, ...] = ()
     versions: tuple[int, ...] = ()
 
     def keep(self, gradients: Sequence[torch.Tensor | None]) -> None:

@@ -64,8 +64,8 @@ class ExposedUpdate:
             norm = torch.linalg.vector_norm(torch.stack(present)) if present else None
             whole = dict.fromkeys(self.norms, norm)
         for stage, runner in self._runners.items():
-            if self.norms[stage] is not None:
-                runner.scale(whole[stage], bound)
+            if self.norms[stage] is not None and (norm := whole[stage]) is not None:
+                runner.scale(norm, bound)
 
     def step(self, optimizer: torch.optim.Optimizer, update: int) -> None:
         """Steps all stages with the gradients that their parameters have now.

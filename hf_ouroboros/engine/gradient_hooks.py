@@ -62,8 +62,8 @@ def accumulated(parameter: nn.Parameter, gradient: torch.Tensor) -> torch.Tensor
     with torch.no_grad():
         for hook in list(parameter._post_accumulate_grad_hooks.values()):
             hook(parameter)
-    gradient, parameter.grad = parameter.grad, before
-    return gradient
+    left, parameter.grad = parameter.grad, before
+    return left
 
 
 @contextmanager

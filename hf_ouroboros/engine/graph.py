@@ -14,7 +14,7 @@ from torch import nn
 
 from ..errors import UnsupportedModelError, UnsupportedOptionError
 
-Node = Any
+Node = torch.autograd.graph.Node
 """A node of autograd's graph."""
 
 

@@ -37,7 +37,7 @@ _of_this_thread = threading.local()
 class KnownTensor(torch.Tensor):
     """A tensor with a copy of its values in the host's memory, `host`; None once it was written to."""
 
-    host: torch.Tensor | None
+    host: torch.Tensor | None = None
 
     @staticmethod
     def of(tensor: torch.Tensor, host: torch.Tensor) -> KnownTensor:
@@ -47,7 +47,9 @@ class KnownTensor(torch.Tensor):
         return known
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         """Computes with the tensors, and with the copies where all tensors have one."""
         kwargs = kwargs or {}
         tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, torch.Tensor)]
@@ -69,8 +71,8 @@ class KnownTensor(torch.Tensor):
             result = result.as_subclass(torch.Tensor)
             if len(known) < len(tensors) or ("device" in kwargs and func is not torch.Tensor.to):
                 return result
-            if func is torch.Tensor.to:
-                return cls.of(result, known[0].host.to(result.dtype))
+            if func is torch.Tensor.to and (host := known[0].host) is not None:
+                return cls.of(result, host.to(result.dtype))
             copies = tree_map_only(cls, lambda value: value.host, (args, kwargs))
             return cls.of(result, func(*copies[0], **copies[1]))
 

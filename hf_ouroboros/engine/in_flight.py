@@ -29,6 +29,11 @@ class InFlight:
     )  # of its weight version, in lower precision
     meeting: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)  # tied matrices, as the stage used them
     gradients: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)  # that a divided backward had at once
+    shapes: Boundary = field(default_factory=dict, repr=False)  # of the output: empty tensors, of one dimension more
+
+    def forget_weights(self) -> None:
+        """After a forward that will be replayed with other weights: lets go of those that it used."""
+        self.leaves, self.copies, self.meeting = {}, {}, {}
 
     def taken(self) -> dict[str, torch.Tensor]:
         """Gradients that a backward has left in the weights of the forward, taken out of them."""
@@ -54,11 +59,29 @@ class InFlight:
         return [*self.leaves.values(), *(self.received or {}).values(), *(self.memory or {}).values()]
 
 
+def shapes_of(output: Boundary | torch.Tensor) -> Boundary:
+    """Shapes and dtypes of what a stage has put out, as tensors that hold nothing, so that they are saved as others are."""
+    named = {} if isinstance(output, torch.Tensor) else output
+    return {name: torch.empty((0, *tensor.shape), dtype=tensor.dtype) for name, tensor in named.items()}
+
+
+def whole(shapes: Boundary) -> Boundary:
+    """Tensors without values of the shapes and dtypes that `shapes_of` has noted."""
+    return {name: torch.empty(t.shape[1:], dtype=t.dtype, device="meta") for name, t in shapes.items()}
+
+
 def detached(output: Boundary | torch.Tensor) -> Boundary | torch.Tensor:
     """What a stage has put out, without its graph."""
     if isinstance(output, torch.Tensor):
         return output.detach()
     return {name: tensor.detach() for name, tensor in output.items()}
+
+
+def are_equal(one: Boundary | torch.Tensor, other: Boundary | torch.Tensor) -> bool:
+    """Whether two forwards of a stage have put out the same, to the last bit."""
+    if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
+        return isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and torch.equal(one, other)
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 def roots_of(
@@ -77,11 +100,12 @@ class BufferCheck:
 
     Args:
         stage: the stage.
-        replayed: whether its forwards are replayed.
+        option: for which its forwards are replayed; None if they aren't.
     """
 
-    def __init__(self, stage: torch.nn.Module, replayed: bool):
-        self._buffers = dict(stage.named_buffers()) if replayed else {}
+    def __init__(self, stage: torch.nn.Module, option: str | None):
+        self._option = option
+        self._buffers = {} if option is None else dict(stage.named_buffers())
         self._versions = self._now()
 
     def _now(self) -> dict[str, int]:
@@ -96,6 +120,6 @@ class BufferCheck:
         if self._buffers and (found := self._now()) != self._versions:
             name = next(name for name in found if found[name] != self._versions[name])
             raise UnsupportedModelError(
-                f"a forward writes into the buffer {name}, so that recompute=True would replay it with another value; leave "
-                "recompute off"
+                f"a forward writes into the buffer {name}, so that {self._option} would replay it with another value; train "
+                f"without {self._option}"
             )

@@ -19,13 +19,12 @@ LossOfLogits = Callable[[torch.Tensor, Mapping[str, Any], Any], torch.Tensor]
 
 
 class LossOfModel(ABC):
-    """A loss function that calls the model itself, as a script's training step does.
+    """A loss function that calls the model itself, as a script's training step does."""
 
-    Attributes:
-        is_of_script: whether code of a script's own is in it, besides the model's.
-    """
-
-    is_of_script: bool = True
+    @property
+    def is_of_script(self) -> bool:
+        """Whether code of a script's own is in it, besides the model's."""
+        return True
 
     @abstractmethod
     def __call__(self, model: ModelCall, inputs: dict[str, Any], context: Any) -> torch.Tensor:
@@ -77,8 +76,8 @@ def finishing(
             outputs.update(nodes_of(output))
             return output
 
-        own = reads is not None and isinstance(loss_fn, LossOfModel) and loss_fn.is_of_script
-        with reads.loss() if own else contextlib.nullcontext():
+        own = isinstance(loss_fn, LossOfModel) and loss_fn.is_of_script
+        with reads.loss() if own and reads is not None else contextlib.nullcontext():
             if isinstance(loss_fn, LossOfModel):
                 rest = {key: value for key, value in batch.items() if key not in selected}
                 loss = loss_fn(noted, {**to_device(rest, device), **selected}, context)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import random
 import sys
 import threading
@@ -127,10 +128,17 @@ def own_draws(seed: int, stage: int, tick: int, purpose: str, device: torch.devi
         _allowed.here = before
 
 
-class NoDraws(TorchDispatchMode):
+class _Watch(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch gives it no types
+
+
+class NoDraws(_Watch):
     """Within this context, which surrounds a backward, drawing random numbers is refused."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if _draws(func, args, kwargs or {}) and not getattr(_allowed, "here", False):
             raise UnsupportedModelError(
                 f"random numbers ({func}) are drawn in a backward, in a hook on gradients for instance, where they are not "
@@ -139,7 +147,7 @@ class NoDraws(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class _EveryDraw(TorchDispatchMode):
+class _EveryDraw(_Watch):
     """Lets every operation on a CPU that draws use a generator; modes are local to a thread.
 
     Attributes:
@@ -155,7 +163,9 @@ class _EveryDraw(TorchDispatchMode):
         self.drew_on_device: str | None = None
         self.drew_as_dropout: str | None = None
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if not _draws(func, args, kwargs):
             return func(*args, **kwargs)
@@ -175,7 +185,7 @@ class _EveryDraw(TorchDispatchMode):
             self.drew_on_device = self.drew_on_device or str(func)
         return func(*args, **kwargs)
 
-    def _drawn(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _drawn(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is torch.ops.aten.native_dropout.default:
             value, p = args[0], args[1]
             mask = torch.empty_like(value, dtype=torch.bool).bernoulli_(1 - p, generator=self.generator)
@@ -196,7 +206,7 @@ def _names(func: Any) -> list[str]:
     return [argument.name for argument in func._schema.arguments]
 
 
-def _bound(func: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _bound(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     return dict(zip(_names(func), args, strict=False)) | kwargs
 
 
@@ -205,7 +215,7 @@ def _same_types(func: Any, overload: Any, given: dict[str, Any]) -> bool:
     return all(str(a.type) == kinds.get(a.name) for a in func._schema.arguments if a.name in given)
 
 
-def _draws(func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     tagged = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
     if not tagged and not any(a.name == "generator" for a in func._schema.arguments):
         return False
@@ -219,7 +229,7 @@ def _draws(func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
     return _device(args, kwargs).type != "meta"
 
 
-def _device(args: tuple, kwargs: dict[str, Any]) -> torch.device:
+def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
     if kwargs.get("device") is not None:
         return torch.device(kwargs["device"])
     return next((t.device for t in args if isinstance(t, torch.Tensor)), torch.device("cpu"))
@@ -236,6 +246,10 @@ def _calls_noted(found: list[str]) -> Iterator[None]:
                 found.append(f"draws from Python's random numbers ({called.__name__}), {_ADVICE}")
         elif event == "call":
             code = frame.f_code
+            if (
+                code.co_filename == random.__file__ and code.co_name == "gauss"
+            ):  # which has every second number in stock
+                found.append(f"draws from Python's random numbers (gauss), {_ADVICE}")
             if code not in known:
                 known[code] = _mentions_numpy(frame)
             if known[code]:
@@ -274,8 +288,8 @@ def _by_compiler(frame: FrameType | None) -> bool:
 
 
 def _numpy_state() -> bytes:
-    _, keys, position, *_ = numpy.random.get_state()
-    return keys.tobytes() + bytes(str(position), "ascii")
+    """All of it, of whatever kind of generator, with the second of a pair of normal numbers that is kept for the next call."""
+    return pickle.dumps(numpy.random.get_state(legacy=False))
 
 
 def _mentions_numpy(frame: FrameType) -> bool:

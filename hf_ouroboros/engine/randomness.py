@@ -127,5 +127,6 @@ class _OwnGenerator(TorchFunctionMode):
         return self._dropout(torch.softmax(scores, -1), dropout_p) @ value
 
 
-def _dropout_p(args: tuple, kwargs: dict) -> float:
-    return args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)
+def _dropout_p(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    probability: float = args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)
+    return probability

@@ -75,7 +75,7 @@ class ReadCheck:
         others = ((name, b) for name, b in model.named_buffers() if name not in buffers and id(b) not in held)
         self._buffers = {id(b): name for name, b in others}
         together = settings.record.is_synchronous
-        replayed = settings.recompute and not stage.is_last
+        replayed = settings.replayed_by is not None and not stage.is_last
         forward = together or not (settings.predicts or replayed)
         self._own_allowed = {Moment.FORWARD: forward, Moment.LOSS: forward, Moment.BACKWARD: together}
         # What a stage has received was computed after the steps of the stages before; those behind may not have stepped yet.
@@ -187,18 +187,20 @@ class ReadCheck:
             raise self._found
 
     def _look(self, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        moment = self._moment
+        assert moment is not None  # the mode is there during one only
         name, writes = name_of(func)
-        self.saw_hooks |= name in _HOOKING and self._moment in (Moment.FORWARD, Moment.LOSS)
+        self.saw_hooks |= name in _HOOKING and moment in (Moment.FORWARD, Moment.LOSS)
         if name in WITHOUT_VALUES and not writes:
             return
-        if name == "backward" and self._moment is Moment.LOSS and not kwargs.get("inputs"):
+        if name == "backward" and moment is Moment.LOSS and not kwargs.get("inputs"):
             self._look_at_backward(args)
         for tensor in tensors_in((args, kwargs)):
-            found = self._objection(tensor, func, name, writes)
+            found = self._objection(moment, tensor, func, name, writes)
             if found is not None:
                 what, why, advice = found
-                who = self._moment.value.format(self._stage.index)
-                kind = UnsupportedOptionError if self._moment is Moment.LOSS else UnsupportedModelError
+                who = moment.value.format(self._stage.index)
+                kind = UnsupportedOptionError if moment is Moment.LOSS else UnsupportedModelError
                 self._found = self._found or kind(
                     f"{who} {what}, {why}; {advice}" + ("" if self._alone else ", or train with num_stages=1")
                 )
@@ -215,9 +217,9 @@ class ReadCheck:
             )
 
     def _objection(
-        self, tensor: torch.Tensor, func: Callable[..., Any], name: str, writes: bool
+        self, moment: Moment, tensor: torch.Tensor, func: Callable[..., Any], name: str, writes: bool
     ) -> tuple[str, str, str] | None:
-        key = id(tensor)
+        key: int | None = id(tensor)
         if key in self._buffers:
             advice = "look at it in a callback"
             return f"reads the buffer {self._buffers[key]}", "which another stage may be writing", advice
@@ -241,14 +243,14 @@ class ReadCheck:
             if own and type(parameter) is not nn.Parameter and not parameter.requires_grad:
                 return None  # packed: its library notes on it what its module needs
             return what, "which its stage uses meanwhile", "write in a callback"
-        if own and (self._moment is Moment.GRADIENT or self._own_allowed[self._moment]):
+        if own and (moment is Moment.GRADIENT or self._own_allowed[moment]):
             return None
-        if not own and key in self._foreign_allowed.get(self._moment, ()):
+        if not own and key in self._foreign_allowed.get(moment, ()):
             return None
         if key not in self._trained and not parameter.requires_grad:  # the same at every moment
             return None
         advice = "use weights by the modules that have them, look at them in a callback"
-        if key in self._right_if_synchronous and self._moment in (Moment.FORWARD, Moment.LOSS):
+        if key in self._right_if_synchronous and moment in (Moment.FORWARD, Moment.LOSS):
             advice += ", use schedule='1f1b'"
         return what, "which may be that of another micro-batch at that moment", advice
 
@@ -264,7 +266,8 @@ class ReadCheck:
             others = {key: p for key, (_, p) in self._parameters.items() if key not in self._own}
             self._kept = {s: key for key, p in others.items() if (s := storage_of(p)) is not None}
             for leaf in self._leaves.values():  # that of a tied matrix is lent to the last stage
-                self._kept.pop(storage_of(leaf), None)
+                if (lent := storage_of(leaf)) is not None:
+                    self._kept.pop(lent, None)
         key = self._kept.get(storage)
         if key is None or storage_of(self._parameters[key][1]) != storage:  # its stage has moved it meanwhile
             return None
@@ -317,7 +320,8 @@ def storage_of(tensor: torch.Tensor) -> int | None:
     """Which memory a tensor is in; None of tensors of a kind of their own."""
     if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.layout is not torch.strided:
         return None
-    return tensor.untyped_storage()._cdata
+    memory: int = tensor.untyped_storage()._cdata
+    return memory
 
 
 class _Calls(TorchFunctionMode):

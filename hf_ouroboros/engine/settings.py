@@ -31,6 +31,7 @@ class EngineSettings:
         threads: intra-op threads per CPU device; None leaves torch's setting.
         micro_batches: M, expected ticks per update: for the interleaving of stages, and for delays counted in updates.
         compensations: what is done about the delay besides the choice of the optimizer.
+        weights: of a late backward: "then", those of its forward, or "now", the newest ones, for which it replays its forward.
     """
 
     schedule: str = DEFAULT
@@ -44,6 +45,7 @@ class EngineSettings:
     threads: int | None = None
     micro_batches: int = 1
     compensations: tuple[Compensation, ...] = ()
+    weights: str = "then"
 
     @property
     def record(self) -> Schedule:
@@ -54,6 +56,16 @@ class EngineSettings:
     def predicts(self) -> bool:
         """Whether forwards use predicted weights."""
         return any(compensation.predicts for compensation in self.compensations)
+
+    @property
+    def replays_newest(self) -> bool:
+        """Whether late backwards replay their forward with the newest weights, so that no older ones are kept."""
+        return self.weights == "now" and not self.record.is_synchronous
+
+    @property
+    def replayed_by(self) -> str | None:
+        """The option for which all stages but the last replay forwards; None where they don't."""
+        return "weights='now'" if self.replays_newest else "recompute=True" if self.recompute else None
 
     def is_synchronous(self, update: int) -> bool:
         """Whether an update is drained, so that its gradients have no delay."""
@@ -100,7 +112,7 @@ class FinishedNorm:
         return math.sqrt(sum(float(norm) ** 2 for norm in self.stages))
 
 
-def log_lag(num_stages: int, micro_batches: int) -> int:
+def updates_behind(num_stages: int, micro_batches: int) -> int:
     """Updates after which the account of a delayed update is there without anybody having waited for it.
 
     An interleaved device stays behind by less than K slots, and a micro-batch is on its way for K; updates may be ragged,

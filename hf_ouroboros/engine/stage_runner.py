@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.func import functional_call
 
 from ..partition import Boundary, Finish, Memory, Partition, select, to_device
@@ -19,15 +20,14 @@ from .divided import DividedBackward
 from .gradient_hooks import calls_backward_hooks, first_part, refuse_on_halves, second_part, stage_backward
 from .graph import GraphCheck
 from .host_copies import known, plain_positions
-from .in_flight import BufferCheck, InFlight, detached, roots_of
+from .in_flight import BufferCheck, InFlight, are_equal, detached, roots_of, shapes_of
 from .kept_state import KeptState
 from .losses import LossFunction, LossOfModel, finishing
 from .noise import StageNoise
-from .optimizers import StageOptimizer
 from .randomness import has_dropout
 from .reads import ReadCheck
 from .rehearsal import rehearse
-from .settings import EngineSettings, Hyperparameters
+from .settings import EngineSettings
 from .stage_updates import Gradients, StageUpdates
 from .streams import Memories, Segment
 from .weights import TiedLink, WeightVersions
@@ -44,6 +44,10 @@ class StageRunner(StageUpdates):
         settings: settings of the run.
         link: shared by first and last stage of a model with tied embeddings, else None.
         replica_mean: averages the gradients of an update over replicas; None for a single replica.
+
+    Attributes:
+        replays_newest: whether backwards replay their forward with the newest weights.
+        arrived: gradients of this stage's outputs, by tick, that came before the slot of their backward.
     """
 
     def __init__(
@@ -62,15 +66,17 @@ class StageRunner(StageUpdates):
         self.settings = settings
         self.seed = settings.seed
         self.in_flight: dict[int, InFlight] = {}
+        self.arrived: dict[int, Boundary] = {}
         self._divided_backwards: dict[int, tuple[InFlight, DividedBackward, bool]] = {}
         self.settled: dict[int, Gradients] = {}
         self.window: Gradients = {}
-        self.optimizer: StageOptimizer | None = None
         self.memories = Memories()
         self._num_stages = partition.plan.num_stages
         self._predicted_for: int | None = None
         self._loss_fn = loss_fn
         self._link = link if self.stage.is_first or self.stage.is_last else None
+        self._lends = None if self.stage.is_last else self._link
+        self._borrows = None if self.stage.is_first else self._link
         alone = self._num_stages == 1
         owned = [partition.owned(k) for k in range(self._num_stages)]
         self._versions = WeightVersions(owned[stage], direct=alone)
@@ -83,41 +89,24 @@ class StageRunner(StageUpdates):
         self._bindings = [(name, leaf_names[id(p)]) for name, p in parameter_places(self.stage)]
         # A tied matrix that the embeddings use several times: what the head adds to its gradient comes first.
         uses = Counter(source for _, source in self._bindings)
-        self._meeting = [name for name in link.names if uses[name] > 1] if self._lends else []
+        self._meeting = [n for n in (() if self._lends is None else self._lends.names) if uses[n] > 1]
         self._noise = StageNoise(stage, self.stage.draws or has_dropout(self.stage))
         self._kept = KeptState(self.stage, isinstance(loss_fn, LossOfModel) and loss_fn.is_of_script)
-        self._buffers = BufferCheck(self.stage, replayed=settings.recompute and not self.stage.is_last)
+        self._replayed_by = None if self.stage.is_last else settings.replayed_by
+        self.replays_newest = settings.replays_newest and not self.stage.is_last
+        self._buffers = BufferCheck(self.stage, self._replayed_by)
         self._backwards, self._modules = 0, list(self.stage.modules())
-        # The last stage has one micro-batch in flight, and a stage that recomputes keeps no graph.
-        shares = not (self.stage.is_last or settings.recompute or settings.autocast_dtype is None)
-        self._copies = ComputeCopies(self.stage, self._bindings, settings.autocast_dtype) if shares else None
+        # The last stage has one micro-batch in flight, and a stage that replays keeps no graph.
+        dtype = None if self.stage.is_last or self._replayed_by else settings.autocast_dtype
+        self._copies = None if dtype is None else ComputeCopies(self.stage, self._bindings, dtype)
         refuse_on_halves(partition.tied, settings)
 
     @property
     def borrows(self) -> bool:
         """Whether this stage uses the tied matrices of a first stage that is another stage."""
-        return self._link is not None and not self.stage.is_first
-
-    @property
-    def _lends(self) -> bool:
-        return self._link is not None and not self.stage.is_last
+        return self._borrows is not None
 
     # ---- forward ----
-
-    def predict(self, update: int, hyperparameters: Hyperparameters) -> None:
-        """Lets the forwards of an update use predicted weights; the first of them asks for it.
-
-        Args:
-            update: the update that the forwards belong to.
-            hyperparameters: as they were when it opened.
-        """
-        if update == self._predicted_for:
-            return
-        self._predicted_for = update
-        at = self.settings.stage_update(self.index, self._num_stages, update)
-        found = self.optimizer.predictions(hyperparameters, at)
-        parameters = self._versions.parameters
-        self._versions.predict({name: found[id(p)] for name, p in parameters.items() if id(p) in found})
 
     def forward(
         self,
@@ -140,11 +129,11 @@ class StageRunner(StageUpdates):
             What the next stage receives, detached, or the detached scalar loss on the last one.
         """
         leaves = dict(self._versions.leaves())
-        if self.borrows:
-            for name, lent in self._link.weights.pop(tick).items():
+        if (link := self._borrows) is not None:
+            for name, lent in link.weights.pop(tick).items():
                 leaves[name] = lent.data.requires_grad_() if lent.requires_grad else lent
-        elif self._lends:
-            self._link.weights[tick] = {name: leaves[name] for name in self._link.names}
+        elif (link := self._lends) is not None:
+            link.weights[tick] = {name: leaves[name] for name in link.names}
         if received is not None:
             received = {
                 name: tensor.detach().requires_grad_(self.stage.trains(name, tensor))
@@ -162,9 +151,17 @@ class StageRunner(StageUpdates):
         self.memories.keep(segment, memory)
         # What will be replayed has a graph, too, which is dropped here: without one, torch may choose kernels (of attention
         # with an additive mask, for instance) that round in another way than the replay.
-        if self.stage.is_last or not self.settings.recompute:
+        if self._replayed_by is None:
             item.output = output
+        elif self.replays_newest:
+            item.shapes = shapes_of(output)
+            item.forget_weights()
         return detached(output)
+
+    def _replay(self, item: InFlight) -> Boundary | torch.Tensor:
+        """A forward once more, with its own weights, or with the newest ones."""
+        item.leaves = item.leaves or dict(self._versions.leaves())
+        return self._compute(item)[0]
 
     def _compute(self, item: InFlight) -> tuple[Boundary | torch.Tensor, Memory | None]:
         """Output and memory of a forward, which leaves what it was given as it is: it may be replayed."""
@@ -173,7 +170,7 @@ class StageRunner(StageUpdates):
         if copies is None or copies.proven:
             return self._attempt(item, copies)
         found, shared = self._attempt(item, None), self._attempt(item, copies)
-        copies.proven = all(torch.equal(value, shared[0][name]) for name, value in found[0].items())
+        copies.proven = are_equal(found[0], shared[0])
         if copies.proven:
             return shared
         self._copies = None
@@ -199,6 +196,7 @@ class StageRunner(StageUpdates):
             memory = None if item.memory is None else dict(item.memory)
             finish: Finish | None = None
             if self.stage.is_last and not rehearsal:
+                assert item.full_batch is not None
                 check = None if self._check is None else partial(self._check.loss, allowed=item.given())
                 given = item.full_batch, item.batch, item.context, self.device
                 finish = finishing(self._loss_fn, *given, check, self._reads)
@@ -217,7 +215,7 @@ class StageRunner(StageUpdates):
     def backward(
         self, tick: int, gradient: Boundary | None, closing: bool = False, adding: bool = False
     ) -> tuple[Gradients, Boundary | None]:
-        """Backward of a micro-batch with the weights and masks of its forward.
+        """Backward of a micro-batch with the masks and weights of its forward, or with the newest weights.
 
         Args:
             tick: the micro-batch's number.
@@ -235,9 +233,9 @@ class StageRunner(StageUpdates):
         if item.output is None and not gradient:  # nothing is trained here or before
             return {}, None if item.received is None else {}
         if item.output is None:
-            item.output, _ = self._compute(item)
+            item.output = self._replay(item)
         outputs, output_gradients = roots_of(item.output, gradient, self.device)
-        tied = self._link.gradients.pop(tick, {}) if self._lends else {}
+        tied = {} if (link := self._lends) is None else link.gradients.pop(tick, {})
         for name in tied.keys() & item.meeting.keys():
             outputs.append(item.meeting[name])
             output_gradients.append(tied.pop(name))
@@ -251,7 +249,7 @@ class StageRunner(StageUpdates):
                 weights = None
                 if calls_backward_hooks(self._modules):
                     weights = {name: item.leaves[source] for name, source in self._bindings}
-                alone = self._versions.parameters.values() if self._num_stages == 1 else ()
+                alone: Iterable[nn.Parameter] = self._versions.parameters.values() if self._num_stages == 1 else ()
                 with self._reads.backward(item.leaves) as hooks:
                     stage_backward(self.stage, weights, outputs, output_gradients, alone, watched, hooks)
         gradients = item.taken()
@@ -275,7 +273,7 @@ class StageRunner(StageUpdates):
         """
         item = self.in_flight[tick]
         if item.output is None and gradient:
-            item.output, _ = self._compute(item)
+            item.output = self._replay(item)
         divided, output_gradients = self._divided(item, gradient)
         if divided is None or not divided.is_worth_it:
             for earlier in sorted(self._divided_backwards):
@@ -291,7 +289,7 @@ class StageRunner(StageUpdates):
         item.gradients, item.output = item.taken(), None
         self._divided_backwards[tick] = item, divided, watched
         upstream = item.upstream()
-        for tensor in item.received.values():
+        for tensor in (item.received or {}).values():
             tensor.grad = None  # the graph, and with it what was received, is kept
         return upstream
 
@@ -327,25 +325,5 @@ class StageRunner(StageUpdates):
 
     def _give_back(self, tick: int, gradients: Gradients) -> None:
         """Takes those of borrowed matrices out, for the stage that they belong to."""
-        if self.borrows:
-            self._link.gradients[tick] = {n: gradients.pop(n) for n in self._link.names if n in gradients}
-
-    # ---- between ticks ----
-
-    @property
-    def _in_use(self) -> bool:
-        """Whether a pending forward or backward needs the present weights."""
-        divided = bool(self._divided_backwards)
-        return bool(self.in_flight) or divided or (self._lends and bool(self._link.weights))
-
-    def release(self) -> None:
-        """Lets go of activations, gradients, memories and old weights when the run is over."""
-        self.in_flight.clear()
-        self._divided_backwards.clear()
-        self.settled.clear()
-        self.window.clear()
-        self.memories.groups.clear()
-        self._versions.look_again()
-        if self._link is not None:
-            self._link.weights.clear()
-            self._link.gradients.clear()
+        if (link := self._borrows) is not None:
+            link.gradients[tick] = {n: gradients.pop(n) for n in link.names if n in gradients}

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 
 import torch
 from torch import nn
 from torch.nn.utils import get_total_norm
 
-from ..partition import Stage
+from ..partition import Boundary, Stage
 from .averaging import BucketedMean
+from .divided import DividedBackward
 from .gradient_hooks import accumulated, hooked
+from .in_flight import InFlight
 from .noise import StageNoise
 from .optimizers import StageOptimizer
+from .pending import Pending, due_next
 from .randomness import has_dropout
 from .reads import ReadCheck
 from .settings import EngineSettings, Hyperparameters
@@ -33,13 +36,20 @@ class StageUpdates:
 
     stage: Stage
     index: int
+    device: torch.device
     seed: int
     settings: EngineSettings
     memories: Memories
     window: Gradients
-    optimizer: StageOptimizer | None
+    in_flight: dict[int, InFlight]
+    arrived: dict[int, Boundary]
+    settled: dict[int, Gradients]
+    _divided_backwards: dict[int, tuple[InFlight, DividedBackward, bool]]
+    replays_newest: bool
+    _predicted_for: int | None
+    optimizer: StageOptimizer
     _num_stages: int
-    _in_use: bool
+    _lends: TiedLink | None
     _versions: WeightVersions
     _link: TiedLink | None
     _mean: BucketedMean | None
@@ -62,6 +72,7 @@ class StageUpdates:
         """Takes every gradient into the window, and hands it to the mean over replicas, as soon as it is complete."""
 
         def take(name: str, leaf: torch.Tensor) -> None:
+            assert leaf.grad is not None and self._mean is not None
             gradient, leaf.grad = leaf.grad, None
             self.accumulate({name: gradient}, tick)
             self._mean.ready(name, self.window)
@@ -131,7 +142,8 @@ class StageUpdates:
 
     def add_output_side(self, tick: int) -> None:
         """Takes the tied matrices' output-side gradients of a tick at once, as the paper does."""
-        self.accumulate(self._link.gradients.pop(tick, {}), tick)
+        if self._link is not None:
+            self.accumulate(self._link.gradients.pop(tick, {}), tick)
 
     def step(self, hyperparameters: Hyperparameters, update: int) -> None:
         """Closes an update: applies its gradients, or does nothing at all if there are none."""
@@ -144,7 +156,32 @@ class StageUpdates:
         at = self.settings.stage_update(self.index, self._num_stages, update)
         self.optimizer.step(ordered, hyperparameters, at)
 
-    # ---- what scripts may do between ticks ----
+    def predict(self, update: int, hyperparameters: Hyperparameters) -> None:
+        """Lets the forwards of an update use predicted weights; the first of them asks for it.
+
+        Args:
+            update: the update that the forwards belong to.
+            hyperparameters: as they were when it opened.
+        """
+        if update == self._predicted_for:
+            return
+        self._predicted_for = update
+        at = self.settings.stage_update(self.index, self._num_stages, update)
+        found = self.optimizer.predictions(hyperparameters, at)
+        parameters = self._versions.parameters
+        self._versions.predict({name: found[id(p)] for name, p in parameters.items() if id(p) in found})
+
+    # ---- between ticks ----
+
+    @property
+    def _in_use(self) -> Collection[str]:
+        """Names of the parameters whose present values a pending forward or backward needs."""
+        link = self._lends
+        if self.replays_newest:  # nothing but what the last stage has borrowed and not finished with
+            lent = link is not None and any(tick not in link.gradients for tick in self.in_flight)
+            return link.names if link is not None and lent else ()
+        pending = self.in_flight or self._divided_backwards or (link is not None and link.weights)
+        return self._versions.parameters if pending else ()
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """What this stage uses, and others may have made while it rested."""
@@ -152,6 +189,36 @@ class StageUpdates:
         yield from self.stage.buffers()
         yield from self.window.values()
         yield from (t for memory in self.memories.groups.values() for t in memory.values())
+        if self.replays_newest:  # as they were read from a checkpoint
+            for item in self.in_flight.values():
+                yield from (*item.batch.values(), *(item.received or {}).values(), *(item.memory or {}).values())
+            yield from (t for gradient in self.arrived.values() for t in gradient.values())
+            yield from (t for gradients in self._heads.values() for t in gradients.values())
+
+    def pending(self) -> dict[int, Gradients]:
+        """Copies of the settled gradients, or of what pending backwards with weights of now need, by tick."""
+        if not self.replays_newest:
+            return {tick: {n: g.clone() for n, g in gradients.items()} for tick, gradients in self.settled.items()}
+        return {
+            tick: Pending(item, self.arrived.get(tick), self._heads.get(tick, {})).tensors()
+            for tick, item in self.in_flight.items()
+        }
+
+    def take_pending(self, pending: Mapping[int, Gradients]) -> None:
+        """Inverse of `pending`."""
+        if not self.replays_newest:
+            self.settled = {t: {n: g.to("cpu", copy=True) for n, g in found.items()} for t, found in pending.items()}
+            return
+        found = {t: Pending.of(t, pending[t], self.stage, self.device) for t in sorted(pending)}
+        self.in_flight = {tick: each.item for tick, each in found.items()}
+        due = due_next(found, self._num_stages - 1 - self.index)
+        self.arrived = {} if due is None else {due: found[due].gradient or {}}
+        self._heads.update({tick: each.head for tick, each in found.items()})
+
+    @property
+    def _heads(self) -> dict[int, Gradients]:
+        """Of tied matrices, by tick: the gradients that the last stage has left for the first one."""
+        return {} if self._lends is None else self._lends.gradients
 
     @property
     def has_views(self) -> bool:
@@ -180,7 +247,20 @@ class StageUpdates:
         found = {name: p for name, p in self._versions.parameters.items() if p.grad is not None}
         if found:
             self._versions.advance(self._in_use, found)
-        return [(p, p.grad) for p in found.values()]
+        return [(p, p.grad) for p in found.values() if p.grad is not None]
 
     def _ordered_window(self) -> list[torch.Tensor]:
         return [self.window[name] for name in self._versions.parameters if name in self.window]
+
+    def release(self) -> None:
+        """Lets go of activations, gradients, memories and old weights when the run is over."""
+        self.in_flight.clear()
+        self.arrived.clear()
+        self._divided_backwards.clear()
+        self.settled.clear()
+        self.window.clear()
+        self.memories.groups.clear()
+        self._versions.look_again()
+        if self._link is not None:
+            self._link.weights.clear()
+            self._link.gradients.clear()

@@ -12,12 +12,14 @@ from ..errors import CheckpointError, CheckpointMismatchError
 from ..partition import Memory, Partition
 from ..partition.experts import find_experts
 from ..schedules import names_where
+from .pending import due_next
 from .settings import EngineSettings
 
 FORMAT = 4
 NUMBERS = ("num_stages", "tied_gradient", "seed", "tick", "update", "delay_start")
 Pending = dict[int, dict[int, dict[str, torch.Tensor]]]
-"""{stage: {tick: {parameter name: gradient}}}: gradients that are known but not applied yet."""
+"""{stage: {tick: {parameter name: gradient}}}: gradients that are known but not applied yet; with weights="now", what pending
+backwards need instead (`pending.py`)."""
 
 
 @dataclass
@@ -31,9 +33,11 @@ class RunState:
         tick: ticks so far.
         update: updates so far.
         delay_start: first tick whose gradients are delayed; None before the delays start.
-        pending: gradients to come, [tick - d_k, tick) for each stage k.
+        pending: gradients to come, or to be computed, [tick - d_k, tick) for each stage k.
         streams: {first column of a group: (number of its columns, its next segment)}.
         memories: {stage: {group: what the stage remembers of the group's last segment}}.
+        weights: of late backwards, "then" or "now".
+        starts: first unit of every stage; what stages have received belongs there.
     """
 
     num_stages: int
@@ -45,6 +49,8 @@ class RunState:
     pending: Pending = field(default_factory=dict, repr=False)
     streams: dict[int, tuple[int, int]] = field(default_factory=dict)
     memories: dict[int, dict[int, Memory]] = field(default_factory=dict, repr=False)
+    weights: str = "then"
+    starts: list[int] = field(default_factory=list)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The pending gradients and memories by flat names, ready for safetensors."""
@@ -66,7 +72,8 @@ class RunState:
         numbers = {name: getattr(self, name) for name in NUMBERS}
         ticks = {str(stage): sorted(entries) for stage, entries in self.pending.items()}
         streams = {str(group): list(position) for group, position in self.streams.items()}
-        return {"format": FORMAT, **numbers, "pending_ticks": ticks, "streams": streams}
+        rule = {"weights": self.weights, "starts": list(self.starts)}
+        return {"format": FORMAT, **numbers, **rule, "pending_ticks": ticks, "streams": streams}
 
     @classmethod
     def from_parts(cls, meta: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> RunState:
@@ -96,20 +103,23 @@ class RunState:
                 if name != "tied_gradient" and not isinstance(meta[name], int):
                     if (name, meta[name]) != ("delay_start", None):
                         raise ValueError(f"{name} is {meta[name]!r}, not a whole number")
-            return cls(**{name: meta[name] for name in NUMBERS}, pending=pending, streams=streams, memories=memories)
+            weights, starts = str(meta.get("weights", "then")), [int(start) for start in meta.get("starts", ())]
+            numbers = {name: meta[name] for name in NUMBERS}
+            return cls(**numbers, pending=pending, streams=streams, memories=memories, weights=weights, starts=starts)
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(f"Ouroboros state is damaged: {type(error).__name__}: {error}") from error
 
-    def check(self, partition: Partition, settings: EngineSettings, held: Iterable[int] | None = None) -> None:
+    def check(self, partition: Partition, settings: EngineSettings, own_stages: Iterable[int] | None = None) -> None:
         """Refuses a state that can't be continued exactly by this run.
 
         Args:
             partition: the run's stages.
             settings: the run's settings.
-            held: the stages whose gradients this process needs; None for all.
+            own_stages: the stages whose gradients this process needs; None for all.
 
         Raises:
-            CheckpointMismatchError: other number of stages, split, tied-gradient rule, or delays; memories of other layers.
+            CheckpointMismatchError: other number of stages, split, tied-gradient rule, weights, or delays; memories of other
+                layers.
         """
         stages = len(partition.stages)
         if self.num_stages != stages:
@@ -129,7 +139,17 @@ class RunState:
                 f"there (schedule={settings.schedule!r}, delay_warmup_steps={settings.delay_warmup_steps}); resume with "
                 f"schedule {', '.join(names_where(lambda s: not s.is_synchronous))} and the same delay_warmup_steps"
             )
-        for stage in range(stages) if held is None else held:
+        if delayed and self.weights != settings.weights:
+            raise CheckpointMismatchError(
+                f"the checkpoint was written with weights={self.weights!r}, this run has {settings.weights!r}, which is another "
+                f"update rule; resume with weights={self.weights!r}, or start anew from its weights (model_name_or_path)"
+            )
+        if delayed and self.weights == "now" and self.starts != starts_of(partition):
+            raise CheckpointMismatchError(
+                f"the checkpoint holds what stages that begin at units {self.starts} of the model have received, this run's begin "
+                f"at {starts_of(partition)}; resume with the same device_map"
+            )
+        for stage in range(stages) if own_stages is None else own_stages:
             delay = stages - 1 - stage
             oldest = self.tick if self.delay_start is None else max(self.tick - delay, self.delay_start)
             entries = self.pending.get(stage, {})
@@ -138,24 +158,49 @@ class RunState:
                     f"the checkpoint's pending gradients of stage {stage} are of ticks {sorted(entries)}, expected "
                     f"{list(range(oldest, self.tick))}"
                 )
-            owned = partition.owned(stage)
-            layers = partition.stages[stage].layers.values()
-            experts = [some for layer in layers for some in find_experts(layer, partition.model.config)]
-            rested = {id(p) for some in experts for p in some.parameters}  # an expert may get no token of a micro-batch
-            trained = {name for name, p in owned.items() if p.requires_grad and id(p) not in rested}
-            for tick, gradients in entries.items():
-                for name, gradient in gradients.items():
-                    if name not in owned or gradient.shape != owned[name].shape:
-                        raise CheckpointMismatchError(
-                            f"the checkpoint has a pending gradient of {name!r} {tuple(gradient.shape)} for stage "
-                            f"{stage}, which does not hold such a parameter; resume with the same device_map"
-                        )
-                if missing := trained - gradients.keys():
-                    raise CheckpointMismatchError(
-                        f"the checkpoint has no pending gradient of {min(missing)!r} at tick {tick}, which stage {stage} "
-                        "of this run trains; the file is incomplete, or resume with the same device_map and frozen layers"
-                    )
+            if self.weights == "now":
+                self._check_inputs(partition, stage)
+            else:
+                self._check_gradients(partition, stage)
             self._check_memories(partition, stage)
+
+    def _check_gradients(self, partition: Partition, stage: int) -> None:
+        owned = partition.owned(stage)
+        layers = partition.stages[stage].layers.values()
+        experts = [some for layer in layers for some in find_experts(layer, partition.model.config)]
+        rested = {id(p) for some in experts for p in some.parameters}  # an expert may get no token of a micro-batch
+        trained = {name for name, p in owned.items() if p.requires_grad and id(p) not in rested}
+        for tick, gradients in self.pending.get(stage, {}).items():
+            for name, gradient in gradients.items():
+                if name not in owned or gradient.shape != owned[name].shape:
+                    raise CheckpointMismatchError(
+                        f"the checkpoint has a pending gradient of {name!r} {tuple(gradient.shape)} for stage "
+                        f"{stage}, which does not hold such a parameter; resume with the same device_map"
+                    )
+            if missing := trained - gradients.keys():
+                raise CheckpointMismatchError(
+                    f"the checkpoint has no pending gradient of {min(missing)!r} at tick {tick}, which stage {stage} "
+                    "of this run trains; the file is incomplete, or resume with the same device_map and frozen layers"
+                )
+
+    def _check_inputs(self, partition: Partition, stage: int) -> None:
+        entries, stages = self.pending.get(stage, {}), partition.stages
+        if not entries:
+            return
+        following = stages[stage + 1]
+        tied = {f"head.{n}": p for n, p in partition.tied.items() if p.requires_grad} if stage == 0 else {}
+        needed = {"shape", "batch" if stage == 0 else "received"}
+        due = due_next(entries, len(stages) - 1 - stage)
+        for tick, tensors in entries.items():
+            missing = needed - {name.partition(".")[0] for name in tensors}
+            if tick == due and following.first_trained < following.start:
+                missing |= {"gradient"} - {name.partition(".")[0] for name in tensors}
+            missing |= {n for n, p in tied.items() if n not in tensors or tensors[n].shape != p.shape}
+            if missing:
+                raise CheckpointMismatchError(
+                    f"the checkpoint has no {min(missing)} of tick {tick} for the pending backward of stage {stage}, or one of another "
+                    "shape; the file is incomplete, or resume with the same model and frozen layers"
+                )
 
     def _check_memories(self, partition: Partition, stage: int) -> None:
         names = set(partition.stages[stage].layer_names) if partition.remembers else set()
@@ -168,6 +213,11 @@ class RunState:
                     f"of its layers ({', '.join(sorted(names)) or 'none has any'}); the file is incomplete, or resume with "
                     "the same device_map and mem_len"
                 )
+
+
+def starts_of(partition: Partition) -> list[int]:
+    """The first unit of every stage."""
+    return [stage.start for stage in partition.stages]
 
 
 def check_format(meta: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers.optimization import AdafactorSchedule
 
+State = defaultdict[torch.Tensor, Any]
 _KNOWN = ("torch", "transformers", __name__.split(".")[0])
 
 
@@ -62,7 +63,7 @@ def _steps_each_by_itself(optimizer: torch.optim.Optimizer) -> bool:
         with torch.random.fork_rng(devices=[]):
             for groups in ([[0, 1]], [[0], [1]]):
                 matrices = [nn.Parameter(torch.tensor([[1.0, 2.0], [3.0, 4.0]]) * (k + 1)) for k in range(2)]
-                state: dict[Any, Any] = defaultdict(dict)
+                state: State = defaultdict(dict)
                 twins = [_twin(optimizer, [matrices[k] for k in group], state) for group in groups]
                 for scale in (1.0, 10.0):
                     for twin, group in zip(twins, groups, strict=True):
@@ -77,7 +78,7 @@ def _steps_each_by_itself(optimizer: torch.optim.Optimizer) -> bool:
     return all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def _twin(optimizer: torch.optim.Optimizer, matrices: list[nn.Parameter], state: dict[Any, Any]) -> Any:
+def _twin(optimizer: torch.optim.Optimizer, matrices: list[nn.Parameter], state: State) -> torch.optim.Optimizer:
     """An optimizer of the same kind for other parameters, made as the slices of the stages are."""
     twin = object.__new__(type(optimizer))
     for name, value in vars(optimizer).items():

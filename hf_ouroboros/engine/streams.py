@@ -138,6 +138,7 @@ class Memories:
     def keep(self, segment: Segment | None, memory: Memory | None) -> None:
         """Takes what the forward left."""
         if segment is not None:
+            assert memory is not None  # the forward was given one, as it was in a stream
             self.groups[segment.group] = memory
 
 

@@ -8,7 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from ..partition import Boundary
-from .device_queue import DeviceQueue
+from .device_queue import DeviceQueue, Parcel
+
+Message = tuple[int, Boundary | Parcel | None]
+"""A tick, and what is sent of it."""
 
 
 class Aborted(Exception):
@@ -38,8 +41,21 @@ class Transport(Protocol):
     def share(self, update: int, values: dict[int, Any]) -> dict[int, Any]:
         """Puts together what the devices contribute to an update: {stage: value} of all of them."""
 
+    def share_at_rest(self, update: int, values: dict[int, Any]) -> dict[int, Any]:
+        """The same, in the main thread of a process while its workers rest, for all of its stages."""
+
+    def flush(self) -> None:
+        """Waits until everything that was sent has been received."""
+
     def abort(self) -> None:
         """Wakes all waiting workers with `Aborted`; may be called from any thread, more than once."""
+
+    def close(self, drained: bool) -> None:
+        """Lets go of what connects processes, and of whatever is still on its way.
+
+        Args:
+            drained: whether all processes have received all that was sent to them, so that connections can be used again.
+        """
 
 
 class InProcessTransport:
@@ -53,7 +69,7 @@ class InProcessTransport:
 
     def __init__(self, num_stages: int, num_devices: int, queues: Sequence[DeviceQueue] | None = None):
         self._queues = queues
-        self._channels: dict[tuple[str, int], queue.SimpleQueue[Any]] = {
+        self._channels: dict[tuple[str, int], queue.SimpleQueue[Message | None]] = {
             (direction, stage): queue.SimpleQueue()
             for direction in ("hidden", "gradient")
             for stage in range(num_stages)
@@ -70,10 +86,12 @@ class InProcessTransport:
 
     def send(self, direction: str, stage: int, tick: int, tensors: Boundary | None) -> None:
         """Sends `direction` ("hidden" or "gradient") of a tick to a stage."""
-        if self._queues is not None:
+        channel = self._channels[direction, stage]
+        if self._queues is None:
+            channel.put((tick, tensors))
+        else:
             sender = self._queues[stage - 1 if direction == "hidden" else stage + 1]
-            tensors = sender.send(tensors, self._queues[stage])
-        self._channels[direction, stage].put((tick, tensors))
+            channel.put((tick, sender.send(tensors, self._queues[stage])))
 
     def receive(self, direction: str, stage: int, tick: int) -> Boundary | None:
         """Waits for what was sent to this stage for this tick.
@@ -85,10 +103,13 @@ class InProcessTransport:
         if item is None:
             self._channels[direction, stage].put(None)
             raise Aborted
-        sent_tick, tensors = item
+        sent_tick, sent = item
         if sent_tick != tick:
             raise RuntimeError(f"stage {stage} expected the {direction} of tick {tick} but got tick {sent_tick}")
-        return tensors if self._queues is None else self._queues[stage].receive(tensors)
+        if isinstance(sent, Parcel):
+            assert self._queues is not None
+            return self._queues[stage].receive(sent)
+        return sent
 
     def rendezvous(self) -> None:
         """Waits until all devices are here."""
@@ -104,9 +125,19 @@ class InProcessTransport:
         self._shared.pop(update - 2, None)  # everybody has read it: all came to this rendezvous since
         return self._shared[update]
 
+    def share_at_rest(self, update: int, values: dict[int, Any]) -> dict[int, Any]:
+        """The values themselves: all stages are here."""
+        return values
+
+    def flush(self) -> None:
+        """Nothing: what was sent is here."""
+
     def abort(self) -> None:
         """Wakes all waiting workers with `Aborted`; may be called from any thread, more than once."""
         self.aborted.set()
         self._barrier.abort()
         for channel in self._channels.values():
             channel.put(None)
+
+    def close(self, drained: bool) -> None:
+        """Nothing: nobody else is connected."""

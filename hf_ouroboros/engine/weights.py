@@ -4,6 +4,8 @@ A forward never uses a Parameter itself but a *leaf*: a tensor of its own on the
 step that would write into storage that a pending backward still needs, the Parameter moves to fresh storage; the
 leaves keep the old one. Autograd's gradients are then those of the weights of the forward, exactly, and the
 Parameter object stays the same for everybody else. (Writing through `.data` in place would be silently wrong.)
+With weights="now" a pending backward needs no leaves before it replays its forward, so that nothing moves but tied matrices
+that the last stage is still to use.
 
 Predicted weights (delay compensation) are leaves on storage of their own, which no step writes into.
 
@@ -73,28 +75,27 @@ class WeightVersions:
         # A frozen parameter has one version; of a kind of its own (packed weights, for example) it stays the object.
         return parameter.data if type(parameter) is nn.Parameter else parameter
 
-    def advance(self, in_use: bool, stepping: Collection[str] = ()) -> None:
+    def advance(self, in_use: Collection[str], stepping: Collection[str] = ()) -> None:
         """To be called before an in-place step.
 
         Args:
-            in_use: whether a pending forward or backward still needs the present values.
+            in_use: names of parameters whose present values a pending forward or backward still needs.
             stepping: names of parameters that the step writes although they may have been frozen since.
         """
         self._forget()
         self._predicted = {}
-        if in_use:
-            self._move([name for name in self._lent if name in stepping or self.parameters[name].requires_grad])
+        lent = self._lent.intersection(in_use)
+        self._move([name for name in lent if name in stepping or self.parameters[name].requires_grad])
         self._lent = set()
 
-    def let_go(self, in_use: bool) -> None:
+    def let_go(self, in_use: Collection[str]) -> None:
         """To be called before somebody else may write: what is in use keeps its values.
 
         Args:
-            in_use: whether a pending forward or backward still needs the present values.
+            in_use: names of parameters whose present values a pending forward or backward still needs.
         """
         self._forget()
-        if in_use:
-            self._move(self._lent)
+        self._move(self._lent.intersection(in_use))
         self._lent = set()
 
     def look_again(self) -> None:

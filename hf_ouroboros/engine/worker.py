@@ -5,13 +5,12 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, SupportsFloat
+from collections.abc import Iterator
 
 import torch
 
 from ..errors import WorkerError
+from ..partition import Boundary
 from ..schedules.clock import Pause, Slot
 from ..schedules.instructions import (
     Backward,
@@ -28,52 +27,11 @@ from ..schedules.instructions import (
 )
 from ..simulate.timeline import Event, Timeline
 from .device_queue import DeviceQueue, Moment
+from .messages import ForwardStarted, MicroBatch, Paused, Reported, StepDone, Work
+from .pending import due_next
 from .settings import EngineSettings, FinishedLoss, Hyperparameters
 from .stage_runner import StageRunner
-from .streams import Segment
 from .transport import Aborted, Transport
-
-
-@dataclass(frozen=True)
-class Work:
-    """A slot with what it carries: the micro-batch that enters, the hyper-parameters of the update that closes.
-
-    `delayed` tells whether the micro-batch belongs to an update with delays; `opened` is that update with its
-    hyper-parameters when it opened, where forwards use predicted weights; `segment` is its place in a stream; `made` are the
-    events of `handed_over`.
-    """
-
-    slot: Slot
-    delayed: bool = False
-    opened: tuple[int, Hyperparameters] | None = None
-    batch: Mapping[str, Any] | None = None
-    context: Any = None
-    segment: Segment | None = None
-    made: Mapping[torch.device, Any] = field(default_factory=dict)
-    hyperparameters: Hyperparameters | None = None
-
-
-@dataclass(frozen=True)
-class ForwardStarted:
-    """The first stage of this process has executed the forward of a tick."""
-
-    tick: int
-
-
-@dataclass(frozen=True)
-class StepDone:
-    """A stage has closed an update; norm of its gradients before clipping, None if it had none."""
-
-    stage: int
-    update: int
-    norm: SupportsFloat | None
-
-
-@dataclass(frozen=True)
-class Paused:
-    """A device reached the pause that the engine asked for."""
-
-    device: int
 
 
 class Worker(threading.Thread):
@@ -104,7 +62,7 @@ class Worker(threading.Thread):
         settings: EngineSettings,
         num_stages: int,
         pacing_stage: int,
-        events: queue.SimpleQueue[Any],
+        events: queue.SimpleQueue[Reported],
         timeline: Timeline | None,
     ):
         super().__init__(name=f"ouroboros {name}", daemon=True)
@@ -122,7 +80,7 @@ class Worker(threading.Thread):
         self._events = events
         self._timeline = timeline
         self.instruction: Instruction | None = None
-        self._work: dict[int, dict[int, Work]] = {stage: {} for stage in runners}
+        self._waiting: dict[int, dict[int, MicroBatch]] = {stage: {} for stage in runners}  # for their forwards
         self._hyperparameters: dict[int, dict[int, Hyperparameters]] = {stage: {} for stage in runners}
         self._norms: dict[int, torch.Tensor | None] = {}
         self._shared_norm: torch.Tensor | None = None
@@ -161,13 +119,15 @@ class Worker(threading.Thread):
                 yield item
                 continue
             for stage in self.runners:
-                if item.slot.tick is not None:
-                    self._work[stage][item.slot.tick] = item
+                entering, micro_batch = item.slot.tick, item.micro_batch
+                if entering is not None and micro_batch is not None:
+                    self._waiting[stage][entering] = micro_batch
                     if stage > 0:
-                        self._transport.expect_hidden(stage, item.slot.tick, item.batch)
+                        self._transport.expect_hidden(stage, entering, micro_batch.batch)
                 if item.slot.update is not None:
+                    assert item.hyperparameters is not None
                     self._hyperparameters[stage][item.slot.update] = item.hyperparameters
-                    tick = item.slot.trail[self._num_stages - 1 - stage]
+                    tick = item.slot.recent_ticks[self._num_stages - 1 - stage]
                     if tick is not None and self._is_pending(stage, tick):
                         self._closing[stage].add(tick)
             yield item.slot
@@ -175,7 +135,8 @@ class Worker(threading.Thread):
     def _is_pending(self, stage: int, tick: int) -> bool:
         """Whether the backward of a tick is still to come; the order of some schedules does not wait for the end of an update."""
         return any(
-            tick in known for known in (self._work[stage], self.runners[stage].in_flight, self.runners[stage].settled)
+            tick in known
+            for known in (self._waiting[stage], self.runners[stage].in_flight, self.runners[stage].settled)
         )
 
     def _execute(self, instruction: Instruction) -> None:
@@ -215,18 +176,18 @@ class Worker(threading.Thread):
             self._queue.go_on(runner.tensors())
 
     def _forward(self, runner: StageRunner, tick: int) -> None:
-        work = self._work[runner.index].pop(tick)
+        given = self._waiting[runner.index].pop(tick)
         received = None if runner.index == 0 else self._transport.receive("hidden", runner.index, tick)
-        self._queue.accept(work.batch, work.made)
+        self._queue.accept(given.batch, given.made)
         self._queue.keep_pace()
         start = self._queue.moment()
-        if work.opened is not None:
-            runner.predict(*work.opened)
-        output = runner.forward(tick, work.batch, work.context, received, work.segment)
+        if given.opened is not None:
+            runner.predict(*given.opened)
+        output = runner.forward(tick, given.batch, given.context, received, given.segment)
         self._record("forward", runner, tick, start)
-        if runner.index == self._num_stages - 1:
+        if isinstance(output, torch.Tensor):  # the loss, on the last stage
             self._events.put(FinishedLoss(tick, self._queue.reading(output)))
-            if self._settings.tied_gradient == "paper" and work.delayed and runner.borrows:
+            if self._settings.tied_gradient == "paper" and given.delayed and runner.borrows:
                 self._output_side_first.add(tick)
         else:
             self._transport.expect_gradient(runner.index, tick, output)
@@ -246,8 +207,7 @@ class Worker(threading.Thread):
             self.runners[0].add_output_side(tick)
 
     def _input_gradient(self, runner: StageRunner, tick: int) -> None:
-        last = runner.index == self._num_stages - 1
-        gradient = None if last else self._transport.receive("gradient", runner.index, tick)
+        gradient = self._gradient(runner, tick)
         start = self._queue.moment()
         upstream = runner.input_gradient(tick, gradient)
         self._record("backward", runner, tick, start)
@@ -261,15 +221,27 @@ class Worker(threading.Thread):
         runner.weight_gradients(tick, closing)
         self._record("weights", runner, tick, start)
 
+    def _gradient(self, runner: StageRunner, tick: int) -> Boundary | None:
+        """Of the output of a stage's forward of a tick; waits for it."""
+        if runner.index == self._num_stages - 1:
+            return None
+        if tick in runner.arrived:
+            return runner.arrived.pop(tick)
+        return self._transport.receive("gradient", runner.index, tick)
+
     def _settle(self, runner: StageRunner) -> None:
+        if runner.replays_newest:  # with weights that are still to come; but no message stays on its way
+            due = due_next(runner.in_flight, self._num_stages - 1 - runner.index)
+            if due is not None and due not in runner.arrived:
+                runner.arrived[due] = self._gradient(runner, due) or {}
+            return
         for tick in sorted(runner.in_flight):
             runner.settled[tick] = self._queue.put_away(self._run_backward(runner, tick, "settle"))
 
     def _run_backward(
         self, runner: StageRunner, tick: int, kind: str, closing: bool = False
     ) -> dict[str, torch.Tensor]:
-        last = runner.index == self._num_stages - 1
-        gradient = None if last else self._transport.receive("gradient", runner.index, tick)
+        gradient = self._gradient(runner, tick)
         start = self._queue.moment()
         gradients, upstream = runner.backward(tick, gradient, closing, adding=kind == "backward")
         self._record(kind, runner, tick, start)
@@ -313,6 +285,7 @@ class Worker(threading.Thread):
         if self._settings.clip_scope == "global":
             norm = self._norms[runner.index]
             if self._settings.max_grad_norm is not None and norm is not None:
+                assert self._shared_norm is not None
                 runner.scale(self._shared_norm, self._settings.max_grad_norm)
         else:
             norm = runner.clip(self._settings.stage_norm_bound(self._num_stages))
@@ -327,7 +300,7 @@ class Worker(threading.Thread):
 
     def _record_passed(self) -> None:
         """Writes down what the device has done by now, when it did it."""
-        while self._spans and self._queue.has_passed(self._spans[0][-1]):
+        while self._timeline is not None and self._spans and self._queue.has_passed(self._spans[0][-1]):
             kind, stage, index, start, end = self._spans.popleft()
             self._timeline.record(
                 Event(self.index, stage, kind, index, self._queue.seconds(start), self._queue.seconds(end))

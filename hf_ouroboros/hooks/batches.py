@@ -9,9 +9,6 @@ import torch
 from ..engine.device_queue import has_queues
 from ..engine.streams import COLUMNS, SEGMENTS
 from ..partition.meta import target_labels
-from ..processes.accelerator import ReplicaAccelerator
-from ..processes.awaiting import summed
-from ..processes.same_batches import SameBatches
 from .agreement import AgreementHooks
 from .touching import is_foreign
 
@@ -23,7 +20,6 @@ class BatchHooks(AgreementHooks):
 
     current_flos: float  # type: ignore[assignment]  # Trainer begins with a whole number, and goes on with any
     _signature_columns: list[str] | None  # type: ignore[assignment]  # mypy has only seen that Trainer begins with None
-    _same_batches: SameBatches | None = None
     _counted_for: Any = None
     _operations_each: float = 0.0
 
@@ -31,20 +27,20 @@ class BatchHooks(AgreementHooks):
         """As in Trainer; where devices are processes, data and metrics follow the replicas."""
         super().create_accelerator_and_postprocess()
         self._agree("the creation of the trainer's accelerator")  # where all are, before a group is formed
-        if self._grid is None and has_queues(self.args.device.type):
-            self.accelerator.device_placement = False  # each stage fetches what it needs from the host's memory
-        if self._grid is not None:
-            self.accelerator = ReplicaAccelerator.over(self.accelerator, self._grid, self._check_others)
+        if not self._processes.alone:
+            self.accelerator = self._processes.share_batches(self.accelerator)
             self.gather_function = self.accelerator.gather_for_metrics
+        elif has_queues(self.args.device.type):
+            self.accelerator.device_placement = False  # each stage fetches what it needs from the host's memory
 
     def get_tp_size(self) -> int:
         """How many processes share a batch: Trainer divides its count of processes by this."""
-        return 1 if self._grid is None else self._grid.num_devices
+        return self._processes.processes_per_replica
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         """Number of target tokens of an update over all replicas: labels after the shift that are not -100."""
-        if self._same_batches is not None and self._eval_sums is None and self.is_in_train:
-            self._same_batches.check(batch_samples, f"update {self.state.global_step + 1}")
+        if self._eval_sums is None and self.is_in_train:
+            self._processes.check_batches(batch_samples, f"update {self.state.global_step + 1}")
         if not batch_samples or batch_samples[0].get("labels") is None:
             return None
         targets = [
@@ -53,10 +49,11 @@ class BatchHooks(AgreementHooks):
         ]
         first, *others = (target.ne(-100).sum() for target in targets)
         count = sum(others, first)
-        if self._grid is None and self._eval_sums is None and count.device.type == "cpu" and has_queues(device.type):
+        alone, trains = self._processes.alone, self._eval_sums is None
+        if alone and trains and count.device.type == "cpu" and has_queues(device.type):
             return count.pin_memory()  # where the last stage fetches it
         count = count.to(device)
-        if self._counts_all_replicas and self._eval_sums is None:  # a batch of an evaluation stands for itself
+        if self._counts_all_replicas and trains:  # a batch of an evaluation stands for itself
             return self.accelerator.gather(count).sum()
         return count
 
@@ -68,11 +65,11 @@ class BatchHooks(AgreementHooks):
 
     def store_flos(self) -> None:
         """As in Trainer; while it waits for another process it hears of that one's failure."""
-        if self._grid is not None:
-            self.current_flos = summed(self.current_flos, self._control_group, self._check_others)
-            self.state.total_flos, self.current_flos = self.state.total_flos + self.current_flos, 0
-        else:
+        if self._processes.alone:
             super().store_flos()
+        else:
+            self.current_flos = self._processes.sum(self.current_flos)
+            self.state.total_flos, self.current_flos = self.state.total_flos + self.current_flos, 0
 
     def floating_point_ops(  # type: ignore[override]  # a share need not be a whole number, nor is it one in Trainer's sum
         self, inputs: dict[str, torch.Tensor | Any]

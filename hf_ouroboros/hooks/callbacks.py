@@ -93,19 +93,20 @@ class CallbackHooks(SplitTrainer):
         self._settings = Structure.of(self.model) if self._sets else None
         callbacks = self.callback_handler.callbacks
         # Each process has the gradients of its own stages only.
-        self._shows_gradients = self._grid is None and any(is_foreign(c, "on_optimizer_step") for c in callbacks)
+        self._shows_gradients = self._processes.alone and any(is_foreign(c, "on_optimizer_step") for c in callbacks)
 
     def _refuse_shared_state(self) -> None:
         """Raises UnsupportedOptionError if stages can't share what a script keeps, however long each waits for the others."""
         what = "code of the script in one stage (a hook, for instance) keeps something that its loss, or another stage, can reach"
-        if self._grid is not None:
+        if not self._processes.alone:
             raise UnsupportedOptionError(
-                f"{what}, but each of the {self._grid.world_size} processes has an object of its own; start the script as one process "
+                f"{what}, but each of the {self._processes.world_size} processes has an object of its own; start the script as one process "
                 "(python script.py), or train with num_stages=1"
             )
-        if self.options.recompute:
+        option = self.options.engine_settings(1).replayed_by
+        if option is not None:
             raise UnsupportedOptionError(
-                f"{what}, which a replay overwrites; leave recompute off, or train with num_stages=1"
+                f"{what}, which a replay overwrites; train without {option}, or with num_stages=1"
             )
 
     def _take_settings(self) -> None:
@@ -171,7 +172,7 @@ class _Visit:
             return
         self._begun = True
         engine = self._trainer._running_engine
-        if self._event == "on_pre_optimizer_step" and self._trainer._grid is None:
+        if self._event == "on_pre_optimizer_step" and self._trainer._processes.alone:
             with unwatched():
                 engine.expose_gradients()
         engine.open_weights()
@@ -188,9 +189,9 @@ class _Visit:
                 f"{self._who} looks at gradients within an update, which the stages still hold; look at them in "
                 "on_pre_optimizer_step"
             )
-        if self._trainer._grid is not None and self._event in ("on_pre_optimizer_step", "on_optimizer_step"):
+        if not self._trainer._processes.alone and self._event in ("on_pre_optimizer_step", "on_optimizer_step"):
             raise UnsupportedOptionError(
-                f"{self._who} looks at gradients, of which each of the {self._trainer._grid.world_size} processes has only "
+                f"{self._who} looks at gradients, of which each of the {self._trainer._processes.world_size} processes has only "
                 "those of its own stages; start the script as one process (python script.py)"
             )
 

@@ -34,10 +34,10 @@ class ChangeHooks(SplitTrainer):
             change = self._change()
             if change is None:
                 return
-            if self._grid is not None:
+            if not self._processes.alone:
                 raise UnsupportedOptionError(
                     f"{change} was changed after the trainer was made, but the model can't be split again: each of the "
-                    f"{self._grid.world_size} processes has only the weights of its own stages; change it before"
+                    f"{self._processes.world_size} processes has only the weights of its own stages; change it before"
                 )
         self._split(self.model, self.options)
         self._remember_model()

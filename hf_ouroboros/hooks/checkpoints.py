@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -26,7 +25,7 @@ from ..engine.state import RunState
 from ..errors import OutputFolderError
 from ..partition.owned_weights import without_progress_bars
 from ..processes import saving
-from ..processes.files import bring_home, save_optimizer, save_weights, together
+from ..processes.files import save_optimizer, save_weights
 from ..user_files import output_folder
 from .agreement import AgreementHooks
 from .resuming import ResumeHooks
@@ -67,9 +66,8 @@ class CheckpointHooks(AgreementHooks, ResumeHooks):
     def _holding(self, run_dir: str) -> Iterator[None]:
         """The lock of a folder, held by the main process for all; where this run holds it already, nothing."""
         problem: OutputFolderError | None = None
-        main = self._grid is None or self._grid.rank == 0
         with ExitStack() as stack:
-            if main and self._lock is None:
+            if self._processes.is_main and self._lock is None:
                 try:
                     lock = stack.enter_context(FolderLock(run_dir))
                     clear_leftovers(run_dir)
@@ -77,11 +75,9 @@ class CheckpointHooks(AgreementHooks, ResumeHooks):
                     self._lock = lock
                 except OutputFolderError as error:
                     problem = error
-            if self._grid is not None:
-                message = [None if problem is None else str(problem)]
-                dist.broadcast_object_list(message, 0, group=self._control_group)
-                if problem is None and message[0]:
-                    problem = OutputFolderError(message[0])
+            message = self._processes.broadcast(None if problem is None else str(problem))
+            if problem is None and message:
+                problem = OutputFolderError(message)
             if problem is not None:
                 raise problem
             yield
@@ -97,7 +93,11 @@ class CheckpointHooks(AgreementHooks, ResumeHooks):
         state = None if self.args.save_only_model else engine.state_dict()
         run_dir = super()._get_output_dir(trial)
         folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with self._guarded(f"saving {folder}"), self._holding(run_dir), self._putting_together(run_dir) as staging:
+        with (
+            self._processes.guard(f"saving {folder}"),
+            self._holding(run_dir),
+            self._putting_together(run_dir) as staging,
+        ):
             with closing(FileHashes(staging / folder)) as hashes:
                 self._hashes = hashes
                 super()._save_checkpoint(model, trial)
@@ -114,62 +114,49 @@ class CheckpointHooks(AgreementHooks, ResumeHooks):
     @contextmanager
     def _putting_together(self, run_dir: str) -> Iterator[Path]:
         """A directory, the same for all processes, whose contents move into `run_dir` when all are done."""
+        processes = self._processes
         try:
-            if self._grid is None or self._grid.rank == 0:
-                self._held_lock.check()
-            if self._grid is None:
-                with appearing_whole(run_dir) as staging:
-                    self._staging_dir = str(staging)
-                    yield staging
-                    self._held_lock.check()
-                return
-            message = [""]
-            if self._grid.rank == 0:
-                with appearing_whole(run_dir) as staging:
-                    dist.broadcast_object_list([str(staging)], 0, group=self._control_group)
-                    self._staging_dir = str(staging)
-                    yield staging
-                    dist.barrier(self._control_group)  # all have written
-                    self._held_lock.check()
-            else:
-                dist.broadcast_object_list(message, 0, group=self._control_group)
-                self._staging_dir = message[0]
-                yield Path(message[0])
-                dist.barrier(self._control_group)
-            dist.barrier(self._control_group)  # it is in its place
+            with ExitStack() as stack:
+                staging = None
+                if processes.is_main:
+                    self._own_lock.check()
+                    staging = stack.enter_context(appearing_whole(run_dir))
+                self._staging_dir = processes.broadcast(str(staging))
+                yield Path(self._staging_dir)
+                processes.barrier()  # all have written
+                if processes.is_main:
+                    self._own_lock.check()
+            processes.barrier()  # it is in its place
         finally:
             self._staging_dir = self._hashes = None
 
     @property
-    def _held_lock(self) -> FolderLock:
+    def _own_lock(self) -> FolderLock:
         """The lock that the main process holds while it saves."""
         assert self._lock is not None  # `_holding` is around it
         return self._lock
 
     def _complete(self, directory: Path, state: RunState | None, hashes: FileHashes) -> None:
         """The run state, if it is to be saved, and the manifest; all files are on the disk then."""
-        grid = self._grid
+        processes = self._processes
         directory.mkdir(parents=True, exist_ok=True)
-        parts, known, frozen = [], {}, {}
+        parts = []
         if state is not None:
-            place = () if grid is None else (grid.replica, grid.device_index)
-            parts = [save_state_part(directory, state, *place)]
-        if grid is not None:
-            bring_home(directory, [part.file for part in parts], grid, self._control_group, hashes)
-            gathered = together(grid, self._control_group, (parts, dict(hashes.results()), frozen_digests(self.model)))
-            parts = [part for theirs, _, _ in gathered for part in theirs]
-            known = {name: digest for _, theirs, _ in gathered for name, digest in theirs.items()}
-            frozen = {name: digest for _, _, theirs in gathered for name, digest in theirs.items()}
-            if grid.rank:
-                return
+            device = None if processes.alone else processes.device_index
+            parts = [save_state_part(directory, state, processes.replica, device)]
+        processes.gather_files(directory, [part.file for part in parts], hashes)
+        gathered = processes.gather((parts, dict(hashes.results()), frozen_digests(self.model)))
+        parts = [part for theirs, _, _ in gathered for part in theirs]
+        known = {name: digest for _, theirs, _ in gathered for name, digest in theirs.items()}
+        frozen = {name: digest for _, _, theirs in gathered for name, digest in theirs.items()}
+        if not processes.is_main:
+            return
         hashes.add(name for name in files_in(directory) if name not in known)
         known |= hashes.results()
         if state is not None:
             staged = self._face
-            run = describe_run(self.model, staged.optimizer, staged.compensation, self.lr_scheduler)
-            if frozen:  # in all processes
-                run["frozen"] = frozen
-            write_manifest(directory, parts, 1 if grid is None else grid.replicas, run, known)
+            run = describe_run(self.model, staged.optimizer, staged.compensation, self.lr_scheduler, frozen)
+            write_manifest(directory, parts, processes.replicas, run, known)
 
     def _get_output_dir(self, trial: Any) -> str:
         """The run's directory; while a checkpoint is being written, the directory where it is put together."""
@@ -193,11 +180,11 @@ class CheckpointHooks(AgreementHooks, ResumeHooks):
 
         Where devices are processes, all of them have to call it: each writes the parameters that it holds.
         """
-        with self._guarded("saving the model"):
+        with self._processes.guard("saving the model"):
             if not _internal_call:
                 self._agree("save_model()")
             self.synchronize()
-            if self._grid is None:
+            if self._processes.alone:
                 super().save_model(output_dir, _internal_call)
                 return
             self._save(output_dir)  # older Trainers would call it in the main process only
@@ -207,16 +194,16 @@ class CheckpointHooks(AgreementHooks, ResumeHooks):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         directory = output_folder(self.args) if output_dir is None else Path(output_dir)
         hashes = self._hashes if self._hashes is not None and self._hashes.directory == directory else None
-        if self._grid is None:
+        if self._processes.alone:
             super()._save(output_dir, state_dict)
             if hashes is not None:
                 hashes.add()
             return
         if is_adapted(self.model):
-            adapters = saving.gathered(self.model, directory, self._grid, self._control_group)
+            adapters = saving.gathered(self.model, directory, self._processes)
             if self.args.should_save:
                 super()._save(str(directory), adapters)
-            dist.barrier(self._control_group)
+            self._processes.barrier()
             return
         if self.args.should_save:
             # Everything but the weights, as the library writes it.
@@ -224,23 +211,21 @@ class CheckpointHooks(AgreementHooks, ResumeHooks):
                 super()._save(str(directory), state_dict={})
             for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
                 (directory / name).unlink(missing_ok=True)
-        save_weights(self.model, directory, self._grid, self._control_group, hashes)
+        save_weights(self.model, directory, self._processes, hashes)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self._grid is None:
+        if self._processes.alone:
             super()._save_optimizer_and_scheduler(output_dir)
             if self._hashes is not None:
                 self._hashes.add()
             return
-        files = save_optimizer(self._made_optimizer.state_dict(), Path(output_dir), self._grid)
-        bring_home(Path(output_dir), files, self._grid, self._control_group, self._hashes)
+        files = save_optimizer(self._made_optimizer.state_dict(), Path(output_dir), self._processes)
+        self._processes.gather_files(Path(output_dir), files, self._hashes)
         if self.args.should_save and self.lr_scheduler is not None:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER))
 
     def _save_rng_state(self, output_dir: str) -> None:
         """As in Trainer, under the name that a single process would use: dropout masks don't depend on it."""
-        if self._grid is None:
+        if self._processes.is_main:
             super()._save_rng_state(output_dir)
-        elif self._grid.rank == 0:
-            super()._save_rng_state(output_dir)
-            os.replace(os.path.join(output_dir, "rng_state_0.pth"), os.path.join(output_dir, RNG_STATE))
+            os.replace(os.path.join(output_dir, self._processes.rng_file), os.path.join(output_dir, RNG_STATE))

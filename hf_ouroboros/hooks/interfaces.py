@@ -6,15 +6,13 @@ is declared here, for the type checker: nothing is made here at run time but two
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from transformers import Trainer
 
 if TYPE_CHECKING:
-    import torch.distributed as dist
     from torch import nn
     from transformers import PreTrainedModel
 
@@ -24,16 +22,14 @@ if TYPE_CHECKING:
     from ..ledger import LossLedger
     from ..optim import Choice
     from ..partition import Partition, StagePlan
-    from ..processes import ProcessGrid
-    from ..processes.same_batches import SameBatches
-    from ..processes.watch import Watch
+    from ..processes.processes import Processes
     from ..simulate.timeline import Timeline
     from ..staged import StagedModel, StagedOptimizer
     from .structure import Structure
 
 
 class RunningEngine(Protocol):
-    """An engine as trainer, hooks and faces see it; see `engine.core.Engine`, `ProcessEngine` and `Reference`."""
+    """An engine as trainer, hooks and faces see it; see `engine.core.Engine` and `Reference`."""
 
     @property
     def settings(self) -> EngineSettings:
@@ -73,7 +69,7 @@ class RunningEngine(Protocol):
     def collect_norms(self) -> list[FinishedNorm]:
         """Gradient norms known since the last call, in the order of updates."""
 
-    def lag(self, update: int) -> int:
+    def updates_behind(self, update: int) -> int:
         """After how many more updates those of this one can be waited for without the pipeline running dry."""
 
     def account_for(self, updates: int) -> None:
@@ -139,8 +135,7 @@ class SplitTrainer(Trainer):
         engine: of the present or last `train()`; None before.
         timeline: what the workers of the last `train()` have executed; None without `timeline=...`.
         _partition: the stages; with it, the model as one of all stages.
-        _grid: the processes; None where there is one. With it: a group for what the trainer says to all of them, the watch over
-            them, and the comparison of their batches.
+        _processes: of the run; one or several.
     """
 
     model: PreTrainedModel
@@ -148,10 +143,7 @@ class SplitTrainer(Trainer):
     timeline: Timeline | None
     _partition: Partition
     _staged: StagedModel
-    _grid: ProcessGrid | None
-    _control_group: dist.ProcessGroup
-    _watch: Watch | None
-    _same_batches: SameBatches | None
+    _processes: Processes
     _counts_all_replicas: bool
     _own_optimizer: bool
     _ledger: LossLedger
@@ -178,12 +170,7 @@ class SplitTrainer(Trainer):
         @property
         def _face(self) -> StagedOptimizer: ...  # OptimizerHooks
 
-        @property
-        def _check_others(self) -> Callable[[], None]: ...  # AgreementHooks
-
         def synchronize(self) -> None: ...  # OuroborosTrainer
-
-        def _guarded(self, phase: str) -> AbstractContextManager[None]: ...  # OuroborosTrainer
 
         def _split(self, model: nn.Module, args: OuroborosArguments) -> None: ...  # OuroborosTrainer
 

@@ -76,7 +76,7 @@ class LogHooks(SplitTrainer):
         engine = self._running_engine
         while (log := self._ledger.waiting) is not None:
             last = log.before - 1
-            if wait or engine.updates - 1 >= last + engine.lag(last):
+            if wait or engine.updates - 1 >= last + engine.updates_behind(last):
                 engine.account_for(log.before)
             elif not self._logs_wait:
                 return

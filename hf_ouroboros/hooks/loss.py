@@ -41,7 +41,7 @@ class TrainerLoss(LossOfModel, Generic[Context]):
         self._trainer = trainer
 
     @property
-    def is_of_script(self) -> bool:  # type: ignore[override]  # the engine only reads it
+    def is_of_script(self) -> bool:
         """Whether more than the model computes it."""
         return not head_computes_loss(self._trainer)
 
@@ -58,8 +58,8 @@ class TrainerLoss(LossOfModel, Generic[Context]):
         with contextlib.nullcontext() if alone else _refused_here(trainer.model), only_loss_wanted(late):
             found = trainer.compute_loss(head, inputs, num_items_in_batch=count)
         loss = cast(torch.Tensor, found)  # as no outputs are asked for
-        if (grid := trainer._grid) is not None and trainer._counts_all_replicas and context.num_items is not None:
-            loss = loss * grid.replicas  # gradients and losses are averaged over the replicas
+        if trainer._counts_all_replicas and context.num_items is not None:
+            loss = loss * trainer._processes.replicas  # gradients and losses are averaged over the replicas
         return loss if self._is_scaled(context) else loss / context.accumulation_steps
 
     def _is_scaled(self, context: LossContext) -> bool:

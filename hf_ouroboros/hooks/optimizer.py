@@ -66,9 +66,9 @@ class OptimizerHooks(SplitTrainer):
         reason = why_at_once(self._face.optimizer, self.lr_scheduler, trusted)
         if reason is None:
             return
-        if self._grid is not None:
+        if not self._processes.alone:
             raise UnsupportedOptionError(
-                f"{reason}, so it needs all gradients at once, but each of the {self._grid.world_size} processes has those "
+                f"{reason}, so it needs all gradients at once, but each of the {self._processes.world_size} processes has those "
                 "of its own stages; start the script as one process (python script.py), or use another optimizer"
             )
         if self.delay_compensation.compensations:
@@ -96,6 +96,7 @@ class OptimizerHooks(SplitTrainer):
 
     def _check_compensation(self) -> None:
         choice = self.delay_compensation
+        choice.check_weights(self.options.weights, self.options.delay_compensation)
         if self._own_optimizer and choice.optimizer is not None:
             raise UnsupportedOptionError(
                 f"delay_compensation={self.options.delay_compensation!r} brings its own optimizer, but this trainer was given "
@@ -114,7 +115,7 @@ class OptimizerHooks(SplitTrainer):
                 "inside the layers are trained by Muon with steps as long as AdamW's, the rest by AdamW. "
                 "delay_compensation='weight_prediction' keeps AdamW for all of them"
             )
-        if is_adapted(self.model):
+        if is_adapted(self.model) or self.options.weights == "now":
             return  # nothing is known about them, and Muon, which is recommended below, leaves them alone
         name = "adamw" if type(optimizer) is torch.optim.AdamW else type(optimizer).__name__
         others = "+".join(c.name for c in choice.compensations) or "none"

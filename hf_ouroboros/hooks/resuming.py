@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch.distributed as dist
 from torch import nn
 from transformers.trainer_utils import TrainOutput
 
@@ -16,12 +14,11 @@ from ..checkpoint.earlier import advice
 from ..checkpoint.fit import check_run, describe_run
 from ..checkpoint.manifest import STATE_META, find_changes, read_manifest
 from ..checkpoint.placing import keep_only
-from ..checkpoint.reading import RNG_STATE, Checkpoint
+from ..checkpoint.reading import Checkpoint
 from ..checkpoint.trainer_state import best_checkpoint
 from ..engine.state import RunState
 from ..errors import CheckpointError, CheckpointMismatchError
 from ..processes import saving
-from ..processes.files import together
 from .interfaces import SplitTrainer
 from .position import position
 
@@ -42,30 +39,25 @@ class ResumeHooks(SplitTrainer):
         self.create_optimizer()
         self._face_optimizer()  # as `train` would a moment later: nothing is loaded before all is known to fit
         checkpoint = self._open(Path(resume_from_checkpoint))
-        held = [k for k in range(self.stage_plan.num_stages) if self._partition.is_here(k)]
-        grid = self._grid
-        replica, replicas = (0, 1) if grid is None else (grid.replica, grid.replicas)
+        own_stages = [k for k in range(self.stage_plan.num_stages) if self._partition.is_here(k)]
+        replica, replicas = self._processes.replica, self._processes.replicas
 
-        state = self._agreed(lambda: checkpoint.read_all(held, replica, replicas), resume_from_checkpoint)
+        state = self._agreed(lambda: checkpoint.read_all(own_stages, replica, replicas), resume_from_checkpoint)
         self._resumed_state = state
         self._resumed_rng = checkpoint.rng_state()
-        saved = self._agreed(lambda: self._fitting(checkpoint, state, held))
+        saved = self._agreed(lambda: self._fitting(checkpoint, state, own_stages))
         self._agreed(lambda: saving.load(self.model, checkpoint.directory, saved), resume_from_checkpoint)
         self._resumed = checkpoint
 
     def _open(self, directory: Path) -> Checkpoint:
         """The checkpoint, its files read once by the processes of each host together."""
-        grid = self._grid
         manifest = self._agreed(lambda: read_manifest(directory), directory)
-        changes = find_changes(directory, manifest, (0, 1) if grid is None else _share_of_host())
-        if grid is not None:
-            changes = {
-                name: what for found in together(grid, self._control_group, changes) for name, what in found.items()
-            }
+        found = self._processes.gather(find_changes(directory, manifest, self._processes.share_of_host))
+        changes = {name: what for theirs in found for name, what in theirs.items()}
         accept = self.options.resume_changed == "accept"
         return self._agreed(lambda: Checkpoint(directory, manifest, changes, accept), directory)
 
-    def _fitting(self, checkpoint: Checkpoint, state: RunState, held: list[int]) -> Any:
+    def _fitting(self, checkpoint: Checkpoint, state: RunState, own_stages: list[int]) -> Any:
         """Its weights, once everything in it is known to be of a run like this one.
 
         Raises:
@@ -74,7 +66,7 @@ class ResumeHooks(SplitTrainer):
         saved = saving.look_at(self.model, checkpoint.directory, checkpoint.weights)
         saving.check(self.model, saved, checkpoint.directory)
         settings = self.options.engine_settings(self.stage_plan.num_workers)
-        state.check(self._partition, settings, held)
+        state.check(self._partition, settings, own_stages)
         staged = self._face
         check_run(checkpoint.manifest.run, describe_run(self.model, staged.optimizer, staged.compensation))
         try:
@@ -96,23 +88,20 @@ class ResumeHooks(SplitTrainer):
             damaged: the checkpoint that these are about; the newest complete one before it is offered.
         """
         value: list[T] = []
-        error, grid = None, self._grid
+        error = None
         try:
             value.append(work())
         except CheckpointError as caught:
             error = caught
         found = None if error is None else (str(error), isinstance(error, CheckpointMismatchError))
-        everywhere = [found] if grid is None else together(grid, self._control_group, found)
-        failed = next((entry for entry in everywhere if entry is not None), None)
+        failed = next((entry for entry in self._processes.gather(found) if entry is not None), None)
         if failed is None:
             return value[0]
         text, mismatch = failed
         if mismatch:
             raise CheckpointMismatchError(text) from error
-        sentence = [advice(damaged) if damaged is not None and (grid is None or grid.rank == 0) else ""]
-        if grid is not None:
-            dist.broadcast_object_list(sentence, 0, group=self._control_group)
-        raise CheckpointError(text + sentence[0]) from error
+        sentence = advice(damaged) if damaged is not None and self._processes.is_main else ""
+        raise CheckpointError(text + self._processes.broadcast(sentence)) from error
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """As in Trainer; the best model so far is beside the checkpoint, wherever that was moved to."""
@@ -153,9 +142,8 @@ class ResumeHooks(SplitTrainer):
         if checkpoint is None:
             return
         assert self._resumed_rng is not None  # `_load_from_checkpoint` comes before
-        name = RNG_STATE if self._grid is None else f"rng_state_{self._grid.rank}.pth"
         with tempfile.TemporaryDirectory() as folder:
-            Path(folder, name).write_bytes(self._resumed_rng)
+            Path(folder, self._processes.rng_file).write_bytes(self._resumed_rng)
             super()._load_rng_state(folder)
 
     # ---- the end ----
@@ -192,9 +180,3 @@ class ResumeHooks(SplitTrainer):
         best = self.state.best_model_checkpoint
         if self.args.should_save and best is not None and self.args.save_total_limit == 1:
             keep_only(self._run_dir, best)
-
-
-def _share_of_host() -> tuple[int, int]:
-    """Which of the processes of its host this one is, and of how many; alone, where the launcher does not say."""
-    rank, count = os.environ.get("LOCAL_RANK", ""), os.environ.get("LOCAL_WORLD_SIZE", "")
-    return (int(rank), int(count)) if rank.isdecimal() and count.isdecimal() and int(rank) < int(count) else (0, 1)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from transformers.utils import logging
 
 from ..errors import OutputFileError
-from ..processes.clocks import record_of_all
-from ..simulate.timeline import Timeline, timeline_files
+from ..simulate.timeline import timeline_files
 from ..user_files import check_writable
 from .interfaces import SplitTrainer
 
@@ -29,11 +28,7 @@ class TimelineHooks(SplitTrainer):
         path = self.options.timeline
         if self.timeline is None or path is None:
             return
-        if self._grid is not None:
-            events = record_of_all(self._grid, self._control_group, self.timeline.events)
-            self.timeline = Timeline(self.timeline.num_devices, self.timeline.device_names)
-            for event in (e for rank in self._grid.row(0) for e in events[rank]):
-                self.timeline.record(event)
+        self.timeline = self._processes.gather_timeline(self.timeline)
         if self.is_world_process_zero():
             try:
                 self.timeline.write(path)

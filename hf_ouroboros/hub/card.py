@@ -69,6 +69,7 @@ class CardFacts:
     delay_warmup_steps: int = 0
     clip_scope: str | None = None
     recompute: bool = False
+    weights: str = "then"
     delay_compensation: str = "none"
     delay_compensation_args: str = ""
     hyperparameters: dict[str, Any] = field(default_factory=dict)
@@ -167,6 +168,7 @@ def _procedure(facts: CardFacts, delayed: bool) -> list[tuple[str, Any]]:
         ("Gradient of the tied embedding", facts.tied_gradient),
         ("Scope of gradient clipping", facts.clip_scope),
         ("Activations recomputed", facts.recompute),
+        ("Weights of late backwards", "those of now (features replay)" if delayed and facts.weights == "now" else None),
         ("Delay compensation", facts.delay_compensation if delayed else None),
         ("Its options", facts.delay_compensation_args or None if delayed else None),
         ("Training time", None if facts.train_runtime is None else f"{facts.train_runtime:,.1f} s"),

@@ -75,6 +75,7 @@ def collect_facts(trainer: SplitTrainer, **given: Any) -> CardFacts:
         "delay_warmup_steps": args.delay_warmup_steps,
         "clip_scope": args.clip_scope if args.max_grad_norm else None,
         "recompute": args.recompute,
+        "weights": args.weights,
         "delay_compensation": str(trainer.delay_compensation),
         "delay_compensation_args": trainer.delay_compensation.options,
         "hyperparameters": {name: _plain(getattr(args, name, None)) for name in _HYPERPARAMETERS},

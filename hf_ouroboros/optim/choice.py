@@ -40,6 +40,11 @@ _EXCLUDED: dict[frozenset[str], str] = {
     frozenset({"error_feedback", "gap_aware"}): "one adds to late gradients what the other takes away",
 }
 
+_OF_THEN = {
+    "weight_prediction": "it brings the weights of a forward near those that its late gradient is applied to, which are the weights of now",
+    "gap_aware": "it measures how far weights have moved since the gradient was taken, and those of now have not",
+}
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -63,6 +68,24 @@ class Choice:
         parts = [part for part in (self.optimizer, *self.compensations) if part is not None]
         values = ((field, getattr(part, field.name)) for part in parts for field in fields(part))
         return ",".join(f"{field.name}={value}" for field, value in values if value != field.default)
+
+    def check_weights(self, weights: str, asked: str) -> None:
+        """Refuses what has no meaning where late backwards use the weights of now.
+
+        Args:
+            weights: of late backwards, "then" or "now".
+            asked: `delay_compensation`, which may be "auto".
+
+        Raises:
+            UnsupportedOptionError: names the compensation.
+        """
+        for compensation in self.compensations if weights == "now" else ():
+            if compensation.name in _OF_THEN:
+                raise UnsupportedOptionError(
+                    f"delay_compensation={asked!r}{f' is {self} here, and' if asked == 'auto' else ':'} {compensation.name} does not go "
+                    f"together with weights='now': {_OF_THEN[compensation.name]}; name another compensation or 'none', or leave weights "
+                    "at 'then'"
+                )
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
         """Raises UnsupportedOptionError where a compensation has no meaning with the optimizer."""

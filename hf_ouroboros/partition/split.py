@@ -29,7 +29,7 @@ from .units import StageSpan, Unit
 
 
 @dataclass(frozen=True)
-class Home:
+class OwnDevice:
     """The one device of a plan that this process runs, where every device has a process of its own.
 
     Args:
@@ -52,7 +52,7 @@ class Partition:
         tied_names: full names of the matrices that stage 0 owns and the last stage uses too.
         units: all units of the model.
         spans: which of them are which stage's.
-        home: what this process runs; None for everything.
+        own_device: what this process runs; None for everything.
         copies: (a frozen parameter of the model, its copy on the last stage's device).
     """
 
@@ -62,12 +62,17 @@ class Partition:
     tied_names: tuple[str, ...]
     units: tuple[Unit, ...]
     spans: tuple[StageSpan, ...]
-    home: Home | None = None
+    own_device: OwnDevice | None = None
     copies: tuple[tuple[nn.Parameter, nn.Parameter], ...] = ()
 
     def is_here(self, stage: int) -> bool:
         """Whether this process runs a stage."""
-        return self.home is None or self.plan.placement[stage] == self.home.device_index
+        return self.own_device is None or self.plan.placement[stage] == self.own_device.device_index
+
+    @property
+    def has_last_stage(self) -> bool:
+        """Whether this process runs the last stage, and with it has logits and losses."""
+        return self.is_here(self.plan.num_stages - 1)
 
     def carry_hooks(self) -> None:
         """Lets the stages call the hooks that a script has put on modules by now; see `module_hooks.carry_hooks`.
@@ -112,7 +117,7 @@ class Partition:
     @property
     def device_of_loss(self) -> torch.device:
         """Where the last stage is; in a process without it, this process's device."""
-        return self.stages[-1].device if self.home is None else self.home.device
+        return self.stages[-1].device if self.own_device is None else self.own_device.device
 
     def owned(self, stage: int) -> dict[str, nn.Parameter]:
         """The parameters that belong to a stage, by their name in the model, in the model's order."""
@@ -143,7 +148,7 @@ def split_model(
     delayed: bool = True,
     colocate: bool = False,
     check: bool = True,
-    home: Home | None = None,
+    own_device: OwnDevice | None = None,
 ) -> Partition:
     """Splits a model into stages and puts each on its device.
 
@@ -156,7 +161,7 @@ def split_model(
         delayed: whether the schedule delays gradients (for the plan's delay column).
         colocate: split as for all devices, but put every stage on the first one (for `schedule="reference"`).
         check: compare the composed stages' logits with the model's, where the model is complete.
-        home: what this process runs; the parameters of all other stages go to the meta device. None for everything.
+        own_device: what this process runs; the parameters of all other stages go to the meta device. None for everything.
 
     Raises:
         UnsupportedModelError: unknown architecture, or stages that don't reproduce the model's logits.
@@ -164,7 +169,7 @@ def split_model(
     """
     family = find_family(model)
     complete = not any(p.is_meta for p in model.parameters())
-    if home is None and not complete:
+    if own_device is None and not complete:
         raise DeviceMapError("the model has parameters on the meta device (offloaded or not loaded); load its weights")
     dispatched = getattr(model, "hf_device_map", None)
     if device_map == "auto" and dispatched and len(set(map(str, dispatched.values()))) > 1:
@@ -177,7 +182,7 @@ def split_model(
     spans = plan_stages(device_map, units, devices, bool(tied_names), num_stages, max_memory)
     used = sorted({span.device for span in spans})
     num_workers = len(used)
-    if home is not None and num_workers < len(devices):
+    if own_device is not None and num_workers < len(devices):
         raise DeviceMapError(
             f"the device map uses {num_workers} of {len(devices)} devices, but every process is a device and needs a "
             f"stage; start {num_workers} processes per replica, or choose another device_map or num_stages"
@@ -190,7 +195,9 @@ def split_model(
     expected = None
     # Random numbers of two kinds of devices are not the same.
     training = family.draws_in_turn and all(p.device.type == "cpu" for p in model.parameters())
-    training &= home.device.type == "cpu" if home is not None else all(name.startswith("cpu") for name in devices)
+    training &= (
+        own_device.device.type == "cpu" if own_device is not None else all(name.startswith("cpu") for name in devices)
+    )
     if check:
         expected = _sample(model, training, "it does not run", lambda batch: logits_of(model(**batch, **options)))
     remove_hook_from_submodules(model)
@@ -202,24 +209,24 @@ def split_model(
 
     stages = build()
     carry_hooks(model, stages, units, spans)
-    if home is not None:
+    if own_device is not None:
         if expected is not None:  # while the weights of all stages are there
             compare(expected, _sample_stages(model, training, stages), model)
-        if replaced := release_foreign(model, ownership(units, spans, home.device_index)):
+        if replaced := release_foreign(model, ownership(units, spans, own_device.device_index)):
             raise DeviceMapError(
                 f"{', '.join(replaced[:3])} can't be released in place: a view, a weak reference or an unfinished backward "
                 "holds them; create the trainer before anything else uses the model's parameters"
             )
     copies = []
-    if home is None:
+    if own_device is None:
         places = [torch_device(devices[span.device]) for span in spans]
         copies = copy_shared(stages, places, [model.get_parameter(name) for name in tied_names])
     for stage, span in zip(stages, spans, strict=True):
-        if home is None:
+        if own_device is None:
             stage.place(torch_device(devices[span.device]))
-        elif span.device == home.device_index:
+        elif span.device == own_device.device_index:
             _check_loaded(stage, model)
-            stage.place(home.device)
+            stage.place(own_device.device)
     tied = {id(model.get_parameter(name)) for name in tied_names}
     rows = []
     real = sizes((p for stage in stages for p in stage.parameters()), model)
@@ -238,11 +245,11 @@ def split_model(
             )
         )
     plan = StagePlan(tuple(rows), tuple(devices[d] for d in used), bool(tied_names), num_workers)
-    if expected is not None and home is None:
+    if expected is not None and own_device is None:
         compare(expected, _sample_stages(model, training, stages), model)
     for stage in stages:
         stage.train(model.training)
-    partition = Partition(model, stages, plan, tied_names, tuple(units), tuple(spans), home, tuple(copies))
+    partition = Partition(model, stages, plan, tied_names, tuple(units), tuple(spans), own_device, tuple(copies))
     check_each_owned_once(model, [partition.owned(k) for k in range(len(stages))])
     return refresh(partition)
 

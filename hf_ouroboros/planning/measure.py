@@ -16,8 +16,9 @@ import statistics
 import threading
 import time as clock
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from huggingface_hub.constants import HF_HOME
@@ -39,6 +40,7 @@ REPETITIONS = 7  # of which the first two warm up; the median of the others coun
 SEED = 0
 MOST_MEASURED = 64  # devices
 CACHE = Path(HF_HOME) / "hf_ouroboros" / "unit_times"
+Result = TypeVar("Result")
 _so_far: dict[str, list[list[list[float]]]] = {}
 
 
@@ -202,7 +204,7 @@ class _DeviceRun:
     """Measures one unit after the other on one device, while the other devices do the same."""
 
     def __init__(
-        self, model: nn.Module, family: Family, facts: ModelFacts, device: torch.device, gate: threading.Barrier
+        self, model: PreTrainedModel, family: Family, facts: ModelFacts, device: torch.device, gate: threading.Barrier
     ):
         self.model, self.family, self.facts, self.device, self.gate = model, family, facts, device, gate
         generator = torch.Generator().manual_seed(SEED)
@@ -236,14 +238,14 @@ class _DeviceRun:
         for _ in range(REPETITIONS):
             fresh = None if received is None else {n: self._fresh(stage, n, t) for n, t in received.items()}
             self.gate.wait()
-            forward, output = self._timed(lambda fresh=fresh: self._output(stage, fresh))
+            forward, output = self._timed(partial(self._output, stage, fresh))
             ends = [t for t in output.values() if t.requires_grad]
             gradients = None if stage.is_last else [torch.ones_like(t) for t in ends]
-            backward, _ = self._timed(lambda e=ends, g=gradients: torch.autograd.backward(e, g))
+            backward, _ = self._timed(partial(torch.autograd.backward, ends, gradients))
             step = 0.0
             # A tied matrix is stepped by its owner, the embedding.
             if optimizer is not None and not (stage.is_last and self.facts.tied):
-                step, _ = self._timed(lambda: self._step(optimizer, parameters))
+                step, _ = self._timed(partial(self._step, optimizer, parameters))
             for parameter in parameters:
                 parameter.grad = None
             found.append([forward, backward, step])
@@ -267,7 +269,7 @@ class _DeviceRun:
         get_total_norm([p.grad for p in parameters if p.grad is not None])
         optimizer.step()
 
-    def _timed(self, action: Callable[[], Any]) -> tuple[float, Any]:
+    def _timed(self, action: Callable[[], Result]) -> tuple[float, Result]:
         self._wait()
         start = clock.perf_counter()
         result = action()

@@ -8,6 +8,8 @@
 
 A divided backward, that of all stages but the first under zero_bubble, keeps activations until the gradients of the weights are
 computed, and with them those that arrive where weights join; recompute=True makes no difference then.
+With weights="now" delayed schedules keep inputs, as with recompute=True, and one weight version; of a tied matrix also those that the
+last stage is still to use.
 What a schedule keeps is in its record (`schedules/records.py`). Versions, gradients and optimizer are of the parameters that are trained. Of packed matrices, the largest is there unpacked,
 beside the activations. Buffers of kernels and of the allocator are not counted: leave a margin.
 """
@@ -34,12 +36,24 @@ class MemoryOptions:
         micro_batches: M, ticks per update.
         recompute: keep only the inputs of stages.
         optimizer: one of `OPTIMIZERS`.
+        weights: of late backwards, "then" or "now".
     """
 
     schedule: str = DEFAULT
     micro_batches: int = 1
     recompute: bool = False
     optimizer: str = "adamw"
+    weights: str = "then"
+
+    @property
+    def replays_newest(self) -> bool:
+        """Whether late backwards replay their forward with the newest weights."""
+        return self.weights == "now" and not SCHEDULES[self.schedule].is_synchronous
+
+    @property
+    def replays(self) -> bool:
+        """Whether all stages but the last keep their inputs only."""
+        return self.recompute or self.replays_newest
 
 
 @dataclass(frozen=True)
@@ -65,6 +79,11 @@ def ticks_in_flight(stage: int, num_stages: int, options: MemoryOptions) -> int:
 
 def old_versions(stage: int, num_stages: int, options: MemoryOptions) -> int:
     """Copies of the weights that pending backwards need besides the newest ones."""
+    return 0 if options.replays_newest else _lent_versions(stage, num_stages, options)
+
+
+def _lent_versions(stage: int, num_stages: int, options: MemoryOptions) -> int:
+    """The same of tied matrices, of which the last stage needs the version of the first one."""
     return SCHEDULES[options.schedule].old_versions(stage, num_stages, options.micro_batches)
 
 
@@ -87,13 +106,16 @@ def stage_memory(
     last = stage == num_stages - 1
     if SCHEDULES[options.schedule].divides_backward and stage > 0:
         kept += sum(unit.arrival_bytes for unit in units)
-    elif options.recompute and not last:
+    elif options.replays and not last:
         inputs = 0.0 if stage == 0 else units[0].output_bytes
         kept, flying = kept + flying * inputs, 1
     tied = facts.tied_bytes * ticks_in_flight(0, num_stages, options) if last and num_stages > 1 else 0
+    versions = trained * old_versions(stage, num_stages, options)
+    if options.replays_newest and stage == 0:
+        versions += facts.tied_bytes * _lent_versions(stage, num_stages, options)
     return StageMemory(
         weights,
-        trained * old_versions(stage, num_stages, options),
+        versions,
         2 * trained + tied,
         trained * OPTIMIZERS[options.optimizer],
         kept * flying + max((unit.largest_unpacked for unit in units), default=0),

@@ -22,7 +22,7 @@ def packed_sizes(model: PreTrainedModel, kind: str) -> dict[int, Size]:
         kind: one of `KINDS`.
     """
     bits, nested = KINDS[kind]
-    exceptions = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    exceptions = HfQuantizer.get_modules_to_not_convert(model, None, list(model._keep_in_fp32_modules or ()))
     found = {}
     for name, module in model.named_modules():
         linear = type(module) is nn.Linear

@@ -144,7 +144,7 @@ def _time_load(
     rows, fixed = [], []
     for k, device in enumerate(placement):
         last = k == len(placement) - 1
-        replayed = options.recompute and not last
+        replayed = options.replays and not last
         seconds = [
             t.forward * (1 + replayed) + t.backward + t.step / options.micro_batches for t in devices[device].times
         ]
@@ -171,7 +171,7 @@ def _assemble(
         stop = len(facts.units) if last else position
         times = devices[device].times[start:stop]
         forward = sum(t.forward for t in times)
-        replayed = forward if options.recompute and not last else 0.0
+        replayed = forward if options.replays and not last else 0.0
         units = facts.units[start:stop]
         stages.append(
             PlannedStage(
@@ -203,7 +203,7 @@ def _what_would_fit(
     ]
     ways = []
     recomputed = replace(options, recompute=True)
-    recompute_helps = not options.recompute and _fits(facts, devices, recomputed, num_stages)
+    recompute_helps = not options.replays and _fits(facts, devices, recomputed, num_stages)
     if recompute_helps:
         need = _fullest(facts, devices, recomputed, num_stages)[1]
         ways.append(f"recompute ({need / GIB:.1f} GiB)")
@@ -214,7 +214,7 @@ def _what_would_fit(
             ways.append(f"micro-batches of {batch} row{'s' if batch > 1 else ''} ({need / GIB:.1f} GiB)")
             break
     most = min(64, int(1e8 / (facts.layers + 1) ** 3))  # a longer search than a user's patience
-    for more in (options,) if recompute_helps or options.recompute else (options, recomputed):
+    for more in (options,) if recompute_helps or options.replays else (options, recomputed):
         found = next(
             (n for n in range(len(devices) + 1, most + 1) if _fits(facts, _more(devices, n), more, None)), None
         )

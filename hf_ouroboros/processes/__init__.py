@@ -1,5 +1,1 @@
 """One process per device: the same workers and schedules over torch.distributed, times data-parallel replicas."""
-
-from .grid import ProcessGrid
-
-__all__ = ["ProcessGrid"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch.distributed as dist
 
 from ..simulate.timeline import Event
-from .files import together
+from .files import gather_objects
 from .grid import ProcessGrid
 
 
@@ -36,7 +36,7 @@ def record_of_all(grid: ProcessGrid, group: dist.ProcessGroup, events: list[Even
     """
     dist.barrier(group)
     now = time.perf_counter()
-    return on_one_clock(together(grid, group, Recording(platform.node(), now, events)))
+    return on_one_clock(gather_objects(grid, group, Recording(platform.node(), now, events)))
 
 
 def on_one_clock(recordings: Sequence[Recording]) -> list[list[Event]]:

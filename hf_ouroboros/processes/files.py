@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,20 +22,25 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..checkpoint.hashes import FileHashes
 from ..checkpoint.weights import converted, written_tensors
-from .grid import ProcessGrid
+
+if TYPE_CHECKING:
+    from .grid import ProcessGrid
+    from .processes import Processes
+
+T = TypeVar("T")
 
 PIECE_BYTES = 64 * 2**20
 SHARD_SIZE = "5GB"
 
 
-def together(grid: ProcessGrid, group: dist.ProcessGroup, value: Any) -> list[Any]:
+def gather_objects(grid: ProcessGrid, group: dist.ProcessGroup, value: T) -> list[T]:
     """Every process's value, by rank; called by all processes at the same point."""
     values: list[Any] = [None] * grid.world_size
     dist.all_gather_object(values, value, group=group)
     return values
 
 
-def bring_home(
+def gather_files(
     directory: Path,
     files: Iterable[str],
     grid: ProcessGrid,
@@ -59,7 +64,7 @@ def bring_home(
         token.touch()
     dist.barrier(group)
     sees_main = token.exists()
-    lists = together(grid, group, [] if sees_main else [(n, (directory / n).stat().st_size) for n in files])
+    lists = gather_objects(grid, group, [] if sees_main else [(n, (directory / n).stat().st_size) for n in files])
     for rank, wanted in enumerate(lists):
         for name, size in wanted:
             if grid.rank == rank:
@@ -96,29 +101,24 @@ def _receive(path: Path, size: int, rank: int, group: dist.ProcessGroup) -> None
 
 
 def save_weights(
-    model: PreTrainedModel,
-    directory: Path,
-    grid: ProcessGrid,
-    group: dist.ProcessGroup,
-    hashes: FileHashes | None = None,
+    model: PreTrainedModel, directory: Path, processes: Processes, hashes: FileHashes | None = None
 ) -> None:
     """Writes a model's weights in Hub format: each device of the first replica its shards, the main process the index.
 
     Args:
         model: what this process does not hold is on the meta device.
         directory: exists in the main process.
-        grid: the processes.
-        group: of all processes.
+        processes: of the run.
         hashes: takes the files of this process, whose checksums are wanted.
     """
     own: list[str] = []
     weight_map: dict[str, str] = {}
-    part = directory / f".part-{grid.device_index}"
+    part = directory / f".part-{processes.device_index}"
     held = written_tensors(model)
     # A frozen matrix that the first and the last stage share, and a buffer beside several stages, are in several processes.
-    before = together(grid, group, set(held) if grid.replica == 0 else set())[: grid.rank]
+    before = processes.gather(set(held) if processes.replica == 0 else set())[: processes.rank]
     held = {name: value for name, value in held.items() if not any(name in names for names in before)}
-    if grid.replica == 0:
+    if processes.replica == 0:
         directory.mkdir(parents=True, exist_ok=True)
         part.mkdir(parents=True, exist_ok=True)
         save_torch_state_dict(converted(model, held), part, max_shard_size=SHARD_SIZE, metadata={"format": "pt"})
@@ -126,37 +126,37 @@ def save_weights(
         for file in own:
             with safe_open(part / file, "pt") as opened:
                 weight_map |= {name: file for name in opened.keys()}
-    gathered = together(grid, group, (own, weight_map))
+    gathered = processes.gather((own, weight_map))
     files = [(rank, file) for rank, (names, _) in enumerate(gathered) for file in names]
     final = {
         key: SAFE_WEIGHTS_NAME if len(files) == 1 else f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
         for i, key in enumerate(files)
     }
-    if grid.rank == 0:
+    if processes.is_main:
         for stale in [*directory.glob("model*.safetensors"), *directory.glob(SAFE_WEIGHTS_INDEX_NAME)]:
             stale.unlink()
-    dist.barrier(group)
+    processes.barrier()
     for file in own:
-        (part / file).rename(directory / final[grid.rank, file])
-    if grid.replica == 0:
+        (part / file).rename(directory / final[processes.rank, file])
+    if processes.replica == 0:
         shutil.rmtree(part)
-    bring_home(directory, [final[grid.rank, file] for file in own], grid, group, hashes)
-    if grid.rank == 0 and len(files) > 1:
+    processes.gather_files(directory, [final[processes.rank, file] for file in own], hashes)
+    if processes.is_main and len(files) > 1:
         names = {name: final[rank, file] for rank, (_, names) in enumerate(gathered) for name, file in names.items()}
         size = sum((directory / name).stat().st_size for name in final.values())
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(names.items()))}
         (directory / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    dist.barrier(group)
+    processes.barrier()
 
 
 # ---- optimizer ----
 
 
-def save_optimizer(state_dict: dict[str, Any], directory: Path, grid: ProcessGrid) -> list[str]:
+def save_optimizer(state_dict: dict[str, Any], directory: Path, processes: Processes) -> list[str]:
     """Writes the optimizer state of this process's parameters in the stock format; returns the file's name."""
-    if grid.replica:
+    if processes.replica:
         return []
-    name = f"optimizer-{grid.device_index + 1:05d}-of-{grid.num_devices:05d}.pt"
+    name = f"optimizer-{processes.device_index + 1:05d}-of-{processes.processes_per_replica:05d}.pt"
     directory.mkdir(parents=True, exist_ok=True)
     torch.save(state_dict, directory / name)
     return [name]

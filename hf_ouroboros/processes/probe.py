@@ -13,8 +13,8 @@ import torch.distributed as dist
 from ..errors import UnsupportedModelError
 from ..partition import Boundary, Partition, select, to_device
 from ..partition.meta import probe_inputs
+from .channels import BoundarySpec, TensorSpec
 from .grid import ProcessGrid
-from .wires import BoundarySpec, TensorSpec
 
 SHAPES = ({"batch": 2, "time": 9, "decoder": 5}, {"batch": 3, "time": 11, "decoder": 7})
 """Two, so that a dimension tells whether it depends on the batch."""

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from ..engine.transport import Aborted
 from ..errors import ConnectionLostError
 from ..partition import Boundary
+from .channels import DIRECTIONS, BoundarySpec, Channels, PostedReceives
 from .grid import ProcessGrid
-from .wires import DIRECTIONS, BoundarySpec, PostedBoundary, Wires
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Expected:
 
 
 class ProcessTransport:
-    """Hands tensors from stage to stage, over the wires or, between stages of one device, by hand.
+    """Hands tensors from stage to stage, over the channels or, between stages of one device, by hand.
 
     No order of sends and receives can deadlock: nobody waits to send, every channel is in tick order on both of its
     ends, and whether the programs wait for each other in a circle was found out by simulation when they were chosen.
@@ -49,41 +49,41 @@ class ProcessTransport:
         self._grid = grid
         self._specs = specs
         self._waiting = waiting
-        self._wires = Wires(grid, placement, max(map(len, specs), default=1))
+        self._channels = Channels(grid, placement, max(map(len, specs), default=1))
         self._lease = grid.lease_group("row")
         self._row = self._lease.group
         self._num_stages = len(placement)
-        # Receives that were posted, or what a neighbour on the same device left here: (tick, tensor or Posted).
+        # Receives that were posted, or what a neighbour on the same device left here: (tick, tensor or PostedReceive).
         self._arriving: dict[tuple[str, int], deque[tuple[int, Any]]] = {
             (direction, stage): deque() for direction in DIRECTIONS for stage in range(len(placement))
         }
 
     def expect_hidden(self, stage: int, tick: int, batch: Mapping[str, Any]) -> None:
         """Posts the receive of a hidden state, or takes note of it."""
-        if not self._wires.is_local("hidden", stage):
+        if not self._channels.is_local("hidden", stage):
             self._post("hidden", stage, tick, self._specs[stage - 1].shapes(batch))
 
     def expect_gradient(self, stage: int, tick: int, output: Boundary) -> None:
         """Posts the receive of an output's gradients, or takes note of it."""
-        if not self._wires.is_local("gradient", stage):
+        if not self._channels.is_local("gradient", stage):
             spec = self._specs[stage]
             self._post("gradient", stage, tick, {n: (t.shape, t.dtype) for n, t in output.items() if spec.trained(n)})
 
     def _post(self, direction: str, stage: int, tick: int, shapes: Mapping[str, Any]) -> None:
         expected: Any = Expected(dict(shapes))
-        if self._wires.posts_early:
-            with self._talking(f"{direction} of tick {tick} for stage {stage}", self._wires.peer(direction, stage)):
-                expected = self._wires.post_all(direction, stage, shapes)
+        if self._channels.posts_early:
+            with self._talking(f"{direction} of tick {tick} for stage {stage}", self._channels.peer(direction, stage)):
+                expected = self._channels.post_all(direction, stage, shapes)
         self._arriving[direction, stage].append((tick, expected))
 
     def send(self, direction: str, stage: int, tick: int, tensors: Boundary | None) -> None:
         """Sends `direction` of a tick to a stage; never waits."""
-        if self._wires.is_local(direction, stage):
+        if self._channels.is_local(direction, stage):
             self._arriving[direction, stage].append((tick, tensors))
             return
         assert tensors is not None  # only before the first stage there is nothing
         with self._talking(f"{direction} of tick {tick} to stage {stage}", None):
-            self._wires.send_all(direction, stage, tensors)
+            self._channels.send_all(direction, stage, tensors)
 
     def receive(self, direction: str, stage: int, tick: int) -> Boundary | None:
         """Waits for what was sent to this stage for this tick.
@@ -97,11 +97,11 @@ class ProcessTransport:
         expected, item = self._arriving[direction, stage].popleft()
         if expected != tick:
             raise RuntimeError(f"stage {stage} expected the {direction} of tick {tick} but got tick {expected}")
-        if not isinstance(item, (PostedBoundary, Expected)):
+        if not isinstance(item, (PostedReceives, Expected)):
             return item
-        with self._talking(f"{direction} of tick {tick} for stage {stage}", self._wires.peer(direction, stage)):
+        with self._talking(f"{direction} of tick {tick} for stage {stage}", self._channels.peer(direction, stage)):
             if isinstance(item, Expected):
-                item = self._wires.post_all(direction, stage, item.shapes)
+                item = self._channels.post_all(direction, stage, item.shapes)
             return item.wait()
 
     def rendezvous(self) -> None:
@@ -121,6 +121,10 @@ class ProcessTransport:
             dist.all_reduce(table, group=self._row)  # exact: all other terms are zero
         return {k: table[1, k].to(dtype) if table[0, k] else None for k in range(self._num_stages)}
 
+    def share_at_rest(self, update: int, values: dict[int, Any]) -> dict[int, Any]:
+        """As `share`; a process has one worker, in whose place its main thread does it."""
+        return self.share(update, values)
+
     def abort(self) -> None:
         """Stops this process's worker at its next instruction; the other processes find out by themselves."""
         self.aborted.set()
@@ -128,19 +132,15 @@ class ProcessTransport:
     def flush(self) -> None:
         """Waits until everything that was sent has been received."""
         with self._talking("others to receive", None):
-            self._wires.flush()
+            self._channels.flush()
 
-    def close(self, drained: bool = False) -> None:
-        """Lets go of the process groups and of whatever is still on its way.
-
-        Args:
-            drained: whether all processes have received all that was sent to them.
-        """
+    def close(self, drained: bool) -> None:
+        """See `Transport`."""
         for items in self._arriving.values():
             for _, item in items:
-                if isinstance(item, PostedBoundary):
+                if isinstance(item, PostedReceives):
                     item.abandon()
-        self._wires.close(drained)
+        self._channels.close(drained)
         self._lease.end(drained)
         self._arriving.clear()
 

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 from ..engine.streams import Reading, Segment
 from ..partition import Boundary, Finish, Partition, select
 from .accelerator import ReplicaAccelerator
+from .channels import BoundarySpec, Channels
 from .grid import ProcessGrid
-from .wires import BoundarySpec, Wires
 
 
 class Relay:
@@ -37,7 +37,7 @@ class Relay:
         self._partition = partition
         self._grid = grid
         self._specs = specs
-        self._wires = Wires(grid, placement, max(map(len, specs), default=1))
+        self._channels = Channels(grid, placement, max(map(len, specs), default=1))
         self._own = [k for k, device in enumerate(placement) if device == grid.device_index]
         # A first stage that is the last one, too, has to know what `run` wants of it.
         self._ahead = {0} if self._own[0] == 0 and len(placement) > 1 else set()
@@ -79,16 +79,16 @@ class Relay:
         finish: Finish | None = None,
     ) -> Any:
         module = self._partition.stages[stage]
-        if stage > 0 and not self._wires.is_local("hidden", stage):
-            received = self._wires.post_all("hidden", stage, self._specs[stage - 1].shapes(batch)).wait()
+        if stage > 0 and not self._channels.is_local("hidden", stage):
+            received = self._channels.post_all("hidden", stage, self._specs[stage - 1].shapes(batch)).wait()
         memories = None if self.reading is None else self.reading.memories[stage]
         memory = None if memories is None else memories.recall(segment)
         given = select(module, batch, self._grid.device)
         output = module(given, received, memory, finish if module.is_last else None)
         if memories is not None:
             memories.keep(segment, memory)
-        if not module.is_last and not self._wires.is_local("hidden", stage + 1):
-            self._wires.send_all("hidden", stage + 1, output)
+        if not module.is_last and not self._channels.is_local("hidden", stage + 1):
+            self._channels.send_all("hidden", stage + 1, output)
             return None
         return output
 

@@ -7,19 +7,21 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
+from .groups import Lease
+
 
 class GroupMean:
     """Averages tensors over the processes that hold the same stages.
 
     Args:
-        group: those processes.
+        lease: a group of those processes.
         bucket_bytes: how much goes into one message.
     """
 
-    def __init__(self, group: dist.ProcessGroup, bucket_bytes: int = 25 * 2**20):
+    def __init__(self, lease: Lease, bucket_bytes: int = 25 * 2**20):
         self.bucket_bytes = bucket_bytes
-        self._group = group
-        self._size = dist.get_world_size(group)
+        self._lease, self._group = lease, lease.group
+        self._size = dist.get_world_size(lease.group)
 
     def start(self, tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
         """Begins to average tensors of one dtype, in place; every process gives the same shapes in the same order.
@@ -37,3 +39,7 @@ class GroupMean:
                 tensor.copy_(part.view_as(tensor))
 
         return wait
+
+    def close(self, drained: bool) -> None:
+        """See `Transport.close`."""
+        self._lease.end(drained)

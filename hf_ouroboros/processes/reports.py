@@ -1,6 +1,6 @@
 """Reports: what every process tells all others about an update, some updates later, so that nobody waits.
 
-After the step of update u each process contributes one row about update u - lag: a fingerprint of its micro-batches,
+After the step of update u each process contributes one row about an earlier update: a fingerprint of its micro-batches,
 their losses (known where the last stage is) and the gradient norms of its stages. Which rows have been taken in at which
 point of the run does not depend on timing: all processes log the same numbers and take the same decisions.
 """
@@ -41,6 +41,25 @@ class UpdateReport:
     stop: bool
 
 
+@dataclass(frozen=True)
+class Sent:
+    """Rows about an update that are on their way.
+
+    Args:
+        issued: updates that were closed when they were sent.
+        update: which one they are about.
+        ticks: its micro-batches.
+        work: of the call that gathers the rows.
+        rows: of every process, by rank, once it is complete.
+    """
+
+    issued: int
+    update: int
+    ticks: Sequence[int]
+    work: dist.Work
+    rows: list[torch.Tensor]
+
+
 class Reports:
     """Rows on their way; created by all processes at the same point.
 
@@ -55,7 +74,7 @@ class Reports:
         self._placement = placement
         self._lease = grid.lease_group("world")
         self._group = self._lease.group
-        self._on_their_way: deque[tuple[int, int, Sequence[int], dist.Work, list[torch.Tensor]]] = deque()
+        self._on_their_way: deque[Sent] = deque()
 
     def send(
         self,
@@ -85,17 +104,19 @@ class Reports:
             values += [0.0, 0.0] if norm is None else [1.0, norm]
         row = torch.tensor(values, dtype=torch.float64)
         rows = [torch.empty_like(row) for _ in range(self._grid.world_size)]
-        self._on_their_way.append((issued, update, ticks, dist.all_gather(rows, row, self._group, async_op=True), rows))
+        work = dist.all_gather(rows, row, self._group, async_op=True)
+        self._on_their_way.append(Sent(issued, update, ticks, work, rows))
 
     def take(self, issued_before: float = math.inf, about_before: int = 0) -> list[UpdateReport]:
         """Waits for the rows issued before so many updates were closed, or about one of the first, and puts them together."""
         reports = []
-        while self._on_their_way and (
-            self._on_their_way[0][0] < issued_before or self._on_their_way[0][1] < about_before
-        ):
-            _, update, ticks, work, rows = self._on_their_way.popleft()
-            await_others(work, self._check)
-            reports.append(self._put_together(update, ticks, rows))
+        while self._on_their_way:
+            sent = self._on_their_way[0]
+            if sent.issued >= issued_before and sent.update >= about_before:
+                break
+            self._on_their_way.popleft()
+            await_others(sent.work, self._check)
+            reports.append(self._put_together(sent))
         return reports
 
     def share(self, losses: Sequence[float]) -> list[float]:
@@ -116,8 +137,8 @@ class Reports:
             self.take()
         self._lease.end(drained)
 
-    def _put_together(self, update: int, ticks: Sequence[int], rows: Sequence[torch.Tensor]) -> UpdateReport:
-        grid, count = self._grid, len(ticks)
+    def _put_together(self, sent: Sent) -> UpdateReport:
+        grid, ticks, rows, count = self._grid, sent.ticks, sent.rows, len(sent.ticks)
         for replica in range(grid.replicas):
             found = {int(rows[rank][0]) for rank in grid.row(replica)}
             if len(found) > 1:
@@ -131,7 +152,7 @@ class Reports:
         for stage, device in enumerate(self._placement):
             present, norm = rows[grid.rank_of(device, 0)][2 + count + 2 * stage :][:2].tolist()
             norms.append(norm if present else None)
-        return UpdateReport(update, ticks, losses, norms, any(bool(row[1]) for row in rows))
+        return UpdateReport(sent.update, ticks, losses, norms, any(bool(row[1]) for row in rows))
 
 
 def fingerprint(batch: Mapping[str, Any], start: int = 0) -> int:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from .awaiting import await_others
-from .files import together
+from .files import gather_objects
 from .grid import ProcessGrid
 from .handshake import Facts, disagreement
 from .reports import tensor_checksum
@@ -64,7 +64,7 @@ class SameBatches:
 
     def _refuse(self, facts: Facts, where: str, among: Sequence[int]) -> None:
         """Has all processes raise what differs among some of them."""
-        found = together(self._grid, self._group, facts)
+        found = gather_objects(self._grid, self._group, facts)
         error = disagreement(f"the micro-batches of {where}", {rank: found[rank] for rank in among}, ADVICE)
         assert error is not None  # what differs in number or checksum differs in what is compared here
         error.everywhere = True

@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from ..adapters import is_adapted
 from ..checkpoint import adapter_weights, weights
-from .files import bring_home, together
-from .grid import ProcessGrid
+from .processes import Processes
 
 
 def look_at(model: Any, directory: str | Path, model_files: Any = None) -> Any:
@@ -39,30 +37,28 @@ def load(model: Any, directory: str | Path, saved: Mapping[Any, weights.SavedTen
     (adapter_weights.load if is_adapted(model) else weights.load_weights)(model, Path(directory), saved)
 
 
-def gathered(model: Any, directory: Path, grid: ProcessGrid, group: dist.ProcessGroup) -> dict[str, torch.Tensor]:
+def gathered(model: Any, directory: Path, processes: Processes) -> dict[str, torch.Tensor]:
     """Everything that PEFT saves of a model, by its names there, in the main process; empty in the others.
 
     Args:
         model: a PeftModel; what this process does not hold is on the meta device.
         directory: where parts may be put on their way.
-        grid: the processes.
-        group: of all processes; all of them call this at the same point.
+        processes: of the run; all of them call this at the same point.
     """
     # Whether embeddings are saved, the main process decides: PEFT may ask the Hub.
-    wanted = together(
-        grid, group, set(adapter_weights.names_in_files(model, "auto").values()) if grid.rank == 0 else None
-    )[0]
-    part = f".adapters-{grid.device_index}.safetensors"
+    names = set(adapter_weights.names_in_files(model, "auto").values()) if processes.is_main else set()
+    wanted = processes.gather(names)[0]
+    part = f".adapters-{processes.device_index}.safetensors"
     own = []
-    if grid.replica == 0:
+    if processes.replica == 0:
         directory.mkdir(parents=True, exist_ok=True)
         save_file(adapter_weights.held(model, wanted), directory / part)
         own = [part]
-    bring_home(directory, own, grid, group)
+    processes.gather_files(directory, own)
     found: dict[str, torch.Tensor] = {}
-    if grid.rank == 0:
+    if processes.is_main:
         for path in sorted(directory.glob(".adapters-*.safetensors")):
             found |= load_file(path)
             path.unlink()
-    dist.barrier(group)
+    processes.barrier()
     return found

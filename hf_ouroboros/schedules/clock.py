@@ -1,9 +1,9 @@
 """From ticks and updates to slots, the beats of a pipeline, of which every device gets the same sequence.
 
-A slot is usually one tick (micro-batch), sometimes a bubble, and it may close an update. `slot.trail[d]` is the tick d slots
-ago, so stage k, whose delay is d = K-1-k, runs in each slot
+A slot is usually one tick (micro-batch), sometimes a bubble, and it may close an update. `slot.recent_ticks[d]` is the tick
+d slots ago, so stage k, whose delay is d = K-1-k, runs in each slot
 
-    Forward(k, trail[0])   Backward(k, trail[d])   [Step(k, update)]
+    Forward(k, recent_ticks[0])   Backward(k, recent_ticks[d])   [Step(k, update)]
 
 which is the update rule of the reference, stage by stage. K = 3, one tick per update (columns are slots):
 
@@ -27,17 +27,17 @@ class Slot:
     """One beat of the pipeline.
 
     Args:
-        trail: the ticks of this slot and of the K-1 slots before it, newest first; None for a bubble.
+        recent_ticks: the ticks of this slot and of the K-1 slots before it, newest first; None for a bubble.
         update: the update that closes with this slot, if one does.
     """
 
-    trail: tuple[int | None, ...]
+    recent_ticks: tuple[int | None, ...]
     update: int | None = None
 
     @property
     def tick(self) -> int | None:
         """The micro-batch that enters here; None for a bubble."""
-        return self.trail[0]
+        return self.recent_ticks[0]
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,16 @@ class Clock:
         self.update = 0
         self.first_tick_of_update = 0
         self.delay_start: int | None = None
-        self._trail: deque[int | None] = deque([None] * num_stages, maxlen=num_stages)
-        self._held: bool = False
+        self._recent_ticks: deque[int | None] = deque([None] * num_stages, maxlen=num_stages)
+        self._kept_back: bool = False
 
     def next_tick(self) -> tuple[int, list[Slot]]:
         """Opens a tick; returns its number and the slot before it, now known not to close an update."""
         slots = self._release(None)
         if self.delay_start is None and not self.is_synchronous(self.update):
             self.delay_start = self.tick
-        self._trail.appendleft(self.tick)
-        self._held = True
+        self._recent_ticks.appendleft(self.tick)
+        self._kept_back = True
         self.tick += 1
         return self.tick - 1, slots
 
@@ -81,8 +81,8 @@ class Clock:
         if self.num_stages > 1 and self.is_synchronous(update):
             slots = self._release(None)
             for remaining in reversed(range(self.num_stages - 1)):
-                self._trail.appendleft(None)
-                slots.append(Slot(tuple(self._trail), update if remaining == 0 else None))
+                self._recent_ticks.appendleft(None)
+                slots.append(Slot(tuple(self._recent_ticks), update if remaining == 0 else None))
         else:
             slots = self._release(update) or [Slot((None,) * self.num_stages, update)]
         self.update += 1
@@ -98,18 +98,18 @@ class Clock:
         slots = self._release(None)
         if self.is_synchronous(self.update):
             for _ in range(self.num_stages - 1):
-                self._trail.appendleft(None)
-                slots.append(Slot(tuple(self._trail)))
+                self._recent_ticks.appendleft(None)
+                slots.append(Slot(tuple(self._recent_ticks)))
         return slots
 
     def resume(self, tick: int, update: int, delay_start: int | None) -> None:
         """Continues at an update boundary: ticks from `delay_start` on may still have gradients to come."""
         self.tick, self.update, self.first_tick_of_update, self.delay_start = tick, update, tick, delay_start
         oldest = tick if delay_start is None else delay_start
-        trail = [t if t >= oldest else None for t in range(tick - 1, tick - 1 - self.num_stages, -1)]
-        self._trail = deque(trail, maxlen=self.num_stages)
-        self._held = False
+        recent_ticks = [t if t >= oldest else None for t in range(tick - 1, tick - 1 - self.num_stages, -1)]
+        self._recent_ticks = deque(recent_ticks, maxlen=self.num_stages)
+        self._kept_back = False
 
     def _release(self, update: int | None) -> list[Slot]:
-        held, self._held = self._held, False
-        return [Slot(tuple(self._trail), update)] if held else []
+        kept_back, self._kept_back = self._kept_back, False
+        return [Slot(tuple(self._recent_ticks), update)] if kept_back else []

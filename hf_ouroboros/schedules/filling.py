@@ -119,7 +119,7 @@ class _Devices:
     def __init__(self, placement: Sequence[int], costs: Sequence[Costs], ticks: int, limits: Sequence[int], rule: Rule):
         self.orders: list[list[Item]] = [[] for _ in range(max(placement) + 1)]
         self._placement, self._costs, self._ticks, self._limits, self._rule = placement, costs, ticks, limits, rule
-        self._held = stages_by_device(placement)
+        self._stages_of = stages_by_device(placement)
         self._free = [0.0] * len(self.orders)
         self._ends: dict[Item, float] = {}
         self._next = {(part, k): 0 for part in Part for k in range(len(placement))}
@@ -147,7 +147,7 @@ class _Devices:
         """When the device can go on, and with what; None if nothing is known to come."""
         ready = [
             (max(start, self._free[device]), item)
-            for stage in self._held[device]
+            for stage in self._stages_of[device]
             for part in Part
             if (item := Item(part, stage, self._next[part, stage])).tick < self._ticks
             and (start := self._ready(item)) is not None
@@ -268,7 +268,7 @@ def filling_programs(
     exchange: bool,
 ) -> list[Program]:
     """The programs of all devices; see `device_programs`. Gradients of weights take a forward's time."""
-    num_stages, held = len(placement), stages_by_device(placement)
+    num_stages, stages_of = len(placement), stages_by_device(placement)
     costs = [_costs(k, *pair) for k, pair in enumerate(zip(forward_costs, backward_costs, strict=True))]
     ticks = min(micro_batches, max(1, LONGEST // num_stages))
     slots = run_slots(num_stages, ticks, 2, synchronous=True)
@@ -286,7 +286,9 @@ def filling_programs(
     found: list[tuple[float, list[Program]]] = []
     for limits, rule in itertools.product(_limits(num_stages, ticks), RULES):
         orders = _Devices(placement, costs, ticks, limits, rule).run()
-        programs = [filling_program(stages, order, ticks, exchange) for stages, order in zip(held, orders, strict=True)]
+        programs = [
+            filling_program(stages, order, ticks, exchange) for stages, order in zip(stages_of, orders, strict=True)
+        ]
         tasks = [prepare(program(slots), d, placement, duration) for d, program in enumerate(programs)]
         found.append((max(ends[-1] for ends in run(tasks)), programs))
     enough = min(span for span, _ in found) * (1 + WORTH)

@@ -36,20 +36,20 @@ def dataflow_programs(
         drained: whether the updates that are simulated are synchronous.
     """
     num_stages = len(placement)
-    held = stages_by_device(placement)
+    stages_of = stages_by_device(placement)
     duration = _durations(forward_costs, backward_costs)
     slots = sample_slots(num_stages, micro_batches, drained)
-    prepared: dict[tuple[int, ...], tuple[Program, list[Task]]] = {}  # most devices do the same under all lags
+    prepared: dict[tuple[int, ...], tuple[Program, list[Task]]] = {}  # most devices do the same under all offsets
 
-    def program_and_tasks(device: int, lags: list[int]) -> tuple[Program, list[Task]]:
-        if (key := (device, *lags)) not in prepared:
-            program = dataflow_program(held[device], lags, num_stages, exchange)
+    def program_and_tasks(device: int, offsets: list[int]) -> tuple[Program, list[Task]]:
+        if (key := (device, *offsets)) not in prepared:
+            program = dataflow_program(stages_of[device], offsets, num_stages, exchange)
             prepared[key] = program, prepare(program(slots), device, placement, duration)
         return prepared[key]
 
     best: tuple[float, list[Program]] | None = None
-    for lags in candidate_lags(num_stages, most=max(len(stages) for stages in held)):
-        chosen = [program_and_tasks(device, _relative(lags, stages)) for device, stages in enumerate(held)]
+    for offsets in candidate_offsets(num_stages, most=max(len(stages) for stages in stages_of)):
+        chosen = [program_and_tasks(device, _relative(offsets, stages)) for device, stages in enumerate(stages_of)]
         programs = [program for program, _ in chosen]
         try:
             span = max(ends[-1] for ends in run([tasks for _, tasks in chosen]))
@@ -58,7 +58,7 @@ def dataflow_programs(
         if best is None or span < best[0] * (1 - 1e-9):
             best = span, programs
     if best is None:
-        raise Deadlock(f"no interleaving of the stages {held} runs without a deadlock")
+        raise Deadlock(f"no interleaving of the stages {stages_of} runs without a deadlock")
     return best[1]
 
 
@@ -86,13 +86,13 @@ def engine_costs(stage_costs: Sequence[float], recompute: bool) -> tuple[list[fl
     return forward, [2 * cost + again for cost, again in zip(forward, replayed, strict=True)]
 
 
-def _relative(lags: Sequence[int], stages: Sequence[int]) -> list[int]:
-    """Lags within one device: only what its stages stay behind each other matters."""
-    base = 0 if 0 in stages else min((lags[k] for k in stages), default=0)
-    return [lags[k] - base for k in stages]
+def _relative(offsets: Sequence[int], stages: Sequence[int]) -> list[int]:
+    """Offsets within one device: only what its stages stay behind each other matters."""
+    base = 0 if 0 in stages else min((offsets[k] for k in stages), default=0)
+    return [offsets[k] - base for k in stages]
 
 
-def candidate_lags(num_stages: int, most: int) -> list[list[int]]:
+def candidate_offsets(num_stages: int, most: int) -> list[list[int]]:
     """Half slots that each stage stays behind stage 0: spread evenly so that the last stage is 1 .. K-1 slots late.
 
     Stage 0 itself may do its backward half a slot late, which puts it before the next forward.

@@ -23,32 +23,32 @@ def _halves(stage: int, slot: Slot, num_stages: int) -> tuple[list[Instruction],
     """What a stage does in a slot: its forward, and its backward with the step after it."""
     forward: list[Instruction] = [] if slot.tick is None else [Forward(stage, slot.tick)]
     rest: list[Instruction] = []
-    if (tick := slot.trail[num_stages - 1 - stage]) is not None:
+    if (tick := slot.recent_ticks[num_stages - 1 - stage]) is not None:
         rest.append(Backward(stage, tick))
     if slot.update is not None:
         rest.append(Step(stage, slot.update))
     return forward, rest
 
 
-def dataflow_program(stages: Sequence[int], lags: Sequence[int], num_stages: int, exchange: bool = False) -> Program:
+def dataflow_program(stages: Sequence[int], offsets: Sequence[int], num_stages: int, exchange: bool = False) -> Program:
     """A device of `pipelined` or `1f1b`: every stage keeps its own order and waits for nothing but its inputs.
 
     Args:
         stages: the device's stages.
-        lags: how many half slots (forward, backward-and-step) each of them stays behind the newest slot; this
+        offsets: how many half slots (forward, backward-and-step) each of them stays behind the newest slot; this
             interleaves the stages of one device.
         num_stages: K.
         exchange: whether norms are exchanged before every step (global clipping).
     """
-    order = sorted(zip(stages, lags, strict=True), reverse=True)
+    order = sorted(zip(stages, offsets, strict=True), reverse=True)
 
     def catch_up(waiting: dict[int, deque[list[Instruction]]]) -> Iterator[Instruction]:
         # As if empty slots followed: the order that the simulation found free of deadlocks goes on to the end.
         ahead = 0
         while any(waiting.values()):
             ahead += 2
-            for stage, lag in order:
-                while len(waiting[stage]) > max(lag - ahead, 0):
+            for stage, offset in order:
+                while len(waiting[stage]) > max(offset - ahead, 0):
                     yield from waiting[stage].popleft()
 
     def program(slots: Iterable[Slot | Pause]) -> Iterator[Instruction]:
@@ -69,8 +69,8 @@ def dataflow_program(stages: Sequence[int], lags: Sequence[int], num_stages: int
                 yield Exchange(update)
                 yield from (Step(stage, update) for stage, _ in order)
                 continue
-            for stage, lag in order:
-                while len(waiting[stage]) > lag:
+            for stage, offset in order:
+                while len(waiting[stage]) > offset:
                     yield from waiting[stage].popleft()
 
     return program

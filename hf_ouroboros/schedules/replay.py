@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .instructions import Backward, Exchange, Forward, Instruction, Rendezvous
 
@@ -18,7 +18,7 @@ class Executed:
     """An instruction with its simulated times, in the unit of the durations."""
 
     device: int
-    instruction: Any
+    instruction: Instruction
     start: float
     end: float
 
@@ -56,18 +56,18 @@ class Task(NamedTuple):
     link: tuple[int, int] | None
     message: Message | None
     after: float
-    instruction: Any
+    instruction: Instruction
 
 
 NOTHING, EVERYBODY = -1, -2
-Duration = Callable[[Any], float]
-Transfer = Callable[[Any, int, int], Message]
+Duration = Callable[[Instruction], float]
+Transfer = Callable[[Forward | Backward, int, int], Message]
 
 
 def prepare(
-    program: Iterable[Any],
+    program: Iterable[Instruction],
     device: int,
-    home: Sequence[int],
+    placement: Sequence[int],
     duration: Duration,
     transfer: Transfer | None = None,
     after: Duration | None = None,
@@ -77,12 +77,12 @@ def prepare(
     Args:
         program: finite sequence of `Instruction`s; unknown kinds with a `stage` need nothing and give nothing.
         device: who executes it.
-        home: device of every stage.
+        placement: device of every stage.
         duration: time that an instruction takes.
         transfer: (instruction, from, to) -> what sending its result takes; None for no time at all.
         after: see `Task`; None for no time at all.
     """
-    stages = len(home)
+    stages = len(placement)
     tasks = []
     for instruction in program:
         need, give, target = NOTHING, NOTHING, None
@@ -91,19 +91,19 @@ def prepare(
             give = 2 * (tick * stages + stage)
             if stage > 0:
                 need = give - 2
-            target = home[stage + 1] if stage < stages - 1 else None
+            target = placement[stage + 1] if stage < stages - 1 else None
         elif isinstance(instruction, Backward):
             stage, tick = instruction.stage, instruction.tick
             give = 2 * (tick * stages + stage) + 1
             if stage < stages - 1:
                 need = give + 2
-            target = home[stage - 1] if stage > 0 else None
+            target = placement[stage - 1] if stage > 0 else None
         elif isinstance(instruction, (Rendezvous, Exchange)):
             stage, need = -1, EVERYBODY
         else:
             stage = getattr(instruction, "stage", -1)
         link = message = None
-        if transfer is not None and target is not None and target != device:
+        if transfer is not None and isinstance(instruction, (Forward, Backward)) and target not in (None, device):
             link, message = (device, target), transfer(instruction, device, target)
         tasks.append(
             Task(
@@ -201,8 +201,8 @@ def replay(
         Deadlock: some device can never go on.
     """
     sequences = [list(program) for program in programs]
-    home = homes(sequences, num_stages)
-    tasks = [prepare(program, d, home, duration, transfer, after) for d, program in enumerate(sequences)]
+    placement = placement_of(sequences, num_stages)
+    tasks = [prepare(program, d, placement, duration, transfer, after) for d, program in enumerate(sequences)]
     return [
         # Never before the end of the one before, which the subtraction might miss by the last bit.
         Executed(device, task.instruction, max(end - task.duration, before), end)
@@ -211,11 +211,11 @@ def replay(
     ]
 
 
-def homes(programs: Sequence[Sequence[Any]], num_stages: int) -> list[int]:
+def placement_of(programs: Sequence[Sequence[Instruction]], num_stages: int) -> list[int]:
     """Device of every stage, from the programs; -1 for stages that none of them runs."""
-    home = [-1] * num_stages
+    placement = [-1] * num_stages
     for device, program in enumerate(programs):
         for instruction in program:
             if (stage := getattr(instruction, "stage", -1)) >= 0:
-                home[stage] = device
-    return home
+                placement[stage] = device
+    return placement

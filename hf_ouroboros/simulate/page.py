@@ -29,7 +29,7 @@ def write_page(timeline: Timeline, path: str | Path, *, summary: str = "", title
     shapes = []
     for device in range(timeline.num_devices):
         shapes.append(f'<rect x="0" y="{device * (ROW + GAP)}" width="{width}" height="{ROW}" fill="{IDLE}"/>')
-    lowest = {}
+    lowest: dict[int, int] = {}
     for e in timeline.events:
         if e.stage is not None:
             lowest[e.device] = min(e.stage, lowest.get(e.device, e.stage))

@@ -14,9 +14,7 @@ Sources: GPipe, arXiv 1811.06965; interleaved, arXiv 2104.04473; zero-bubble, ar
 
 from __future__ import annotations
 
-from typing import Any
-
-from ..schedules.instructions import Backward, Forward, InputGradient, Step, WeightGradient
+from ..schedules.instructions import Backward, Forward, InputGradient, Instruction, Step, WeightGradient
 
 PEERS = {"naive": "#9a9aa2", "gpipe": "#7aa6d1", "interleaved": "#4fa3a5", "zb-h1": "#8a5bb0"}
 """Names, and the colours of their curves."""
@@ -33,7 +31,7 @@ def peer_programs(
     num_devices: int,
     micro_batches: int,
     updates: int,
-) -> list[list[Any]]:
+) -> list[list[Instruction]]:
     """Instructions of every device for a run of `updates` updates.
 
     Args:
@@ -65,16 +63,16 @@ def _own(name: str, device: int, num_devices: int) -> list[int]:
     return [k for k, d in enumerate(peer_placement(name, num_devices)) if d == device]
 
 
-def _naive(device: int, num_devices: int, micro_batches: int, first: int) -> list[Any]:
+def _naive(device: int, num_devices: int, micro_batches: int, first: int) -> list[Instruction]:
     return [i for t in range(first, first + micro_batches) for i in (Forward(device, t), Backward(device, t))]
 
 
-def _gpipe(device: int, num_devices: int, micro_batches: int, first: int) -> list[Any]:
+def _gpipe(device: int, num_devices: int, micro_batches: int, first: int) -> list[Instruction]:
     ticks = range(first, first + micro_batches)
     return [*(Forward(device, t) for t in ticks), *(Backward(device, t) for t in ticks)]
 
 
-def _interleaved(device: int, num_devices: int, micro_batches: int, first: int) -> list[Any]:
+def _interleaved(device: int, num_devices: int, micro_batches: int, first: int) -> list[Instruction]:
     """Rounds of about D micro-batches pass through chunk 0, then through chunk 1; backwards from chunk 1 to 0."""
     rounds = max(1, micro_batches // num_devices)
     if micro_batches % rounds:
@@ -84,7 +82,7 @@ def _interleaved(device: int, num_devices: int, micro_batches: int, first: int) 
         )
     size, total = micro_batches // rounds, micro_batches * CHUNKS
 
-    def item(number: int, backward: bool) -> Any:
+    def item(number: int, backward: bool) -> Instruction:
         chunk = number // size % CHUNKS
         tick = first + number // (size * CHUNKS) * size + number % size
         if backward:
@@ -100,11 +98,11 @@ def _interleaved(device: int, num_devices: int, micro_batches: int, first: int) 
     return program
 
 
-def _zero_bubble(device: int, num_devices: int, micro_batches: int, first: int) -> list[Any]:
+def _zero_bubble(device: int, num_devices: int, micro_batches: int, first: int) -> list[Instruction]:
     """1F1B whose weight gradients are late: by as many micro-batches as the device is far from the first one."""
     ahead = min(micro_batches, num_devices - 1 - device)
     ticks = range(first, first + micro_batches)
-    program: list[Any] = [Forward(device, t) for t in ticks[:ahead]]
+    program: list[Instruction] = [Forward(device, t) for t in ticks[:ahead]]
     for n, tick in enumerate(ticks):
         if n + ahead < micro_batches:
             program.append(Forward(device, tick + ahead))

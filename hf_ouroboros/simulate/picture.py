@@ -31,6 +31,7 @@ COLOURS = {
 }
 IDLE, INK = "#e9e9ec", "#1c1c22"
 TINTS = (0.0, 0.55, 0.78)  # towards white: a device's first, second, third and further stages
+Colour = tuple[float, float, float]  # red, green, blue
 Ranks = dict[tuple[int, int | None], int]
 FONT_SIZES = (9.0, 8.0, 7.0)  # of the numbers in the boxes: the largest that fits
 NUMBERED_ROWS = 32  # with more devices, nobody reads thousands of numbers, which take most of the time
@@ -111,7 +112,7 @@ def _gantt(
     start, end = ((t - zero) * 1e3 for t in shown)
     span = (end - start) or 1.0
     boxes: list[list[tuple[float, float]]] = [[] for _ in range(timeline.num_devices)]
-    faces: list[list[tuple[float, ...]]] = [[] for _ in range(timeline.num_devices)]
+    faces: list[list[Colour]] = [[] for _ in range(timeline.num_devices)]
     for e in timeline.events:
         if not e.is_work or e.end <= shown[0] or e.start >= shown[1]:
             continue
@@ -121,13 +122,20 @@ def _gantt(
         faces[e.device].append(_tint(COLOURS[e.kind], rank))
         size, rotation = _fit(str(e.index), (x1 - x0) / span * width_points)
         if e.kind != "step" and size and timeline.num_devices <= NUMBERED_ROWS:
-            text = {"fontsize": size, "rotation": rotation, "color": "white" if rank == 0 else INK}
-            valign = "center" if rotation else "center_baseline"
-            axes.text((x0 + x1) / 2, e.device, str(e.index), ha="center", va=valign, **text)
+            axes.text(
+                (x0 + x1) / 2,
+                e.device,
+                str(e.index),
+                ha="center",
+                va="center" if rotation else "center_baseline",
+                fontsize=size,
+                rotation=rotation,
+                color="white" if rank == 0 else INK,
+            )
     for device in range(timeline.num_devices):  # one call for all boxes of a row: each costs a millisecond or two
         axes.broken_barh([(start, span)], (device - 0.4, 0.8), facecolors=IDLE, linewidth=0)
-        row = {"facecolors": faces[device], "edgecolors": "white", "linewidth": 0.6}
-        axes.broken_barh(boxes[device], (device - 0.4, 0.8), **row)
+        row = device - 0.4, 0.8
+        axes.broken_barh(boxes[device], row, facecolors=faces[device], edgecolors="white", linewidth=0.6)
     for device, share in enumerate(timeline.busy_shares(*shown)):
         axes.text(1.012, device, f"{share:.0%}", transform=axes.get_yaxis_transform(), fontsize=11, va="center")
     axes.text(1.012, -0.62, "busy", transform=axes.get_yaxis_transform(), fontsize=9, color=INK)
@@ -150,11 +158,12 @@ def _fit(label: str, points: float) -> tuple[float, int]:
     return 0.0, 0
 
 
-def _tint(colour: str, rank: int) -> tuple[float, ...]:
+def _tint(colour: str, rank: int) -> Colour:
     """The colour for a device's stage of this rank: as it is for the first, paler for the next."""
     from matplotlib.colors import to_rgb
 
-    return tuple(c + (1 - c) * TINTS[min(rank, len(TINTS) - 1)] for c in to_rgb(colour))
+    red, green, blue = (c + (1 - c) * TINTS[min(rank, len(TINTS) - 1)] for c in to_rgb(colour))
+    return red, green, blue
 
 
 def _strips(axes: Axes, timeline: Timeline, shown: tuple[float, float]) -> None:
@@ -219,9 +228,19 @@ def _legend(figure: Figure, timeline: Timeline, top: float, two_stages: bool) ->
         labels.append("the device's second stage")
     handles.append(Patch(facecolor=IDLE))
     labels.append("waiting")
-    style = {"frameon": False, "fontsize": 9, "handlelength": 1.6, "borderaxespad": 0.0, "borderpad": 0.0}
-    style |= {"loc": "upper left", "bbox_to_anchor": (0.3 / 14, top), "ncols": len(handles)}
-    figure.legend(handles, labels, handler_map={tuple: HandlerTuple(ndivide=None, pad=0.0)}, **style)
+    figure.legend(  # type: ignore[call-overload]  # does not know that a handle may be a tuple, for a HandlerTuple
+        handles,
+        labels,
+        handler_map={tuple: HandlerTuple(ndivide=None, pad=0.0)},
+        loc="upper left",
+        bbox_to_anchor=(0.3 / 14, top),
+        ncols=len(handles),
+        frameon=False,
+        fontsize=9,
+        handlelength=1.6,
+        borderaxespad=0.0,
+        borderpad=0.0,
+    )
 
 
 def _heading(timeline: Timeline, shown: tuple[float, float]) -> str:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ..schedules import SCHEDULES, device_programs, names_where
-from ..schedules.instructions import Backward, Forward, InputGradient, Step, WeightGradient
+from ..schedules.instructions import Backward, Forward, InputGradient, Instruction, Step, WeightGradient
 from ..schedules.interleave import engine_costs, run_slots
 from ..schedules.replay import Executed, Message, replay
 from .links import Links
@@ -152,7 +151,7 @@ def run_programs(
     *,
     recompute: bool = False,
     exchange: bool = False,
-) -> list[list[Any]]:
+) -> list[list[Instruction]]:
     """What every device does in a run of so many updates, in its order; arguments and errors as for `simulate`."""
     if schedule not in simulated():
         raise ValueError(f"schedule {schedule!r} can't be simulated; use one of {', '.join(simulated())}")
@@ -169,7 +168,7 @@ def run_programs(
 
 
 def execute(
-    programs: Sequence[Sequence[Any]],
+    programs: Sequence[Sequence[Instruction]],
     placement: Sequence[int],
     costs: Sequence[StageCost],
     links: Links,
@@ -177,7 +176,7 @@ def execute(
 ) -> list[Executed]:
     """Replays programs with the times of stages and links."""
 
-    def duration(instruction: Any) -> float:
+    def duration(instruction: Instruction) -> float:
         match instruction:
             case Forward(stage):
                 return costs[stage].forward
@@ -191,11 +190,11 @@ def execute(
                 return costs[stage].step
         return 0.0
 
-    def transfer(instruction: Any, source: int, target: int) -> Message:
+    def transfer(instruction: Forward | Backward, source: int, target: int) -> Message:
         before = isinstance(instruction, Backward)
         return links.message(source, target, costs[instruction.stage - before].boundary_bytes)
 
-    def after(instruction: Any) -> float:
+    def after(instruction: Instruction) -> float:
         # The device's other stage goes on while replicas average.
         return (
             links.mean_over(replicas, costs[instruction.stage].gradient_bytes) if isinstance(instruction, Step) else 0

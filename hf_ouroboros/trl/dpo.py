@@ -97,7 +97,7 @@ class OuroborosDPOTrainer(TickHooks, DPOTrainer, OuroborosTrainer):
         reference: Any = self._reference
         self.ref_model = reference
         try:
-            with self._guarded("computing the reference's log-probabilities"):
+            with self._processes.guard("computing the reference's log-probabilities"):
                 for batch in loader:
                     for logps, values in zip(found, self.compute_ref_log_probs(self._reference, batch), strict=True):
                         logps.append(values.float().cpu())
@@ -111,8 +111,8 @@ class OuroborosDPOTrainer(TickHooks, DPOTrainer, OuroborosTrainer):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
     ) -> tuple:
         """As in TRL; where devices are processes, those with the last stage have the loss."""
-        if (relay := self._staged.relay) is not None and not relay.has_logits:
-            with torch.no_grad(), self._staged.forward_scope():
-                relay.run(inputs)
+        if not self._partition.has_last_stage:
+            with torch.no_grad():
+                self._staged.pass_on(inputs)
             return None, None, None
         return DPOTrainer.prediction_step(self, model, inputs, prediction_loss_only, *args, **kwargs)

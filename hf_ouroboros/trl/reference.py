@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -39,23 +38,20 @@ class ReferenceModel(nn.Module):
     def forward(self, labels: torch.Tensor, fused_lm_head: bool = True, **inputs: Any) -> FusedCausalLMOutput:
         """Log-probabilities of the labels, in all processes."""
         trainer = self._trainer[0]
-        grid, staged, stages = trainer._grid, trainer._staged, trainer._partition.stages
-        log_probs, relay = None, staged.relay
+        staged, partition = trainer._staged, trainer._partition
+        log_probs = None
         was_training = staged.training
         staged.eval()
         try:
-            with adapters_off(stages, self.without_adapters):
-                if relay is None or relay.has_logits:
+            with adapters_off(partition.stages, self.without_adapters):
+                if partition.has_last_stage:
                     log_probs = fused_output(staged(**inputs).logits, {"labels": labels}).log_probs
                 else:
-                    with staged.forward_scope():
-                        relay.run(inputs)
+                    staged.pass_on(inputs)
         finally:
             staged.train(was_training)
-        if grid is not None:
-            message = [None if log_probs is None else log_probs.cpu()]
-            dist.broadcast_object_list(message, trainer._rank_of_losses(grid), trainer._control_group)
-            log_probs = message[0]
+        if not trainer._processes.alone:
+            log_probs = trainer._processes.from_last_stage(None if log_probs is None else log_probs.cpu())
         assert log_probs is not None  # the process of the last stage has them
         return FusedCausalLMOutput(log_probs=log_probs.to(labels.device))
 

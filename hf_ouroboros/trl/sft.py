@@ -38,7 +38,7 @@ class OuroborosSFTTrainer(TickHooks, SFTTrainer, OuroborosTrainer):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
     ) -> tuple:
         """As in OuroborosTrainer; the loss is TRL's, a mean over target tokens, too."""
-        if (relay := self._staged.relay) is not None and relay.has_logits:
+        if self._partition.has_last_stage:
             inputs = self._without_repeated_rows(inputs)
         count = self._get_target_count(inputs)
         result = OuroborosTrainer.prediction_step(self, model, inputs, prediction_loss_only, *args, **kwargs)

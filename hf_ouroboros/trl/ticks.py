@@ -15,14 +15,12 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from ..adapters import base_of
 from ..engine.settings import FinishedLoss
 from ..errors import UnsupportedOptionError
 from ..hooks.card import CardHooks
-from ..processes import ProcessGrid
 from ..trainer import OuroborosTrainer
 from .fused_head import FusedHead
 
@@ -101,17 +99,9 @@ class TickHooks(OuroborosTrainer):
         training = not any(key.startswith("eval_") for key in logs)
         mode = "train" if training else "eval"
         means = {key: [sum(values) / len(values)] for key, values in self._metrics[mode].items()}
-        if self._grid is not None:
-            message = [means]
-            dist.broadcast_object_list(message, self._rank_of_losses(self._grid), self._control_group)
-            means = message[0]
-        self._metrics[mode] = defaultdict(list, means)
+        self._metrics[mode] = defaultdict(list, self._processes.from_last_stage(means))
         with self._in_mode(training):
             self._trl.log(self, logs, start_time)
-
-    def _rank_of_losses(self, grid: ProcessGrid) -> int:
-        """The process of the last stage."""
-        return grid.rank_of(self.stage_plan.placement[-1], 0)
 
     @contextmanager
     def _in_mode(self, training: bool) -> Iterator[None]:

@@ -38,7 +38,9 @@ def test_without_delay_it_is_stock_trainer(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("given", [{"recompute": True}, {"schedule": "lockstep"}, {"bf16": True}], ids=str)
+@pytest.mark.parametrize(
+    "given", [{"recompute": True}, {"weights": "now"}, {"schedule": "lockstep"}, {"bf16": True}], ids=str
+)
 @pytest.mark.parametrize("case", ["lora on gpt2", "last layers"])
 def test_other_ways_to_run_are_the_reference(case: str, given: dict[str, Any], tmp_path: Path) -> None:
     """With dropout in the adapters."""

@@ -64,6 +64,7 @@ def test_measured_devices(config: str, tmp_path: Path, capsys: pytest.CaptureFix
     [
         (["--micro_batches", "3"], "0.67 updates late; M = 4 or more is recommended"),
         (["--micro_batches", "3", "--schedule", "1f1b"], "no gradient is late"),
+        (["--weights", "now"], "M = 4, adamw, weights of now"),
     ],
 )
 def test_delay_is_told(

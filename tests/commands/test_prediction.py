@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 from helpers import tiny_gpt2
 
-from hf_ouroboros.commands.prediction import stage_costs
+from hf_ouroboros.commands.prediction import predict, stage_costs
 from hf_ouroboros.planning.hardware import PRESETS
 from hf_ouroboros.planning.memory_model import MemoryOptions
 from hf_ouroboros.planning.planner import estimated, plan_split
 from hf_ouroboros.planning.unit_facts import model_facts
+from hf_ouroboros.simulate.links import Links
 
 
 def test_recompute_keeps_inputs_only() -> None:
@@ -23,3 +25,21 @@ def test_recompute_keeps_inputs_only() -> None:
         kept = [cost.activation_bytes for cost in stage_costs(plan)]
         assert kept == ([0.0, hidden, hidden, whole[3]] if recompute else whole)
         assert min(whole) > hidden
+
+
+def test_only_late_backwards_are_replayed_with_weights_of_now() -> None:
+    """Beside pipelined, a synchronous schedule of the same plan does not pay for replays that it has no use for."""
+    facts = model_facts(tiny_gpt2().config, 2, 8)
+    devices = [estimated(facts, PRESETS["t4"])] * 3
+    then, new = (plan_split(facts, devices, MemoryOptions("pipelined", 4, weights=w)) for w in ("then", "now"))
+    assert [stage.memory.versions for stage in new.stages[1:]] == [0.0] * 3
+    for stage, cost, late in zip(new.stages, stage_costs(new, "1f1b"), stage_costs(new, "pipelined"), strict=True):
+        again = 0.0 if stage is new.stages[-1] else stage.forward
+        assert cost.backward == pytest.approx(late.backward - again)
+    if [s.layers for s in then.stages] == [s.layers for s in new.stages]:
+        assert stage_costs(new, "1f1b") == pytest.approx(stage_costs(then, "1f1b"))
+    found = {w: predict(plan, "pipelined", Links()).seconds_per_tick for w, plan in (("then", then), ("now", new))}
+    assert found["then"] < found["now"] < 1.6 * found["then"]
+    assert predict(new, "gpipe", Links()).seconds_per_tick == pytest.approx(
+        predict(then, "gpipe", Links()).seconds_per_tick
+    )

@@ -9,7 +9,7 @@ import torch
 from helpers import Case, Run
 from stream_races import RacingBackend
 
-from hf_ouroboros.engine import core, device_queue
+from hf_ouroboros.engine import core, device_queue, parts
 from hf_ouroboros.engine.device_queue import AHEAD, AcceleratorQueue, DeviceQueue, handed_over, queue_of
 from hf_ouroboros.schedules import SCHEDULES
 
@@ -29,10 +29,10 @@ class Racing(Run):
     def __init__(self, case: Case, schedule: str, devices: list[torch.device], patch: pytest.MonkeyPatch):
         self.backend = RacingBackend()
         left = iter(devices)
-        patch.setattr(core, "queue_of", lambda device: AcceleratorQueue(next(left), self.backend))
+        patch.setattr(parts, "queue_of", lambda device: AcceleratorQueue(next(left), self.backend))
         patch.setattr(core, "handed_over", self.handed_over)
         super().__init__(case, schedule)
-        self.engine._site.transport._queues = [worker._queue for worker in self.engine._workers]
+        self.engine._parts.transport._queues = [worker._queue for worker in self.engine._workers]
 
     def handed_over(self, batch: dict, to_queues: bool) -> tuple:
         main = self.backend.default_stream(FIRST)
@@ -45,6 +45,7 @@ class Racing(Run):
 
 CASES = {
     "plain": Case(tied=False, dropout=0.1, updates=(2, 2, 1, 2)),
+    "weights of now": Case(tied=False, updates=(2, 1, 2), padded=True, dropout=0.1, weights="now"),
     "recomputed": Case(tied=False, updates=(2, 2, 2), recompute=True, padded=True),
     "predicted": Case(tied=False, compensation="weight_prediction", updates=(2,) * 3),
     "muon": Case(tied=False, optimizer="muon", compensation="error_feedback", updates=(2,) * 3, clip=0.1),
@@ -75,6 +76,23 @@ def test_nothing_races(name: str, schedule: str, devices: list, monkeypatch: pyt
     found.train({1: "state"})
     assert found.backend.races == []
     assert found.losses == expected.losses
+    for key, value in expected.model.state_dict().items():
+        assert torch.equal(value, found.model.state_dict()[key]), key
+
+
+def test_a_resumed_replay_does_not_race(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What weights="now" has read from a checkpoint, the main thread has brought to the devices."""
+    case = CASES["weights of now"]
+    begun = Run(case, "reference")
+    begun.update(0)
+    checkpoint = begun.checkpoint()
+    found = Racing(case, "pipelined", SHARED, monkeypatch)
+    with found.backend.using(found.backend.default_stream(FIRST)), found.backend.observing(FIRST):
+        found.resume(checkpoint)
+    found.train(updates=(1, 2))
+    assert found.backend.races == []
+    expected = Run(case, "reference").train()
+    assert found.losses == expected.losses[2:]
     for key, value in expected.model.state_dict().items():
         assert torch.equal(value, found.model.state_dict()[key]), key
 

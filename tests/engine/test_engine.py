@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from trainer_helpers import EVERY
 
 from hf_ouroboros.engine.core import Engine
+from hf_ouroboros.engine.messages import StepDone
 from hf_ouroboros.engine.settings import EngineSettings
-from hf_ouroboros.engine.worker import StepDone
 from hf_ouroboros.errors import EngineError, WorkerError
 from hf_ouroboros.partition import split_model
 from hf_ouroboros.simulate.timeline import Timeline
@@ -323,8 +323,10 @@ def test_nothing_grows(schedule: str) -> None:
             for item in r.in_flight.values()
             for leaf in item.leaves.values()
         }
-        books = [engine._work, engine._accounts._open, engine._accounts._norms, engine._site.transport._shared]
-        books += [entry for w in engine._workers for table in (w._work, w._hyperparameters) for entry in table.values()]
+        books = [engine._submitted, engine._accounts._open, engine._accounts._norms, engine._parts.transport._shared]
+        books += [
+            entry for w in engine._workers for table in (w._waiting, w._hyperparameters) for entry in table.values()
+        ]
         link = engine._runners[0]._link
         return {
             "tensors": sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()),

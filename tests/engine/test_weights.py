@@ -34,7 +34,7 @@ def test_leaves_stay_until_the_next_step() -> None:
     for name, parameter in module.named_parameters():
         assert leaves[name].is_leaf and leaves[name].requires_grad and leaves[name] is not parameter
         assert leaves[name].data_ptr() == parameter.data_ptr()  # no copy
-    versions.advance(in_use=False)
+    versions.advance(in_use=())
     assert versions.leaves() is not leaves
 
 
@@ -42,7 +42,7 @@ def test_unused_versions_are_stepped_in_place() -> None:
     module, versions = make()
     before = {name: p.data_ptr() for name, p in module.named_parameters()}
     versions.leaves()
-    versions.advance(in_use=False)
+    versions.advance(in_use=())
     assert {name: p.data_ptr() for name, p in module.named_parameters()} == before
 
 
@@ -51,7 +51,7 @@ def test_a_version_in_use_keeps_its_storage() -> None:
     parameters = dict(module.named_parameters())
     old = versions.leaves()
     values = {name: leaf.detach().clone() for name, leaf in old.items()}
-    versions.advance(in_use=True)
+    versions.advance(in_use=versions.parameters)
     with torch.no_grad():
         for parameter in parameters.values():
             if parameter.requires_grad:
@@ -73,7 +73,7 @@ def test_predicted_weights_have_storage_of_their_own() -> None:
     leaves = versions.leaves()
     assert torch.equal(leaves["3.weight"], predicted) and leaves["3.weight"].requires_grad
     assert leaves["0.weight"].data_ptr() == before["0.weight"]
-    versions.advance(in_use=True)
+    versions.advance(in_use=versions.parameters)
     moved = {name for name, p in module.named_parameters() if p.data_ptr() != before[name]}
     assert moved == before.keys() - {"3.weight"}  # a step can't write into what only predictions are used of
     assert versions.leaves()["3.weight"].data_ptr() == before["3.weight"]
@@ -86,7 +86,7 @@ def test_real_weights_in_use_outlive_a_prediction_without_a_step_between() -> No
     value = real.detach().clone()
     versions.predict({"3.weight": torch.zeros(3, 5)})
     versions.leaves()
-    versions.advance(in_use=True)
+    versions.advance(in_use=versions.parameters)
     with torch.no_grad():
         module[3].weight.add_(1)
     assert torch.equal(real, value)
@@ -112,7 +112,7 @@ def test_gradients_under_pending_graphs(delay: int, kind: type[torch.optim.Optim
             frozen_copy(inputs).square().mean().backward()
             for name, parameter in frozen_copy.named_parameters():
                 assert torch.equal(found[name], parameter.grad)
-        versions.advance(in_use=bool(pending))
+        versions.advance(in_use=versions.parameters if pending else ())
         for parameter in module.parameters():
             parameter.grad = torch.randn(parameter.shape, generator=generator)
         optimizer.step()
@@ -136,9 +136,20 @@ def test_a_parameter_with_a_view_keeps_its_storage() -> None:
     assert leaves["3.weight"].data_ptr() != view.data_ptr()
     assert leaves["0.weight"].data_ptr() == module[0].weight.data_ptr()
     old = leaves["3.weight"].detach().clone()
-    versions.advance(in_use=True)
+    versions.advance(in_use=versions.parameters)
     with torch.no_grad():
         module[3].weight.add_(1)
     assert torch.equal(view, module[3].weight) and torch.equal(leaves["3.weight"], old)
     del view, leaves
     assert versions.leaves()["3.weight"].data_ptr() == module[3].weight.data_ptr()  # nobody has a view any more
+
+
+def test_only_what_is_in_use_moves() -> None:
+    module, versions = make()
+    before = {name: p.data_ptr() for name, p in module.named_parameters()}
+    versions.leaves()
+    versions.advance(in_use=["3.weight"])
+    assert {name for name, p in module.named_parameters() if p.data_ptr() != before[name]} == {"3.weight"}
+    versions.leaves()
+    versions.let_go(in_use=["0.weight"])
+    assert module[0].weight.data_ptr() != before["0.weight"] and module[0].bias.data_ptr() == before["0.bias"]

@@ -41,12 +41,13 @@ def test_a_divided_backward_is_the_whole(tmp_path: Path, model: str) -> None:
     [
         {"bf16": True},
         {"recompute": True},
+        {"weights": "now"},
         {"num_stages": 4, "stages": 4, "delay_compensation": "weight_prediction"},
         {"delay_compensation": "muon+weight_prediction+error_feedback"},
         {"delay_warmup_steps": 2, "optim": "adamw_torch_fused"},
         {"stages": 2, "gradient_accumulation_steps": 3},
     ],
-    ids=["bf16", "recompute", "prediction", "muon", "warm-up", "two stages"],
+    ids=["bf16", "recompute", "weights of now", "prediction", "muon", "warm-up", "two stages"],
 )
 def test_options_agree_with_the_reference(tmp_path: Path, options: dict[str, Any]) -> None:
     options = dict(options)

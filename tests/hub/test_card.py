@@ -161,6 +161,13 @@ def test_procedure_table() -> None:
     }
 
 
+def test_weights_of_now_are_named() -> None:
+    text = build_card(dataclasses.replace(full(), weights="now")).content
+    assert "| Weights of late backwards | those of now (features replay) |" in text
+    assert "Each backward replays its stage's forward with the newest weights" in text and "true gradient" not in text
+    assert "late backwards" not in build_card(dataclasses.replace(full(), weights="now", num_stages=1)).content
+
+
 def test_stage_table_and_its_missing_columns() -> None:
     rows = cells(section(build_card(full()), "### Stages"))
     assert rows[0] == ["Stage", "Device", "Layers", "Parameters", "Delay in micro-batches"]

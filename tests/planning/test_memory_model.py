@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -92,6 +94,23 @@ def test_a_stage_by_hand() -> None:
     assert recomputed.activations == 102 + 103 + 3 * 7  # one replayed, three inputs
 
 
+def test_weights_of_now_by_hand() -> None:
+    facts, new = toy(), MemoryOptions("pipelined", 2, weights="now")
+    middle = stage_memory(facts, facts.units[3:5], 1, 4, new)
+    assert middle == replace(
+        stage_memory(facts, facts.units[3:5], 1, 4, MemoryOptions("pipelined", 2, recompute=True)), versions=0.0
+    )
+    first = stage_memory(facts, facts.units[:3], 0, 4, new)
+    assert first.versions == 2 * 20, "of the tied matrix, which the last stage is still to use"
+    assert stage_memory(toy(tied=0), facts.units[:3], 0, 4, new).versions == 0
+    assert stage_memory(facts, facts.units[5:], 3, 4, new) == stage_memory(
+        facts, facts.units[5:], 3, 4, MemoryOptions("pipelined", 2)
+    )
+    for schedule in ("1f1b", "zero_bubble"):
+        options = MemoryOptions(schedule, 2, weights="now")
+        assert not options.replays and not old_versions(0, 4, options)
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     st.sampled_from(["pipelined", "lockstep", "1f1b", "zero_bubble"]),
@@ -99,12 +118,13 @@ def test_a_stage_by_hand() -> None:
     st.booleans(),
     st.booleans(),
     st.lists(st.integers(1, 6), min_size=1, max_size=4, unique=True),
+    st.sampled_from(["then", "now"]),
 )
 def test_the_sum_over_layers_is_the_whole(
-    schedule: str, micro_batches: int, recompute: bool, tied: bool, cuts: list[int]
+    schedule: str, micro_batches: int, recompute: bool, tied: bool, cuts: list[int], weights: str
 ) -> None:
     facts = toy(tied=20 if tied else 0)
-    options = MemoryOptions(schedule, micro_batches, recompute)
+    options = MemoryOptions(schedule, micro_batches, recompute, weights=weights)
     bounds = [0, *sorted(cuts), 6]
     stages = len(bounds) - 1
     load = memory_load(facts, stages, options)

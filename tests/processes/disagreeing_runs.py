@@ -92,6 +92,7 @@ OPTIONS: dict[str, Any] = {
     "eval_mem_len": 4,
     "eval_clamp_len": 4,
     "recompute": True,
+    "weights": "now",
     "fused_head": "on",
     "timeline": "somewhere",
 }

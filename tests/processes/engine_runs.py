@@ -10,9 +10,10 @@ import torch
 from helpers import Case, Run, clone
 from rig import in_processes
 
-from hf_ouroboros.processes import ProcessGrid
+from hf_ouroboros.engine.core import Engine
+from hf_ouroboros.processes.grid import ProcessGrid
 from hf_ouroboros.processes.probe import boundary_specs
-from hf_ouroboros.processes.process_engine import ProcessEngine
+from hf_ouroboros.processes.process_parts import parts_of_process
 from hf_ouroboros.schedules import SCHEDULES
 
 
@@ -23,11 +24,12 @@ class ProcessRun(Run):
         self.grid = ProcessGrid(rank, world_size, replicas, torch.device("cpu"), timedelta(seconds=60))
         super().__init__(case, schedule)
 
-    def make_engine(self, partition: Any, settings: Any) -> ProcessEngine:
+    def make_engine(self, partition: Any, settings: Any) -> Engine:
         specs = boundary_specs(partition, self.grid, self.grid.standing_group("row", "set-up"), None)
         self.partition = partition
         loss = self.case.loss(self.grid.replicas)  # as Trainer scales it: the mean of all is that of the whole batch
-        return ProcessEngine(partition, self.optimizer, loss, settings, None, self.grid, specs)
+        parts = parts_of_process(self.grid, partition.plan, settings.micro_batches, specs)
+        return Engine(partition, self.optimizer, loss, settings, None, parts)
 
     def update(self, u: int, look: str | None = None) -> None:
         """Each replica has its rows of every micro-batch."""

@@ -106,7 +106,7 @@ def _made(store: Any, rank: int, size: int, timeout: timedelta) -> StrictGroup:
 
 def use_strict_backend() -> None:
     """From now on the tensors of this process's stages go over it."""
-    from hf_ouroboros.processes import ProcessGrid
+    from hf_ouroboros.processes.grid import ProcessGrid
 
     if NAME.upper() not in dist.Backend._plugins:
         dist.Backend.register_backend(NAME, _made, devices=["cpu"])

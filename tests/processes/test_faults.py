@@ -43,7 +43,7 @@ PLACES: dict[str, tuple[Any, str, int]] = {
     "weights": (hf_ouroboros.processes.files, "save_torch_state_dict", 5),
     "optimizer": (torch, "save", 10),
     "state": (hf_ouroboros.checkpoint.run_state, "save_file", 5),
-    "collection": (hf_ouroboros.processes.files, "together", 12),
+    "collection": (hf_ouroboros.processes.files, "gather_objects", 12),
     "rename": (os, "rename", 8),
 }
 

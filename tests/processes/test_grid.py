@@ -1,4 +1,4 @@
-"""Ranks, devices and replicas; wires and sums between processes."""
+"""Ranks, devices and replicas; channels and sums between processes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from trainer_helpers import complete_optimizer
 from trainer_runs import made
 
 from hf_ouroboros.errors import UnsupportedOptionError
-from hf_ouroboros.processes import ProcessGrid
+from hf_ouroboros.processes.channels import BoundarySpec, Channels, TensorSpec
+from hf_ouroboros.processes.grid import ProcessGrid
 from hf_ouroboros.processes.replica_mean import GroupMean
 from hf_ouroboros.processes.reports import Reports, fingerprint
-from hf_ouroboros.processes.wires import BoundarySpec, TensorSpec, Wires
 
 CPU = torch.device("cpu")
 
@@ -43,19 +43,19 @@ def test_replicas_that_do_not_fit(replicas: int) -> None:
 def pass_on(rank: int) -> list[Any]:
     """Stages 0 and 2 on device 0, stage 1 on device 1: hidden states up, gradients down, many of them posted first."""
     grid = grid_of(rank, 2)
-    wires = Wires(grid, (0, 1, 0))
+    channels = Channels(grid, (0, 1, 0))
     shapes = [(1 + t % 3, 5) for t in range(20)]
     mine = [1] if rank else [2]
     posted = {
-        (direction, stage): [wires.post(direction, stage, shape, torch.bfloat16) for shape in shapes]
+        (direction, stage): [channels.post(direction, stage, shape, torch.bfloat16) for shape in shapes]
         for direction in ("hidden", "gradient")
         for stage in ([1] if rank else [2] if direction == "hidden" else [0])
     }
-    assert wires.peer("hidden", mine[0]) == 1 - rank and not wires.is_local("hidden", 1)
+    assert channels.peer("hidden", mine[0]) == 1 - rank and not channels.is_local("hidden", 1)
     for t, shape in enumerate(shapes):
         for direction, stage in [("hidden", 2), ("gradient", 0)] if rank else [("gradient", 1), ("hidden", 1)]:
             value = t + 100 * stage + 1000 * (direction == "gradient")
-            wires.send(direction, stage, torch.full(shape, value, dtype=torch.float32).to(torch.bfloat16))
+            channels.send(direction, stage, torch.full(shape, value, dtype=torch.float32).to(torch.bfloat16))
     found = {channel: [item.wait() for item in items] for channel, items in posted.items()}
     for (direction, stage), tensors in found.items():
         for t, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
@@ -68,12 +68,12 @@ def pass_on(rank: int) -> list[Any]:
 
 
 @pytest.mark.slow
-def test_wires() -> None:
+def test_channels() -> None:
     assert in_processes(2, pass_on) == [[20, 20], [20, 20]]
 
 
 def average(rank: int) -> list[torch.Tensor]:
-    mean = GroupMean(grid_of(rank, 3, 3).lease_group("column").group)
+    mean = GroupMean(grid_of(rank, 3, 3).lease_group("column"))
     tensors = [torch.full((3, 2), float(rank)), torch.ones(()), torch.arange(4.0).to(torch.bfloat16) * rank]
     waits = [mean.start(tensors[:2]), mean.start(tensors[2:])]
     for wait in waits:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -33,6 +34,17 @@ def test_equals_the_reference(stages: int, tied: bool) -> None:
     if stages > 3 and not EVERY:
         variants = variants[tied : 2 + tied]  # each of them tied or untied
     check_all(processes, [(case, schedule, {}) for case in variants for schedule in SCHEDULES])
+
+
+@pytest.mark.slow
+def test_weights_of_now() -> None:
+    looks = {0: "settle", 2: "state", 3: "synchronize"}
+    cases = [
+        Case(4, updates=(1, 2, 1, 2, 1), dropout=0.1, padded=True, warmup=1, weights="now"),
+        Case(3, updates=(1,) * 6, tied=False, clip=0.5, weights="now"),
+        Case(5, updates=(2,) * 4, tied=False, devices=3, weights="now"),
+    ]
+    check_all(3, [(case, schedule, looks) for case in cases for schedule in ("pipelined", "lockstep")])
 
 
 @pytest.mark.slow
@@ -69,6 +81,7 @@ def test_replicas_equal_the_reference_on_the_doubled_batch(stages: int) -> None:
     else:
         case = Case(3, updates=(2, 1, 2, 2), clip=0.5, optimizer="sgd")
     runs = [(case, schedule, {1: "state"}) for schedule in SCHEDULES]
+    runs += [(dataclasses.replace(case, weights="now"), "pipelined", {1: "state"})]
     for found, run in zip(run_all(4, runs, replicas=2), runs, strict=True):
         expected = reference_result(*run)
         # The replicas' halves are summed in another order than the rows of one batch. (SGD, because Adam would blow up the

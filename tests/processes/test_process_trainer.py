@@ -25,7 +25,7 @@ from trainer_runs import (
 )
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback
 
-from hf_ouroboros import OuroborosError
+from hf_ouroboros import CheckpointError, OuroborosError
 
 EVALUATED = {
     "eval_strategy": "steps",
@@ -123,6 +123,46 @@ def test_checkpoints_cross_over(tmp_path: Path) -> None:
     for step in (2, 4):
         resume = str(tmp_path / "processes" / f"checkpoint-{step}")
         assert_equal(expected, run_here(tmp_path, {**threads, "name": f"back-{step}", "resume": resume}))
+
+
+@pytest.mark.slow
+def test_checkpoints_of_weights_of_now_cross_over(tmp_path: Path) -> None:
+    """What pending backwards need is in the files of all processes; with M = 1 and dropout, over three stages and more."""
+    now = {
+        "weights": "now",
+        "gradient_accumulation_steps": 1,
+        "max_steps": 7,
+        "num_stages": 4,
+        "eval_strategy": "steps",
+    }
+    saving = now | {"save_strategy": "steps", "save_steps": 2, "eval_steps": 3}
+    threads = {"options": saving | split_options(4, 3), "name": "threads"}
+    expected = run_here(tmp_path, threads)
+    processes = {"options": saving, "name": "processes"}
+    resumed = {"options": saving, "name": "resumed", "resume": str(tmp_path / "threads" / "checkpoint-2")}
+    again = {"options": saving, "name": "again", "resume": str(tmp_path / "processes" / "checkpoint-4")}
+    for found in run_all(tmp_path, 3, [processes, resumed, again]):
+        assert_equal(expected, found)
+    resume = str(tmp_path / "processes" / "checkpoint-4")
+    assert_equal(expected, run_here(tmp_path, {**threads, "name": "back", "resume": resume}))
+
+
+@pytest.mark.slow
+def test_replicas_of_weights_of_now(tmp_path: Path) -> None:
+    """A resumed run equals the uninterrupted one; with another number of replicas there is nothing to take the mean of."""
+    options = {
+        "num_stages": 3,
+        "weights": "now",
+        "data_parallel_replicas": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
+    saved = {"options": options, "trainer": {"train_dataset": Rows(16)}, "name": "saved"}
+    found = run_all(tmp_path, 4, [saved, {**saved, "name": "on", "resume": str(tmp_path / "saved" / "checkpoint-2")}])
+    assert_equal(*found)
+    one = {**saved, "options": {**options, "data_parallel_replicas": 1, **split_options(3, 2)}, "name": "one"}
+    with pytest.raises(CheckpointError, match="2 replicas with weights='now'.*resume with data_parallel_replicas=2"):
+        run_here(tmp_path, {**one, "resume": str(tmp_path / "saved" / "checkpoint-2")})
 
 
 @pytest.mark.slow

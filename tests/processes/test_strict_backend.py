@@ -10,7 +10,7 @@ from helpers import Case, differences
 from rig import Ended, ends_of, in_processes
 from strict_backend import use_strict_backend
 
-from hf_ouroboros.processes.wires import Wires
+from hf_ouroboros.processes.channels import Channels
 
 SCHEDULES = ["pipelined", "lockstep", "1f1b", "zero_bubble"]
 
@@ -23,8 +23,8 @@ def part(rank: int, *args: Any) -> Any:
 
 def part_without_connecting(rank: int, *args: Any) -> Any:
     """As `part`, with communicators that connect at their first message, receives being posted early."""
-    Wires._connect = lambda self, direction, stage: None
-    Wires.posts_early = True
+    Channels._connect = lambda self, direction, stage: None
+    Channels.posts_early = True
     return part(rank, *args)
 
 
@@ -42,6 +42,7 @@ def test_equals_the_reference(stages: int) -> None:
     cases = [
         Case(stages, updates=(2, 2, 3, 1), tied=False, dropout=0.1, padded=True, clip=0.5),
         Case(stages, updates=(1, 4, 2), tied=False, recompute=True, warmup=1),
+        *([Case(stages, updates=(1, 2, 1), tied=False, weights="now")] if stages == 3 else []),
     ]
     check_all(stages, cases)
 

@@ -68,6 +68,7 @@ def test_grids_that_are_refused(tmp_path: Path, content: Any, message: str) -> N
         "transfo_xl",
         "llama",
         "lora",
+        "weights_now",
         "smoke",
     ],
 )

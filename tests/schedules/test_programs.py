@@ -50,7 +50,7 @@ def expected_order(stage: int, num_stages: int, updates: Updates, warmup: int) -
     """The update rule for one stage, read aloud.
 
     Delayed: F(t), B(t-d) if t-d is a delayed tick, Step after the update's last tick.
-    Drained: the same lag within the update, then the rest of its backwards, Step.
+    Drained: the same offset within the update, then the rest of its backwards, Step.
     """
     delay, order, tick = num_stages - 1 - stage, [], 0
     start = sum(updates[:warmup])
@@ -88,11 +88,11 @@ def test_order_of_a_stage(
     num_stages: int, updates: Updates, warmup: int, pauses: frozenset[int], data: st.DataObject
 ) -> None:
     stage = data.draw(st.integers(0, num_stages - 1))
-    lag = data.draw(st.integers(0, 2 * num_stages))
+    offset = data.draw(st.integers(0, 2 * num_stages))
     slots = make_slots(num_stages, updates, warmup, pauses)
     expected = expected_order(stage, num_stages, updates, warmup)
-    assert work(list(dataflow_program([stage], [lag], num_stages)(slots))) == expected
-    assert work(list(dataflow_program([stage], [lag], num_stages, exchange=True)(slots))) == expected
+    assert work(list(dataflow_program([stage], [offset], num_stages)(slots))) == expected
+    assert work(list(dataflow_program([stage], [offset], num_stages, exchange=True)(slots))) == expected
     assert work(list(lockstep_program([stage], num_stages)(slots))) == expected
 
 
@@ -152,7 +152,7 @@ def test_lockstep_slots(num_stages: int, updates: Updates, warmup: int, exchange
         kinds = [type(i) for i in down]
         assert kinds == sorted(kinds, key=[Backward, Exchange, Step, Rendezvous].index)
         assert [i.stage for i in down if isinstance(i, Backward)] == sorted(
-            (k for k in stages if slot.trail[num_stages - 1 - k] is not None), reverse=True
+            (k for k in stages if slot.recent_ticks[num_stages - 1 - k] is not None), reverse=True
         )
         assert kinds.count(Step) == (num_stages if slot.update is not None else 0)
         assert kinds.count(Exchange) == int(exchange and slot.update is not None)

@@ -1,4 +1,4 @@
-"""Wires: tensors between the stages of one replica, from process to process, without anybody waiting to send.
+"""Channels: tensors between the stages of one replica, from process to process, without anybody waiting to send.
 
 A *channel* is ("hidden" | "gradient", receiving stage); its messages arrive in the order in which they were sent. A
 receive is posted into fresh memory before the message is needed: autograd may have saved an earlier buffer, and a write
@@ -81,7 +81,7 @@ def _begun(message: dist.Work | None) -> dist.Work:
     return message
 
 
-class Posted:
+class PostedReceive:
     """A receive that was posted: `wait()` gives the tensor."""
 
     def __init__(self, work: dist.Work, tensor: torch.Tensor):
@@ -98,10 +98,10 @@ class Posted:
         return self._tensor
 
 
-class PostedBoundary:
+class PostedReceives:
     """The receives of a boundary's tensors."""
 
-    def __init__(self, tensors: Mapping[str, Posted]):
+    def __init__(self, tensors: Mapping[str, PostedReceive]):
         self._tensors = tensors
 
     def abandon(self) -> None:
@@ -114,7 +114,7 @@ class PostedBoundary:
         return {name: posted.wait() for name, posted in self._tensors.items()}
 
 
-class Wires:
+class Channels:
     """The channels of this process; created by all processes at the same point.
 
     Args:
@@ -138,7 +138,7 @@ class Wires:
         ]
         if grid.tensor_backend == "gloo":
             # Tags tell the channels apart; nobody gets what was left behind by others that have failed.
-            group = grid.standing_group("world", "wires")
+            group = grid.standing_group("world", "channels")
             self._groups = {channel: (group, next(_TAGS)) for channel in channels}
             return
         # NCCL knows no tags and runs what a communicator is given one after another: a receive that waits would hold up a
@@ -217,15 +217,15 @@ class Wires:
         for tensor in tensors.values():
             self.send(direction, stage, tensor)
 
-    def post_all(self, direction: str, stage: int, shapes: Mapping[str, Any]) -> PostedBoundary:
+    def post_all(self, direction: str, stage: int, shapes: Mapping[str, Any]) -> PostedReceives:
         """Starts to receive a boundary's tensors, of these shapes and dtypes."""
-        return PostedBoundary({name: self.post(direction, stage, *shape) for name, shape in shapes.items()})
+        return PostedReceives({name: self.post(direction, stage, *shape) for name, shape in shapes.items()})
 
-    def post(self, direction: str, stage: int, shape: Sequence[int], dtype: torch.dtype) -> Posted:
+    def post(self, direction: str, stage: int, shape: Sequence[int], dtype: torch.dtype) -> PostedReceive:
         """Starts to receive the next tensor of a channel."""
         group, tag = self._groups[direction, stage]
         tensor = torch.empty(tuple(shape), dtype=dtype, device=self._grid.device)
-        return Posted(_begun(dist.irecv(tensor, self.peer(direction, stage), group=group, tag=tag)), tensor)
+        return PostedReceive(_begun(dist.irecv(tensor, self.peer(direction, stage), group=group, tag=tag)), tensor)
 
     def flush(self) -> None:
         """Waits until everything that was sent has been received."""
