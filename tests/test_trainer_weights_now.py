@@ -128,6 +128,31 @@ def test_models(kind: str, tmp_path: Path) -> None:
 # ---- resuming ----
 
 
+def frozen_below() -> PreTrainedModel:
+    model = tiny_model(dropout=0.1)
+    model.transformer.wte.requires_grad_(False)
+    for layer in model.transformer.h[:2]:
+        layer.requires_grad_(False)
+    model.transformer.wpe.requires_grad_(False)
+    return model
+
+
+RESUMED = {**MODELS, "frozen below": frozen_below}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", RESUMED)
+def test_models_resume(kind: str, tmp_path: Path) -> None:
+    found = []
+    options = {**NOW, **split_options(3, 2), "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    for name, resume in (("whole", None), ("on", tmp_path / "whole" / "checkpoint-3")):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = RESUMED[kind]()
+        found.append(outcome(trained(tmp_path / name, {"model": model}, resume=resume, **options)))
+    assert differing(*found) == []
+
+
 @pytest.mark.parametrize(("step", "schedule"), [(2, "pipelined"), (4, "reference")])
 def test_a_resumed_run_is_the_uninterrupted_one(step: int, schedule: str, tmp_path: Path) -> None:
     options = {**NOW, **split_options(4, 3), "max_steps": 6, "gradient_accumulation_steps": 2}

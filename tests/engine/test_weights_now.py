@@ -58,6 +58,12 @@ def test_other_cases(case: Case, schedule: str) -> None:
     assert_equal_to_reference(case, schedule)
 
 
+@pytest.mark.slow
+def test_lockstep_with_a_global_norm() -> None:
+    case = now(4, updates=(1, 2, 1, 1, 2), clip=0.3, scope="global", dropout=0.1)
+    assert_equal_to_reference(case, "lockstep", {2: "state"})
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     return now(
@@ -75,7 +81,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 @pytest.mark.slow
-@settings(max_examples=100 if EVERY else 15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60 if EVERY else 12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(cases(), st.dictionaries(st.integers(0, 5), st.sampled_from(LOOKS), max_size=3), st.sampled_from(SCHEDULES))
 def test_any_run_looked_at_or_not(case: Case, looks: dict[int, str], schedule: str) -> None:
     assert_equal_to_reference(case, schedule, looks)
@@ -131,7 +137,7 @@ def begun(case: Case, schedule: str, at: int) -> tuple[Run, dict[str, Any]]:
 RESUMED = now(4, updates=(1, 2, 1, 3, 1, 1), dropout=0.2, padded=True)
 
 
-@pytest.mark.parametrize("at", [1, 3, 5])
+@pytest.mark.parametrize("at", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)])
 def test_resumes_under_every_schedule(at: int) -> None:
     whole = Run(RESUMED, "reference").train()
     for first, second in [("pipelined", "reference"), ("reference", "lockstep"), ("lockstep", "pipelined")]:
