@@ -336,7 +336,7 @@ class StageRunner(StageUpdates):
     def _in_use(self) -> Collection[str]:
         """Names of the parameters whose present values a pending forward or backward needs."""
         if self.replays_newest:  # nothing but what the last stage has borrowed and not finished with
-            lent = self._link is not None and any(tick not in self._heads for tick in self.in_flight)
-            return self._link.names if lent else ()
+            lent = any(tick not in self._heads for tick in self.in_flight)
+            return self._link.names if lent and self._link is not None else ()
         pending = self.in_flight or self._divided_backwards or (self._lends and self._link.weights)
         return self._versions.parameters if pending else ()

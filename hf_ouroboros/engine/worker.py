@@ -274,7 +274,7 @@ class Worker(threading.Thread):
         if runner.replays_newest:  # with weights that are still to come; but no message stays on its way
             due = due_next(runner.in_flight, self._num_stages - 1 - runner.index)
             if due is not None and due not in runner.arrived:
-                runner.arrived[due] = self._gradient(runner, due)
+                runner.arrived[due] = self._gradient(runner, due) or {}
             return
         for tick in sorted(runner.in_flight):
             runner.settled[tick] = self._queue.put_away(self._run_backward(runner, tick, "settle"))
