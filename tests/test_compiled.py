@@ -72,6 +72,7 @@ def test_schedules_agree(make: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not EVERY, reason="compiles for a while: HF_OUROBOROS_EVERY_CASE=1 runs it")
 def test_replays_of_compiled_layers(tmp_path: Path) -> None:
     compiled = {**RUN, "weights": "now", **CAPTURED}
     expected = trained(tmp_path / "reference", {"model": gpt2()}, schedule="reference", **compiled)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_reference import DECAY, LR, MOMENTUM, Tensors, assert_equal_but_for_rounding, micro_batches, run, weights_of
 from torch.func import functional_call
+from trainer_helpers import EVERY
 
 from hf_ouroboros.engine.settings import EngineSettings
 from hf_ouroboros.partition import Partition, select, split_model
@@ -115,7 +116,7 @@ def test_update_rule_examples(stages: int, updates: list[int], tied: bool, warmu
 
 
 @pytest.mark.slow
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15 if EVERY else 4, deadline=None)
 @given(st.integers(1, 5), st.lists(st.integers(1, 4), min_size=1, max_size=5), st.booleans(), st.integers(0, 3))
 def test_update_rule(stages: int, updates: list[int], tied: bool, warmup: int) -> None:
     torch.set_num_threads(1)

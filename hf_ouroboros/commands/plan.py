@@ -79,6 +79,10 @@ def run(arguments: argparse.Namespace) -> int:
     output = Path(arguments.output)
     files = [output.with_name(f"{output.name}{suffix}") for suffix in (".json", ".png")]
     check_writable("--output", *files)
+    if arguments.weights == "now" and SCHEDULES[arguments.schedule].is_synchronous:
+        raise UnsupportedOptionError(
+            f"--weights now: with --schedule {arguments.schedule} no backward is late, and no older weights are kept; leave it out"
+        )
     with _no_garbage_collection():
         from ..planning.memory_model import MemoryOptions
         from ..planning.planner import plan_split
@@ -99,10 +103,6 @@ def run(arguments: argparse.Namespace) -> int:
             )
         dtype = data_type(arguments, config)
         facts = model_facts(config, arguments.batch, arguments.seq, dtype, arguments.lora_rank, arguments.quantization)
-    if arguments.weights == "now" and SCHEDULES[arguments.schedule].is_synchronous:
-        raise UnsupportedOptionError(
-            f"--weights now: with --schedule {arguments.schedule} no backward is late, and no older weights are kept; leave it out"
-        )
     check_work(facts.layers, [(len(kinds), arguments.micro_batches)] * len(simulated()))
     options = MemoryOptions(
         arguments.schedule, arguments.micro_batches, arguments.recompute, arguments.optimizer, arguments.weights

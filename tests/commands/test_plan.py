@@ -114,6 +114,11 @@ def test_options_that_follow_from_changed_ones() -> None:
         (2, ["gpt2", "--devices", "abacus"], "--devices 'abacus' is unknown"),
         (2, ["gpt2", "--devices", "t4", "cpu:0"], "mixes devices of this machine"),
         (2, ["gpt2", "--devices", "cpu:0", "cpu:0"], "must be different devices"),
+        (
+            2,
+            ["gpt2", "--devices", "t4", "--weights", "now", "--schedule", "1f1b"],
+            "no backward is late, and no older weights",
+        ),
         (2, ["gpt2", "--devices", "cuda:99"], "names 'cuda:99', which this machine doesn't have"),
         (2, ["gpt2", "--devices", "t4", "--config_overrides", "layers=3"], "with a name that a gpt2 configuration has"),
         (2, ["gpt2", "--devices", "t4", "--config_overrides", "n_layer=many"], "n_layer must be int, got 'many'"),

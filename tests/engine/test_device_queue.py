@@ -11,6 +11,7 @@ from stream_races import RacingBackend
 
 from hf_ouroboros.engine import core, device_queue, parts
 from hf_ouroboros.engine.device_queue import AHEAD, AcceleratorQueue, DeviceQueue, handed_over, queue_of
+from hf_ouroboros.engine.state import RunState
 from hf_ouroboros.schedules import SCHEDULES
 
 FIRST, SECOND = torch.device("cuda:0"), torch.device("cuda:1")
@@ -87,8 +88,14 @@ def test_a_resumed_replay_does_not_race(monkeypatch: pytest.MonkeyPatch) -> None
     begun.update(0)
     checkpoint = begun.checkpoint()
     found = Racing(case, "pipelined", SHARED, monkeypatch)
-    with found.backend.using(found.backend.default_stream(FIRST)), found.backend.observing(FIRST):
-        found.resume(checkpoint)
+    load = found.engine.load_state_dict
+
+    def observed(state: RunState) -> None:
+        with found.backend.using(found.backend.default_stream(FIRST)), found.backend.observing(FIRST):
+            load(state)
+
+    found.engine.load_state_dict = observed
+    found.resume(checkpoint)
     found.train(updates=(1, 2))
     assert found.backend.races == []
     expected = Run(case, "reference").train()

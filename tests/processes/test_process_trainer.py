@@ -140,8 +140,7 @@ def test_checkpoints_of_weights_of_now_cross_over(tmp_path: Path) -> None:
     expected = run_here(tmp_path, threads)
     processes = {"options": saving, "name": "processes"}
     resumed = {"options": saving, "name": "resumed", "resume": str(tmp_path / "threads" / "checkpoint-2")}
-    again = {"options": saving, "name": "again", "resume": str(tmp_path / "processes" / "checkpoint-4")}
-    for found in run_all(tmp_path, 3, [processes, resumed, again]):
+    for found in run_all(tmp_path, 3, [processes, resumed]):
         assert_equal(expected, found)
     resume = str(tmp_path / "processes" / "checkpoint-4")
     assert_equal(expected, run_here(tmp_path, {**threads, "name": "back", "resume": resume}))
