@@ -37,7 +37,8 @@ import torch
 from torch.func import functional_call
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from .engine.at_once import AtOnce, Gradients
+from .engine.at_once import AtOnce
+from .engine.between_updates import Gradients
 from .engine.exposed import own_threads
 from .engine.gradient_hooks import accumulated, calls_backward_hooks, hooked, refuse_on_halves, silenced
 from .engine.graph import GraphCheck, nodes_of

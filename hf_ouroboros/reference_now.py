@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch.func import functional_call
 
+from .engine.between_updates import Gradients
 from .engine.in_flight import InFlight, detached, roots_of, shapes_of
 from .engine.losses import finishing
 from .engine.noise import NoDraws
@@ -37,7 +38,7 @@ from .engine.settings import EngineSettings
 from .engine.streams import Segment
 from .partition import Boundary, Memory, select
 from .partition.ownership import parameter_places
-from .reference import Gradients, Reference
+from .reference import Reference
 
 
 class ReferenceNow(Reference):

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
-from ..errors import EngineError
-from ..partition import Partition
+from .between_updates import BetweenUpdates, Gradients
 from .noise import StageNoise
 from .randomness import has_dropout
 from .reads import ReadCheck
-from .settings import EngineSettings, FinishedLoss, FinishedNorm
-from .state import RunState, starts_of
-from .streams import Memories, Streams, memories_on
-
-Gradients = dict[str, torch.Tensor]
+from .settings import FinishedLoss, FinishedNorm
+from .streams import Memories
 
 
-class AtOnce:
+class AtOnce(BetweenUpdates):
     """The part of the reference that is no algorithm: what it answers where `Engine` would wait, and the state of its run.
 
     Attributes:
@@ -32,9 +28,6 @@ class AtOnce:
     stop_requested = False
     has_views = False
     holds_gradients = False
-    partition: Partition
-    optimizer: torch.optim.Optimizer
-    settings: EngineSettings
     _device: torch.device
     _seed: int
     _tick: int
@@ -42,7 +35,6 @@ class AtOnce:
     _first_tick: int
     _delay_start: int | None
     _queues: list[dict[int, Gradients]]
-    _streams: Streams
     _memories: list[Memories]
     _noise: list[StageNoise]
     _reads: list[ReadCheck]
@@ -114,49 +106,26 @@ class AtOnce:
 
     # ---- the state of the run ----
 
-    def state_dict(self) -> RunState:
-        """What a run is besides weights and optimizer state.
+    def _own_stages(self) -> Collection[int]:
+        return range(len(self._queues))
 
-        Raises:
-            EngineError: an update is open (micro-batches submitted since the last step).
-        """
-        if self.update_open:
-            raise EngineError("the state of a run is defined between updates; call step() first")
-        return RunState(
-            len(self._queues),
-            self.settings.tied_gradient,
-            self._seed,
-            self._tick,
-            self._update,
-            self._delay_start,
-            {k: self._pending(k) for k in range(len(self._queues))},
-            dict(self._streams.positions),
-            {k: dict(memories.groups) for k, memories in enumerate(self._memories)},
-            self.settings.weights,
-            starts_of(self.partition),
-        )
+    def _clocks(self) -> tuple[int, int, int, int | None]:
+        return self._seed, self._tick, self._update, self._delay_start
 
-    def load_state_dict(self, state: RunState) -> None:
-        """Continues a run.
+    def _set_clocks(self, seed: int, tick: int, update: int, delay_start: int | None) -> None:
+        self._seed, self._tick, self._update, self._delay_start = seed, tick, update, delay_start
+        self._first_tick = tick
 
-        Raises:
-            CheckpointMismatchError: the state does not fit this run.
-        """
-        state.check(self.partition, self.settings)
-        self._seed, self._delay_start = state.seed, state.delay_start
-        self._tick, self._update, self._first_tick = state.tick, state.update, state.tick
-        for k in range(len(self._queues)):
-            self._take_pending(k, state.pending.get(k, {}))
-        self._streams.positions = dict(state.streams)
-        for k, memories in enumerate(self._memories):
-            memories.groups = memories_on(self._device, state.memories.get(k, {}))
+    def _memories_of(self, k: int) -> Memories:
+        return self._memories[k]
+
+    def _device_of(self, k: int) -> torch.device:
+        return self._device
 
     def _pending(self, k: int) -> dict[int, Gradients]:
-        """Copies of what is still to be applied to a stage, by tick."""
         return {t: {n: g.clone() for n, g in gradients.items()} for t, gradients in self._queues[k].items()}
 
     def _take_pending(self, k: int, pending: Mapping[int, Gradients]) -> None:
-        """Inverse of `_pending`."""
         self._queues[k] = {
             t: {n: g.to(self._device, copy=True) for n, g in found.items()} for t, found in pending.items()
         }

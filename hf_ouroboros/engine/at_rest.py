@@ -2,62 +2,51 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Collection, Mapping
+
 import torch
 
 from ..errors import EngineError
-from ..partition import Boundary, Partition
+from ..partition import Boundary
 from ..schedules.clock import Clock, Slot
 from .accounts import Accounts
+from .between_updates import BetweenUpdates, Gradients
 from .exposed import ExposedUpdate
 from .in_flight import whole
 from .optimizers import StageOptimizer
 from .parts import EngineParts
-from .settings import EngineSettings
 from .stage_runner import StageRunner
-from .state import RunState, starts_of
-from .streams import Streams, memories_on
+from .state import RunState
+from .streams import Memories
 
 
-class AtRest:
+class AtRest(BetweenUpdates):
     """The part of an engine that works in the main thread, on the stages of this process."""
 
-    partition: Partition
-    settings: EngineSettings
-    optimizer: torch.optim.Optimizer
     _parts: EngineParts
     _runners: dict[int, StageRunner]
     _accounts: Accounts
     _clock: Clock
-    _streams: Streams
     _started: int
     _resting: bool
     _exposed: ExposedUpdate | None
 
-    @property
-    def update_open(self) -> bool:
-        """Whether micro-batches were submitted since the last `step`."""
-        raise NotImplementedError
-
+    @abstractmethod
     def rest(self) -> None:
         """Waits until all stages of this process have finished the newest tick; pending backwards stay pending."""
-        raise NotImplementedError
 
-    def synchronize(self) -> None:
-        """As `rest`, for all processes."""
-        raise NotImplementedError
-
-    def settle(self) -> None:
-        """As `synchronize`, and runs the pending backwards."""
-        raise NotImplementedError
-
+    @abstractmethod
     def _check(self) -> None:
-        raise NotImplementedError
+        """Raises if a worker has failed, or the engine is closed."""
 
+    @abstractmethod
     def _release(self, slots: list[Slot]) -> None:
-        raise NotImplementedError
+        """Hands slots to the workers."""
 
+    @abstractmethod
     def _expect_gradient(self, stage: int, tick: int, output: Boundary) -> None:
-        raise NotImplementedError
+        """The gradient of a stage's output will be received."""
 
     def open_weights(self) -> None:
         """Rests; until `take_weights`, weights may be looked at, written and frozen. What is in flight keeps the old ones."""
@@ -100,30 +89,6 @@ class AtRest:
             self._exposed.clear()
             self._exposed = None
 
-    def state_dict(self) -> RunState:
-        """Settles and returns what a run is besides weights and optimizer state.
-
-        Raises:
-            EngineError: an update is open (micro-batches submitted since the last step).
-        """
-        if self.update_open:
-            raise EngineError("the state of a run is defined between updates; call step() first")
-        self.settle()
-        return RunState(
-            self.partition.plan.num_stages,
-            self.settings.tied_gradient,
-            next(iter(self._runners.values())).seed,
-            self._clock.tick,
-            self._clock.update,
-            self._clock.delay_start,
-            # Copies: the run goes on and adds up and clips its gradients in place.
-            {runner.index: runner.pending() for runner in self._runners.values()},
-            dict(self._streams.positions),
-            {runner.index: dict(runner.memories.groups) for runner in self._runners.values()},
-            self.settings.weights,
-            starts_of(self.partition),
-        )
-
     def load_state_dict(self, state: RunState) -> None:
         """Continues a run; only before the first micro-batch.
 
@@ -132,18 +97,36 @@ class AtRest:
         """
         if self._clock.tick:
             raise EngineError("load_state_dict() after the first micro-batch")
-        state.check(self.partition, self.settings, self._runners)
-        self.synchronize()
-        for runner in self._runners.values():
-            runner.take_pending(state.pending.get(runner.index, {}))
-            for tick in sorted(runner.in_flight.keys() - runner.arrived.keys()):
-                self._expect_gradient(runner.index, tick, whole(runner.in_flight[tick].shapes))
-            runner.memories.groups = memories_on(runner.device, state.memories.get(runner.index, {}))
-            runner.seed = state.seed
-        self._streams.positions = dict(state.streams)
-        self._clock.resume(state.tick, state.update, state.delay_start)
+        super().load_state_dict(state)
         self._accounts.complete = state.update
         self._started = state.tick - 1
+
+    def _own_stages(self) -> Collection[int]:
+        return self._runners
+
+    def _clocks(self) -> tuple[int, int, int, int | None]:
+        seed, clock = next(iter(self._runners.values())).seed, self._clock
+        return seed, clock.tick, clock.update, clock.delay_start
+
+    def _set_clocks(self, seed: int, tick: int, update: int, delay_start: int | None) -> None:
+        for runner in self._runners.values():
+            runner.seed = seed
+        self._clock.resume(tick, update, delay_start)
+
+    def _pending(self, k: int) -> dict[int, Gradients]:
+        return self._runners[k].pending()
+
+    def _take_pending(self, k: int, pending: Mapping[int, Gradients]) -> None:
+        runner = self._runners[k]
+        runner.take_pending(pending)
+        for tick in sorted(runner.in_flight.keys() - runner.arrived.keys()):
+            self._expect_gradient(k, tick, whole(runner.in_flight[tick].shapes))
+
+    def _memories_of(self, k: int) -> Memories:
+        return self._runners[k].memories
+
+    def _device_of(self, k: int) -> torch.device:
+        return self._runners[k].device
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Cuts the stages' optimizers out of `optimizer`; again whenever its state was replaced."""

@@ -1,0 +1,102 @@
+"""BetweenUpdates: the state of a run, which engine and reference give and take alike."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+
+import torch
+
+from ..errors import EngineError
+from ..partition import Partition
+from .settings import EngineSettings
+from .state import RunState, starts_of
+from .streams import Memories, Streams, memories_on
+
+Gradients = dict[str, torch.Tensor]
+
+
+class BetweenUpdates(ABC):
+    """The part of an engine, and of the reference, that knows what its run is between updates, besides weights and optimizer."""
+
+    partition: Partition
+    settings: EngineSettings
+    optimizer: torch.optim.Optimizer
+    _streams: Streams
+
+    @property
+    @abstractmethod
+    def update_open(self) -> bool:
+        """Whether micro-batches were submitted since the last `step`."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Waits until all stages have finished the newest tick."""
+
+    @abstractmethod
+    def settle(self) -> None:
+        """As `synchronize`, and runs the pending backwards as far as they need no weights that are still to come."""
+
+    def state_dict(self) -> RunState:
+        """Settles and returns what the run is besides weights and optimizer state.
+
+        Raises:
+            EngineError: an update is open (micro-batches submitted since the last step).
+        """
+        if self.update_open:
+            raise EngineError("the state of a run is defined between updates; call step() first")
+        self.settle()
+        return RunState(
+            self.partition.plan.num_stages,
+            self.settings.tied_gradient,
+            *self._clocks(),
+            {k: self._pending(k) for k in self._own_stages()},
+            dict(self._streams.positions),
+            {k: dict(self._memories_of(k).groups) for k in self._own_stages()},
+            self.settings.weights,
+            starts_of(self.partition),
+        )
+
+    def load_state_dict(self, state: RunState) -> None:
+        """Continues a run; only before the first micro-batch.
+
+        Raises:
+            CheckpointError: the state does not fit this run.
+        """
+        state.check(self.partition, self.settings, self._own_stages())
+        self.synchronize()
+        for k in self._own_stages():
+            self._take_pending(k, state.pending.get(k, {}))
+            self._memories_of(k).groups = memories_on(self._device_of(k), state.memories.get(k, {}))
+        self._streams.positions = dict(state.streams)
+        self._set_clocks(state.seed, state.tick, state.update, state.delay_start)
+
+    # ---- what differs ----
+
+    @abstractmethod
+    def _own_stages(self) -> Collection[int]:
+        """The stages of this process."""
+
+    @abstractmethod
+    def _clocks(self) -> tuple[int, int, int, int | None]:
+        """Seed, ticks and updates so far, and the first delayed tick."""
+
+    @abstractmethod
+    def _set_clocks(self, seed: int, tick: int, update: int, delay_start: int | None) -> None:
+        """Inverse of `_clocks`."""
+
+    @abstractmethod
+    def _pending(self, k: int) -> dict[int, Gradients]:
+        """Copies of what is still to be applied to a stage, by tick: the run goes on and changes its gradients in place."""
+
+    @abstractmethod
+    def _take_pending(self, k: int, pending: Mapping[int, Gradients]) -> None:
+        """Inverse of `_pending`."""
+
+    @abstractmethod
+    def _memories_of(self, k: int) -> Memories:
+        """What a stage remembers of streams."""
+
+    @abstractmethod
+    def _device_of(self, k: int) -> torch.device:
+        """Where a stage computes."""
