@@ -73,7 +73,7 @@ class Joined(Rule):
 
     @property
     def what(self) -> str:
-        return "none, auto, or names joined by '+'"
+        return "none, auto, muon+auto, or names joined by '+'"
 
     def read(self, value: Any) -> str:
         if isinstance(value, str):

@@ -14,6 +14,7 @@ from .argument_table import ARGUMENTS, words_of
 from .engine.settings import EngineSettings
 from .errors import UnsupportedOptionError
 from .optim import choose
+from .optim.advice import AUTOMATIC
 from .optim.choice import NAMES
 from .options import read_options
 from .planning.hardware import is_here
@@ -117,8 +118,8 @@ class OuroborosArguments(TrainingArguments):
     delay_compensation: str = field(
         default="none",
         metadata={
-            "help": f"What the optimizer does about the delay: none, auto, or {', '.join(NAMES)}; several joined by '+', e.g. "
-            "muon+lr_rescale.",
+            "help": "What the optimizer does about the delay: none; auto, which keeps AdamW where it can; muon+auto, which is "
+            f"recommended from scratch; or {', '.join(NAMES)}, several joined by '+'.",
         },
     )
     delay_compensation_args: str | None = field(
@@ -334,14 +335,15 @@ class OuroborosArguments(TrainingArguments):
         self._check_devices()
 
     def _check_compensation(self) -> None:
+        if self.delay_compensation in AUTOMATIC and self.delay_compensation_args:
+            raise UnsupportedOptionError(
+                f"delay_compensation_args={self.delay_compensation_args!r} needs to know of what; name the compensation "
+                f"instead of delay_compensation={self.delay_compensation!r}"
+            )
         if self.delay_compensation == "auto":
-            if self.delay_compensation_args:
-                raise UnsupportedOptionError(
-                    f"delay_compensation_args={self.delay_compensation_args!r} needs to know of what; name the compensation "
-                    "instead of delay_compensation='auto'"
-                )
             return
-        choice = choose(self.delay_compensation, self.delay_compensation_args)
+        chosen = "muon" if self.delay_compensation in AUTOMATIC else self.delay_compensation
+        choice = choose(chosen, self.delay_compensation_args)
         if choice.optimizer is not None and not self.has_default_optimizer:
             raise UnsupportedOptionError(
                 f"delay_compensation={self.delay_compensation!r} brings its own optimizer, so optim="

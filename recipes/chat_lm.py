@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from adapters import packing, with_lora
 from architectures import positions_of
 from common import (
     OptionError,
@@ -28,7 +29,7 @@ from common import (
     say,
     train_or_resume,
 )
-from finetune_lm import DEFAULT_MODEL, check_model_is_there, packing, show_completion, stdlib_pairs, with_lora
+from finetune_lm import DEFAULT_MODEL, check_model_is_there, show_completion, stdlib_pairs
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from hf_ouroboros import AutoStagedModelForCausalLM
@@ -137,7 +138,7 @@ def main() -> None:
     check_model_is_there(script.model_name_or_path)
     if script.lora_rank < 1:
         raise OptionError(f"lora_rank={script.lora_rank} must be at least 1: adapters are what is trained here")
-    packed = packing(script, args.bf16)
+    packed = packing(script.quantization, script.lora_rank, args.bf16)
     tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = TEMPLATE

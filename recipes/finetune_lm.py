@@ -15,11 +15,10 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
+from adapters import packing, with_lora
 from architectures import positions_of
 from common import (
     OptionError,
@@ -39,8 +38,6 @@ from torch.utils.data import Dataset
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
 )
@@ -161,53 +158,13 @@ def read_datasets(
     return *made, validation[0], described
 
 
-def packing(script: ScriptArguments, bf16: bool) -> dict[str, Any]:
-    """What `from_pretrained` is told about packed matrices; nothing where there are none.
-
-    Raises:
-        OptionError: no such kind, nothing that could be trained, or bitsandbytes is not installed.
-    """
-    kind = script.quantization
-    if kind is None:
-        return {}
-    if kind not in ("nf4", "int8"):
-        raise OptionError(f"quantization={kind!r} must be nf4 or int8")
-    if script.lora_rank is None:
-        raise OptionError(
-            f"quantization={kind!r}: packed matrices can't be trained; add lora_rank, which adds adapters"
-        )
-    if find_spec("bitsandbytes") is None:
-        raise OptionError(f"quantization={kind!r} needs bitsandbytes: pip install -e '.[bnb]'")
-    if kind == "int8":
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-    options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **options)}
-
-
-def with_lora(model: PreTrainedModel, rank: int) -> Any:
-    """The model with LoRA adapters of a rank, twice which is their scale, on all linear modules of its layers.
-
-    Raises:
-        OptionError: no such rank, or PEFT is not installed.
-    """
-    if rank < 1:
-        raise OptionError(f"lora_rank={rank} must be at least 1; leave it out to train the whole model")
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise OptionError(f"lora_rank={rank} needs PEFT: pip install -e '.[peft]'") from None
-    adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(model, adapter)
-
-
 def tuned_model(trainer: OuroborosTrainer, script: ScriptArguments) -> Any:
     """The trained model in one piece."""
     if script.lora_rank is None or trainer.args.world_size == 1:
         return whole_model(trainer)
     from peft import PeftModel
 
-    packed = packing(script, trainer.args.bf16)
+    packed = packing(script.quantization, script.lora_rank, trainer.args.bf16)
     base = AutoModelForCausalLM.from_pretrained(script.model_name_or_path, dtype="float32", **packed)
     return PeftModel.from_pretrained(base, trainer.args.output_dir)
 
@@ -235,7 +192,7 @@ def main() -> None:
     set_seed(args.seed)
     local = Path(script.model_name_or_path)
     check_model_is_there(script.model_name_or_path)
-    packed = packing(script, args.bf16)
+    packed = packing(script.quantization, script.lora_rank, args.bf16)
     tokenizer = AutoTokenizer.from_pretrained(script.tokenizer_name or script.model_name_or_path)
     model = AutoStagedModelForCausalLM.from_pretrained(
         script.model_name_or_path, args=args, frozen=script.lora_rank is not None, dtype="float32", **packed

@@ -15,30 +15,29 @@ another corpus (recipes/pretrain_lm.py makes one).
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import json
 import logging as python_logging
 import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+from adapters import with_lora
+from architectures import default_config, initialized, make, sizes, without_dropout
 from common import OptionError, run_recipe
 from staleness_report import write_report
+from staleness_setting import Setting, StudyArguments, read_grid
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     HfArgumentParser,
-    PreTrainedModel,
+    PretrainedConfig,
     PrinterCallback,
     default_data_collator,
     set_seed,
@@ -51,120 +50,6 @@ from hf_ouroboros.data import BYTE_VOCAB_SIZE, PackedBlocks, StreamCollator, Str
 from hf_ouroboros.models.transfo_xl import TransfoXLConfig
 
 EVAL_ROWS = 16
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One run.
-
-    Args:
-        stages: K; 1 is the synchronous run.
-        micro_batches: M; divides `rows`.
-        compensation: `delay_compensation`.
-        compensation_args: `delay_compensation_args`.
-        updates: length of the run, over which the learning rate goes to 0.
-        model: "gpt2" on blocks of text in random order, "transfo-xl" on contiguous columns with memory.
-        init_std: of the weights. 0.02, as is usual for models ten times as wide, keeps small ones on the plateau of single
-            letters' frequencies for most of a short run.
-        rows: sequences per update, over all micro-batches.
-        start_from: checkpoint to fine-tune; none for a model from scratch.
-    """
-
-    stages: int = 1
-    micro_batches: int = 1
-    compensation: str = "none"
-    compensation_args: str = ""
-    learning_rate: float = 1e-3
-    seed: int = 0
-    updates: int = 1000
-    warmup_updates: int = 100
-    delay_warmup_updates: int = 0
-    optim: str = "adamw_torch"
-    optim_args: str = ""
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    tied_gradient: str = "joint"
-    model: str = "gpt2"
-    layers: int = 6
-    width: int = 128
-    heads: int = 4
-    init_std: float = 0.05
-    rows: int = 16
-    block_size: int = 64
-    start_from: str = ""
-
-    def __post_init__(self) -> None:
-        if self.rows % self.micro_batches:
-            raise OptionError(f"micro_batches={self.micro_batches} does not divide rows={self.rows}")
-        if self.model not in ("gpt2", "transfo-xl"):
-            raise OptionError(f"model={self.model!r} is not known to the study; use gpt2 or transfo-xl")
-
-    def name(self, data: str) -> str:
-        """File name: what one looks for, and a checksum of `data` and of everything that is not as usual.
-
-        What is as usual is left out, so that a new field changes no name; the default of a field must stay what it is.
-        """
-        special = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
-        digest = hashlib.sha256(json.dumps([special, data], sort_keys=True).encode()).hexdigest()[:10]
-        return (
-            f"K{self.stages}-M{self.micro_batches}-{self.compensation}-lr{self.learning_rate:g}-u{self.updates}-"
-            f"s{self.seed}-{digest}.json"
-        )
-
-
-@dataclass
-class StudyArguments:
-    """Which runs, where, how many at once."""
-
-    grid: list[str] = field(default_factory=list, metadata={"help": "YAML files of runs."})
-    report: bool = field(default=False, metadata={"help": "Write tables and pictures of the runs that are there."})
-    dry_run: bool = field(default=False, metadata={"help": "Only say what would be run."})
-    train_file: str | None = field(
-        default=None,
-        metadata={"help": "Text: 90 %% for training, 5 %% validation, 5 %% test. Default: Python's standard library."},
-    )
-    output_dir: str = field(default="runs/staleness_study", metadata={"help": "Where the runs' JSON files are."})
-    jobs: int = field(default=1, metadata={"help": "Runs at the same time, one thread each."})
-    device: str = field(default="cpu:0", metadata={"help": "Device of all runs, e.g. cuda:0."})
-    eval_updates: int = field(default=100, metadata={"help": "Updates between evaluations."})
-    eval_tokens: int = field(default=16384, metadata={"help": "Validation tokens of an evaluation."})
-    test_tokens: int = field(default=131072, metadata={"help": "Test tokens at the end of a run."})
-
-
-# ---- the grid ----
-
-
-def read_grid(path: str) -> Iterator[Setting]:
-    """The runs of a YAML file.
-
-    Raises:
-        OptionError: the file is missing or not of this form, or has an unknown key or a value of a wrong type.
-    """
-    try:
-        grid = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        defaults, entries = grid.get("defaults") or {}, grid["runs"]
-    except (OSError, yaml.YAMLError, KeyError, AttributeError, TypeError) as error:
-        raise OptionError(f"grid={path!r} is no YAML file with a list 'runs': {error}") from error
-    for entry in entries:
-        values = defaults | entry
-        lists = [value if isinstance(value, list) else [value] for value in values.values()]
-        for combination in itertools.product(*lists):
-            yield _setting(path, dict(zip(values, combination, strict=True)))
-
-
-def _setting(path: str, values: dict[str, Any]) -> Setting:
-    kinds = {f.name: type(f.default) for f in fields(Setting)}
-    if unknown := values.keys() - kinds.keys():
-        raise OptionError(f"grid={path!r}: {min(unknown)!r} is no field of a run; there are {', '.join(kinds)}")
-    try:
-        return Setting(**{name: kinds[name](value) for name, value in values.items()})
-    except (TypeError, ValueError) as error:
-        raise OptionError(f"grid={path!r}: {values}: {error}") from error
-
-
-# ---- one run ----
 
 
 def read_text(train_file: str | None) -> tuple[bytes, bytes, bytes]:
@@ -227,12 +112,23 @@ class Examples:
         return StreamCollator() if self.in_columns else default_data_collator
 
 
-def make_model(setting: Setting) -> PreTrainedModel:
-    """The model to be trained, without dropout."""
+def make_model(setting: Setting) -> Any:
+    """The model to be trained, without dropout; with adapters, if there are to be any."""
     if setting.start_from:
-        return AutoModelForCausalLM.from_pretrained(setting.start_from, dtype="float32")
+        model = AutoModelForCausalLM.from_pretrained(setting.start_from, dtype="float32")
+    else:
+        model = AutoModelForCausalLM.from_config(config_of(setting))
+    return with_lora(model, setting.lora_rank) if setting.lora_rank else model
+
+
+def config_of(setting: Setting) -> PretrainedConfig:
+    """Configuration of a model from scratch.
+
+    Raises:
+        OptionError: the type does not take these sizes.
+    """
     if setting.model == "transfo-xl":
-        config = TransfoXLConfig(
+        return TransfoXLConfig(
             vocab_size=BYTE_VOCAB_SIZE,
             cutoffs=[],
             div_val=1,
@@ -250,21 +146,24 @@ def make_model(setting: Setting) -> PreTrainedModel:
             init_std=setting.init_std,
             eos_token_id=None,
         )
-    else:
-        config = AutoConfig.for_model(
-            setting.model,
-            vocab_size=BYTE_VOCAB_SIZE,
-            n_layer=setting.layers,
-            n_embd=setting.width,
-            n_head=setting.heads,
-            n_positions=setting.block_size,
-            activation_function="gelu_pytorch_tanh",
-            initializer_range=setting.init_std,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-        )
-    return AutoModelForCausalLM.from_config(config)
+    if setting.model != "gpt2":
+        default = default_config("model", setting.model)
+        values = sizes(default, setting.width, setting.heads, setting.layers) | without_dropout(default)
+        values |= initialized(default, setting.init_std) | {"vocab_size": BYTE_VOCAB_SIZE, "pad_token_id": None}
+        return make(default, values | {"bos_token_id": None, "eos_token_id": None, "tie_word_embeddings": True})
+    return AutoConfig.for_model(
+        setting.model,
+        vocab_size=BYTE_VOCAB_SIZE,
+        n_layer=setting.layers,
+        n_embd=setting.width,
+        n_head=setting.heads,
+        n_positions=setting.block_size,
+        activation_function="gelu_pytorch_tanh",
+        initializer_range=setting.init_std,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
 
 
 def run(setting: Setting, options: StudyArguments) -> dict[str, Any]:
@@ -342,9 +241,6 @@ def bits(nats: float) -> float | None:
 def data_name(train_file: str | None) -> str:
     """What tells one corpus from another in the results."""
     return "standard library" if train_file is None else Path(train_file).name
-
-
-# ---- all runs ----
 
 
 def missing_runs(options: StudyArguments) -> dict[Path, Setting]:

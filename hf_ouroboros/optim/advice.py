@@ -1,4 +1,4 @@
-"""What delay is known to cost, how many micro-batches make it small, and what `delay_compensation="auto"` chooses.
+"""What delay is known to cost, how many micro-batches make it small, and what `delay_compensation="auto"` and `"muon+auto"` choose.
 
 The numbers are of `recipes/staleness_study.py` with the grids of `recipes/staleness_grids`: a 9-layer, 96-wide byte-level
 GPT-2 from scratch on the first megabytes of enwik8, 1024 tokens per update, warm-up over a tenth of the run and cosine to 0.
@@ -65,6 +65,12 @@ WHOLE_UPDATES = (
     "adjust_lr_fn=measure_rms_adamw,anneal=0,rescaled=adamw",
 )
 """What bears delays of an update and more, and a learning rate that was meant for AdamW."""
+MUON_LATE_BY_PARTS = ("muon+weight_prediction+error_feedback", "prediction=step")
+"""What of Muon's loss comes back where gradients are less than an update late."""
+MUON_LATE_BY_UPDATES = ("muon+weight_prediction+error_feedback+lr_rescale", "anneal=0,rescaled=adamw")
+"""The same for an update and more."""
+AUTOMATIC = ("auto", "muon+auto")
+"""Values of `delay_compensation` that `automatic` resolves."""
 ALIKE = 1 / 3  # of a measurement's learning rate: below that, as in most fine-tuning, it says nothing
 
 
@@ -80,6 +86,18 @@ def recommended_micro_batches(stages: int) -> int:
         stages: K.
     """
     return max(1, 2 * (stages - 1))
+
+
+def with_muon(stages: int, micro_batches: int) -> tuple[str, str | None]:
+    """What "muon+auto" stands for: `delay_compensation` and `delay_compensation_args`.
+
+    Args:
+        stages: K; 1 for a synchronous run.
+        micro_batches: M.
+    """
+    if stages == 1:
+        return "muon", None
+    return MUON_LATE_BY_UPDATES if longest_delay(stages, micro_batches) >= 1 else MUON_LATE_BY_PARTS
 
 
 def automatic(stages: int, micro_batches: int, optimizer: str, adapters: bool = False) -> tuple[str, str | None]:
@@ -137,14 +155,15 @@ def warning(
     if compensation == "none" and optimizer == "adamw" and delay >= 1:
         advice.append("set delay_compensation to 'auto', which takes Muon's directions for such delays")
     elif compensation == "none" and optimizer == "adamw":
-        advice.append("set delay_compensation to 'muon+error_feedback', or to 'auto', which keeps the optimizer")
+        advice.append("set delay_compensation to 'muon+auto', or to 'auto', which keeps the optimizer")
     elif compensation == "none" and optimizer != "nesterov":
-        advice.append("add error_feedback to delay_compensation")
-    elif (optimizer, compensation) == ("muon", "error_feedback") and delay >= 1:
         advice.append(
-            "set delay_compensation to 'muon+weight_prediction+error_feedback+lr_rescale' and delay_compensation_args to "
-            "'anneal=0,rescaled=adamw'"
+            "set delay_compensation to 'muon+auto'"
+            if optimizer == "muon"
+            else "add error_feedback to delay_compensation"
         )
+    elif (optimizer, compensation) == ("muon", "error_feedback") and delay >= 1:
+        advice.append("set delay_compensation to 'muon+auto'")
     return (
         f"num_stages={stages} with gradient_accumulation_steps={micro_batches} applies gradients up to {delay:g} update(s) "
         f"late. With {optimizer} and delay_compensation={compensation!r}, a delay of {worst.delay:g} update(s) cost "

@@ -84,9 +84,13 @@ def choose(text: str | Sequence[str], options: str | None = None) -> Choice:
     if names == ["none"]:
         names = []
     for name in names:
+        if name == "auto":
+            raise UnsupportedOptionError(
+                f"delay_compensation={text!r}: auto stands alone, or behind muon as muon+auto, and chooses the others itself"
+            )
         if name not in NAMES:
             raise UnsupportedOptionError(
-                f"delay_compensation={text!r}: {name!r} is unknown; use none, auto, or one or several of "
+                f"delay_compensation={text!r}: {name!r} is unknown; use none, auto, muon+auto, or one or several of "
                 f"{', '.join(NAMES)}, joined by '+'"
             )
         if names.count(name) > 1:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 CHUNK_NUMBERS = 2**23
 """Logits that exist at a time: 32 MiB in float32."""
@@ -174,11 +175,11 @@ def _loss(
         return None  # a sum of rounded losses would be worth nothing
     hidden, matrix, bias = late.hidden, late.weight, late.bias
     if (dtype := _autocast_dtype(hidden.device)) is None:
-        total = ChunkedCrossEntropy.apply(hidden, matrix, bias, target, ignore_index)
+        total = ChunkedCrossEntropy.apply(hidden, matrix, bias, target, ignore_index, torch.is_grad_enabled())
     else:
         hidden, matrix, bias = hidden.to(dtype), matrix.to(dtype), None if bias is None else bias.to(dtype)
         with torch.autocast(hidden.device.type, enabled=False):
-            total = ChunkedCrossEntropy.apply(hidden, matrix, bias, target, ignore_index)
+            total = ChunkedCrossEntropy.apply(hidden, matrix, bias, target, ignore_index, torch.is_grad_enabled())
     return total if reduction == "sum" else total / (target != ignore_index).sum()
 
 
@@ -192,7 +193,9 @@ def _autocast_dtype(device: torch.device) -> torch.dtype | None:
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of the cross entropies of rows, from hidden states; logits exist for one chunk of rows at a time.
 
-    The backward computes them again; sums over rows and chunks are float32 whatever the weights are.
+    Where a gradient is wanted, the forward computes it from the same logits, so that the head costs as many products as with
+    logits that are kept. The gradient of the sum is linear in what comes back, which the backward multiplies by. Sums over rows
+    and chunks are float32 whatever the weights are.
     """
 
     @staticmethod
@@ -203,6 +206,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         bias: torch.Tensor | None,
         target: torch.Tensor,
         ignore_index: int,
+        with_gradients: bool,
     ) -> torch.Tensor:
         """The sum.
 
@@ -213,46 +217,49 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             bias: [vocabulary], or None.
             target: [rows], token ids or `ignore_index`.
             ignore_index: target of rows that don't count.
+            with_gradients: whether a backward may follow; autograd does not tell its functions.
         """
-        counted = target != ignore_index
-        safe = target.masked_fill(~counted, 0)
-        total, normalizers = torch.zeros((), device=hidden.device), []
-        for rows in _chunks(hidden, weight):
-            logits = F.linear(hidden[rows], weight, bias).float()
-            normalizer = torch.logsumexp(logits, -1)
-            picked = logits.gather(-1, safe[rows, None])[:, 0]
-            total += ((normalizer - picked) * counted[rows]).sum()
-            normalizers.append(normalizer)
-        ctx.save_for_backward(hidden, weight, bias, safe, counted, torch.cat(normalizers or [total.new_empty(0)]))
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of hidden states, matrix and bias."""
-        hidden, weight, bias, safe, counted, normalizers = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
+        wanted = [with_gradients and needed for needed in ctx.needs_input_grad[:3]]
         of_hidden = torch.empty_like(hidden) if wanted[0] else None
         of_weight = torch.zeros(weight.shape, device=weight.device) if wanted[1] else None
         of_bias = torch.zeros(bias.shape, device=bias.device) if bias is not None and wanted[2] else None
+        counted = target != ignore_index
+        safe = target.masked_fill(~counted, 0)
+        total = torch.zeros((), device=hidden.device)
         for rows in _chunks(hidden, weight):
             logits = F.linear(hidden[rows], weight, bias).float()
-            share = logits.sub_(normalizers[rows, None]).exp_()
-            share.scatter_add_(-1, safe[rows, None], -torch.ones_like(normalizers[rows, None]))
-            share.mul_((counted[rows] * gradient)[:, None])
+            chosen, counts = safe[rows, None], counted[rows, None]
+            normalizers = torch.logsumexp(logits, -1, keepdim=True)
+            total += ((normalizers - logits.gather(-1, chosen)) * counts).sum()
+            if not any(wanted):
+                continue
+            share = logits.sub_(normalizers).exp_()
+            share.scatter_add_(-1, chosen, -torch.ones_like(normalizers))
+            share.mul_(counts)
             if of_bias is not None:
                 of_bias += share.sum(0)
             share = share.to(weight.dtype)
             if of_hidden is not None:
                 of_hidden[rows] = share @ weight
-            if of_weight is not None:
+            if of_weight is None:
+                continue
+            if weight.dtype == of_weight.dtype:
+                torch.addmm(of_weight, share.T, hidden[rows], out=of_weight)
+            else:
                 of_weight += share.T @ hidden[rows]
-        return (
-            of_hidden,
-            None if of_weight is None else of_weight.to(weight.dtype),
-            None if of_bias is None else of_bias.to(bias.dtype),
-            None,
-            None,
+        ctx.save_for_backward(of_hidden, of_weight, of_bias)
+        ctx.dtype = weight.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of hidden states, matrix and bias."""
+        scaled = (
+            None if each is None else torch.mul(each, gradient, out=torch.empty_like(each, dtype=ctx.dtype))
+            for each in ctx.saved_tensors
         )
+        return (*scaled, None, None, None)
 
 
 def _chunks(hidden: torch.Tensor, weight: torch.Tensor) -> Iterator[slice]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from adapters import with_lora
 from architectures import without_dropout
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainingArguments, set_seed
@@ -79,7 +80,7 @@ def build_model(job: Job) -> PreTrainedModel:
     else:
         model = AutoModelForCausalLM.from_config(options.config())
     model.loss_type = "ForCausalLM"  # otherwise Trainer counts one label too many per row
-    return model
+    return model if options.lora_rank is None else with_lora(model, options.lora_rank)
 
 
 def tables(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:

@@ -8,7 +8,7 @@ from architectures import default_config, initialized, make, positions_of, sizes
 from common import OptionError, read_overrides
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
 
-from .contenders import Contender, ContenderError, parse_contender
+from .contenders import PEERS, Contender, ContenderError, parse_contender
 
 SETTLING_TICKS = 10
 THROUGHPUT = (
@@ -78,6 +78,13 @@ class BenchmarkArguments:
     untied: bool = field(
         default=False,
         metadata={"help": "Give the head a matrix of its own, for all contenders; ours then has K = devices."},
+    )
+    lora_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train LoRA adapters of this rank on all linear modules of the layers, and nothing else (needs the extra "
+            "`peft`); torch-* can't."
+        },
     )
     optimizer: str | None = field(
         default=None,
@@ -234,6 +241,8 @@ class BenchmarkArguments:
             raise ContenderError(f"--vocab_size {self.vocab_size} can't hold bytes; use 256 or more")
         if self.model_name_or_path is None:
             self.config()
+        if self.lora_rank is not None:
+            self._check_adapters(contenders)
         if self.until_loss is None:
             for contender in contenders:
                 first = settling_updates(contender)
@@ -259,6 +268,15 @@ class BenchmarkArguments:
                 float(self.until_loss)
             except ValueError:
                 raise ContenderError(f"--until_loss {self.until_loss!r} must be a number or 'naive'") from None
+
+    def _check_adapters(self, contenders: list[Contender]) -> None:
+        peer = next((c.label for c in contenders if c.kind in PEERS), None)
+        if peer is not None:
+            raise ContenderError(
+                f"--lora_rank: {peer} has no stages of a model with adapters; leave it out of --contenders"
+            )
+        if self.optimizer == "muon":
+            raise ContenderError("--lora_rank with --optimizer muon: Muon leaves adapters alone; use --optimizer adamw")
 
 
 def settling_updates(contender: Contender) -> int:

@@ -9,7 +9,17 @@ import torch
 
 from hf_ouroboros.errors import UnsupportedOptionError
 from hf_ouroboros.optim import choose
-from hf_ouroboros.optim.advice import COSTLY, MEASURED, WHOLE_UPDATES, automatic, recommended_micro_batches, warning
+from hf_ouroboros.optim.advice import (
+    COSTLY,
+    MEASURED,
+    MUON_LATE_BY_PARTS,
+    MUON_LATE_BY_UPDATES,
+    WHOLE_UPDATES,
+    automatic,
+    recommended_micro_batches,
+    warning,
+    with_muon,
+)
 from hf_ouroboros.optim.choice import COMPENSATIONS, NAMES, OPTIMIZERS
 from hf_ouroboros.optim.muon import Muon
 
@@ -41,7 +51,9 @@ def test_options_reach_their_owner_with_their_type() -> None:
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        ("nesterov+magic", None, "'magic' is unknown; use none, auto, or one or several of nesterov, muon"),
+        ("nesterov+magic", None, "'magic' is unknown; use none, auto, muon\\+auto, or one or several of nesterov, muon"),
+        ("auto+muon", None, r"auto stands alone, or behind muon as muon\+auto"),
+        ("auto+lr_rescale", None, "auto stands alone"),
         ("muon+none", None, "'none' is unknown"),
         ("", None, "'' is unknown"),
         ("muon+muon", None, "names 'muon' twice"),
@@ -108,6 +120,8 @@ def test_weight_prediction_needs_a_momentum_that_it_knows(make: object, message:
         ("muon+weight_prediction", ""),
         ("muon+weight_prediction+lr_rescale", "momentum=0.9,adjust_lr_fn=original,horizon=0.5,anneal=7"),
         WHOLE_UPDATES,
+        MUON_LATE_BY_PARTS,
+        MUON_LATE_BY_UPDATES,
     ],
 )
 def test_options_make_the_same_choice(text: str, options: str) -> None:
@@ -133,6 +147,14 @@ def test_auto_takes_muon_with_adamws_steps_for_whole_updates() -> None:
     assert (rescale.anneal, rescale.rescaled) == (0, "adamw")
 
 
+def test_muon_auto_goes_by_the_delay() -> None:
+    assert with_muon(1, 1) == ("muon", None)
+    assert {with_muon(k, m) for k, m in [(2, 2), (3, 4), (9, 16)]} == {MUON_LATE_BY_PARTS}
+    assert {with_muon(k, m) for k, m in [(2, 1), (3, 2), (9, 1)]} == {MUON_LATE_BY_UPDATES}
+    for k, m in [(1, 1), (3, 4), (3, 1)]:
+        assert choose(*with_muon(k, m)).optimizer == choose("muon").optimizer
+
+
 @pytest.mark.parametrize(("stages", "micro_batches"), [(1, 1), (2, 2), (3, 4), (5, 8), (9, 16)])
 def test_recommended_micro_batches(stages: int, micro_batches: int) -> None:
     assert recommended_micro_batches(stages) == micro_batches
@@ -147,14 +169,14 @@ def test_warning_has_a_measured_number_and_what_to_do() -> None:
         "set gradient_accumulation_steps to 8" in text and "set delay_compensation to 'auto', which takes Muon" in text
     )
     text = warning(3, 4, 1e-2, "adamw")
-    assert "'muon+error_feedback', or to 'auto', which keeps the optimizer" in text
+    assert "'muon+auto', or to 'auto', which keeps the optimizer" in text
     assert "cost 5.9 %" in text and "gradient_accumulation_steps to" not in text
     assert "cost 10.1 %" in warning(3, 1, 1e-2, "muon", "error_feedback")
-    assert "'muon+weight_prediction+error_feedback+lr_rescale'" in warning(3, 1, 1e-2, "muon", "error_feedback")
+    assert "'muon+auto'" in warning(3, 1, 1e-2, "muon", "error_feedback")
     assert warning(3, 1, 1e-2, "muon", "weight_prediction+error_feedback+lr_rescale") is None
     assert "cost 13.9 %" in warning(5, 1, 1e-3, "muon", "weight_prediction+lr_rescale")
     assert warning(5, 1, 3e-4, "muon", "weight_prediction+lr_rescale") is None
-    assert "add error_feedback" in warning(9, 1, 1e-2, "muon") and "nesterov" in warning(9, 2, 1e-2, "nesterov")
+    assert "'muon+auto'" in warning(9, 1, 1e-2, "muon") and "nesterov" in warning(9, 2, 1e-2, "nesterov")
 
 
 def test_no_warning_without_knowledge_or_cost() -> None:

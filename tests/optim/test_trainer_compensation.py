@@ -20,7 +20,8 @@ from trainer_helpers import (
 
 import hf_ouroboros.hooks.optimizer
 from hf_ouroboros.errors import CheckpointError, UnsupportedOptionError
-from hf_ouroboros.optim.advice import automatic
+from hf_ouroboros.optim import choose
+from hf_ouroboros.optim.advice import automatic, with_muon
 from hf_ouroboros.optim.muon import MuonAdamW
 
 SPLIT = split_options(3, 2) | {"gradient_accumulation_steps": 1, "num_train_epochs": 1, "weight_decay": 0.1}
@@ -109,6 +110,31 @@ def test_auto(tmp_path: Path) -> None:
     assert chosen(schedule="1f1b") == "none"
     assert chosen(optim="sgd") == "none"
     assert chosen({"optimizer_cls_and_kwargs": (torch.optim.Adagrad, {})}) == "none"
+
+
+def test_muon_auto(tmp_path: Path) -> None:
+    def made(**options: Any) -> Any:
+        return ouroboros(tmp_path, delay_compensation="muon+auto", **(SPLIT | options))
+
+    for micro_batches in (1, 4):
+        found = made(gradient_accumulation_steps=micro_batches).delay_compensation
+        assert found == choose(*with_muon(3, micro_batches))
+    assert made(schedule="1f1b").delay_compensation == choose("muon")
+    with pytest.raises(UnsupportedOptionError, match="delay_compensation_args='momentum=0.9' needs to know of what"):
+        made(delay_compensation_args="momentum=0.9")
+    with pytest.raises(UnsupportedOptionError, match="'muon\\+auto' brings its own optimizer, so optim='sgd'"):
+        made(optim="sgd")
+
+
+@pytest.mark.slow
+def test_muon_auto_equals_what_it_stands_for(tmp_path: Path) -> None:
+    options = SPLIT | {"gradient_accumulation_steps": 4}
+    found = trained(tmp_path / "short", **options, delay_compensation="muon+auto")
+    name, given = with_muon(3, 4)
+    expected = trained(
+        tmp_path / "named", schedule="reference", **options, delay_compensation=name, delay_compensation_args=given
+    )
+    assert_same(expected, found)
 
 
 @pytest.mark.slow

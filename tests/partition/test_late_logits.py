@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from hf_ouroboros.partition import late_logits
 from hf_ouroboros.partition.late_logits import LateLogits, only_loss_wanted, with_late_logits
@@ -149,3 +150,32 @@ def test_a_batch_without_any_target() -> None:
     with only_loss_wanted():
         assert stock_loss(head(hidden), labels * 0 - 100, "sum").item() == 0.0
         assert stock_loss(head(hidden), labels * 0 - 100, "mean").isnan()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_as_many_products_as_with_logits(frozen: bool) -> None:
+    """One to look, one for each gradient that is wanted."""
+    counts = {}
+    for late in (False, True):
+        for graded in (False, True):
+            head, hidden, labels = parts(bias=False)
+            head.weight.requires_grad_(not frozen)
+            with_late_logits(head)
+            with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(graded), only_loss_wanted(late):
+                loss = stock_loss(head(hidden), labels, "sum")
+                if graded:
+                    loss.backward()
+            counts[late, graded] = counter.get_total_flops()
+    once = 2 * ROWS * TIME * WIDTH * VOCABULARY
+    assert counts[True, False] == counts[False, False] == once
+    assert counts[True, True] == counts[False, True] == (2 if frozen else 3) * once
+
+
+def test_a_graph_that_is_kept() -> None:
+    head, hidden, labels = parts()
+    with_late_logits(head)
+    with only_loss_wanted():
+        loss = stock_loss(head(hidden), labels, "sum")
+    first = torch.autograd.grad(loss, [hidden, head.weight, head.bias], retain_graph=True)
+    second = torch.autograd.grad(2 * loss, [hidden, head.weight, head.bias])
+    assert all(torch.equal(2 * a, b) for a, b in zip(first, second, strict=True))

@@ -78,6 +78,8 @@ def test_impossible_contenders_are_named(text: str, words: str) -> None:
         ({"model_type": "lama"}, "--model_type='lama' is unknown to Transformers"),
         ({"model_type": "llama", "config_overrides": "n_layer=3"}, "has no option 'n_layer'"),
         ({"devices": ["cuda:1", "cuda:0"]}, "cuda:0 cuda:1"),
+        ({"lora_rank": 4}, "torch-gpipe has no stages of a model with adapters"),
+        ({"lora_rank": 4, "optimizer": "muon", "contenders": ["naive"]}, "Muon leaves adapters alone"),
         ({"until_loss": "low", "updates": 20}, "a number or 'naive'"),
         ({"until_loss": "naive", "contenders": ["1f1b", "naive"], "updates": 20}, "name naive first"),
         ({"until_loss": "naive", "updates": 15}, "multiple of --eval_every"),
@@ -106,6 +108,14 @@ def test_muon_steps_the_same_matrices_as_ours(tmp_path: Path, model_type: str) -
     ours = {id(p) for group in stepped if group["algorithm"] == "muon" for p in group["params"]}
     names = muon_matrices(model)
     assert {id(p) for n, p in model.named_parameters() if n in names} == ours and len(names) >= 12
+
+
+def test_adapters_are_what_is_trained(tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="needs the extra `peft`")
+    options = BenchmarkArguments(model_type="llama", n_embd=64, n_layer=2, block_size=16, lora_rank=4)
+    model = build_model(Job(options, contender("naive"), 0, tmp_path, tmp_path, 1))
+    assert all("lora" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    assert 0 < sum(p.numel() for p in model.parameters() if p.requires_grad) < 20_000
 
 
 def test_rows_of_a_run_begin_like_those_of_a_longer_one(tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import adapters
 import finetune_lm
 import pytest
+from common import OptionError
 from huggingface_hub import ModelCard
 from loopback_hub import running_hub
 from running import PLAIN_LOAD, recipe, run
@@ -99,17 +101,16 @@ def test_lora_on_packed_matrices(pretrained: tuple[Path, str], tmp_path: Path) -
 
 
 def test_kinds_of_packing() -> None:
-    assert finetune_lm.packing(finetune_lm.ScriptArguments(), False) == {}
-    for given, words in (
-        ({"quantization": "gptq", "lora_rank": 4}, "must be nf4 or int8"),
-        ({"quantization": "nf4"}, "packed matrices can't be trained; add lora_rank"),
+    assert adapters.packing(None, None, False) == {}
+    for kind, rank, words in (
+        ("gptq", 4, "must be nf4 or int8"),
+        ("nf4", None, "packed matrices can't be trained; add lora_rank"),
     ):
-        with pytest.raises(finetune_lm.OptionError, match=words):
-            finetune_lm.packing(finetune_lm.ScriptArguments(**given), False)
+        with pytest.raises(OptionError, match=words):
+            adapters.packing(kind, rank, False)
     pytest.importorskip("bitsandbytes", reason="needs the extra `bnb`")
     for kind, bits in (("nf4", "load_in_4bit"), ("int8", "load_in_8bit")):
-        given = finetune_lm.ScriptArguments(quantization=kind, lora_rank=4)
-        assert getattr(finetune_lm.packing(given, True)["quantization_config"], bits)
+        assert getattr(adapters.packing(kind, 4, True)["quantization_config"], bits)
 
 
 @pytest.mark.slow

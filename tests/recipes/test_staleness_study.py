@@ -12,7 +12,8 @@ import yaml
 from common import OptionError
 from running import RECIPES, run
 from staleness_report import Interval, costs, rows_of, token_ratio, tokens_to_reach, write_report
-from staleness_study import Examples, Setting, StudyArguments, missing_runs, read_grid, read_text
+from staleness_setting import Setting, StudyArguments, read_grid
+from staleness_study import Examples, missing_runs, read_text
 
 TINY = {"updates": 4, "warmup_updates": 1, "layers": 3, "width": 16, "heads": 2, "rows": 2, "block_size": 16}
 
@@ -42,7 +43,8 @@ def test_grid_is_all_combinations_over_defaults(tmp_path: Path) -> None:
         ({"runs": [{"stage": 3}]}, "'stage' is no field of a run; there are stages, micro_batches"),
         ({"runs": [{"stages": "three"}]}, "invalid literal"),
         ({"runs": [{"micro_batches": 5}]}, "micro_batches=5 does not divide rows=16"),
-        ({"runs": [{"model": "llama"}]}, "model='llama' is not known to the study; use gpt2 or transfo-xl"),
+        ({"runs": [{"model": "lama"}]}, "model='lama' is unknown to Transformers; use gpt2, llama"),
+        ({"runs": [{"model": "transfo-xl", "lora_rank": 4}]}, "adapters are studied on decoders"),
         ({"run": []}, "no YAML file with a list 'runs'"),
         ([], "no YAML file with a list 'runs'"),
     ],
@@ -64,6 +66,8 @@ def test_grids_that_are_refused(tmp_path: Path, content: Any, message: str) -> N
         "finetune_shakespeare_adamw",
         "finetune_epoch",
         "transfo_xl",
+        "llama",
+        "lora",
         "smoke",
     ],
 )
@@ -191,13 +195,14 @@ def test_report_is_about_the_length_of_most_runs(tmp_path: Path) -> None:
 def test_a_study_from_end_to_end(tmp_path: Path) -> None:
     """A run that fails is named and leaves the others alone; what is there is reported."""
     runs = [{"stages": [1, 3], "seed": [0]}, {"stages": 9}, {"stages": 3, "model": "transfo-xl", "micro_batches": 2}]
+    runs.append({"stages": 2, "model": "llama", "lora_rank": 2})
     command = [str(RECIPES / "staleness_study.py"), "--grid", grid(tmp_path, {"defaults": TINY, "runs": runs})]
     command += ["--eval_tokens=256", "--test_tokens=256", "--eval_updates=2", "--output_dir=out", "--report"]
     done = run(command, tmp_path, fails=True)
-    assert "4 runs to do" in done.stdout and "FAILED: DeviceMapError" in done.stdout, done.stdout
+    assert "5 runs to do" in done.stdout and "FAILED: DeviceMapError" in done.stdout, done.stdout
     assert "| none | 3 | 1 |" in done.stdout
     files = sorted((tmp_path / "out").glob("*.json"))
-    assert len(files) == 3
+    assert len(files) == 4
     found = json.loads(files[0].read_text())
     assert [step for step, _ in found["curve"]] == [2, 4]
     assert 5 < found["test"] < 9 and found["curve"][-1][1] == found["validation"]
