@@ -51,7 +51,11 @@ def test_options_reach_their_owner_with_their_type() -> None:
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        ("nesterov+magic", None, "'magic' is unknown; use none, auto, muon\\+auto, or one or several of nesterov, muon"),
+        (
+            "nesterov+magic",
+            None,
+            "'magic' is unknown; use none, auto, muon\\+auto, or one or several of nesterov, muon",
+        ),
         ("auto+muon", None, r"auto stands alone, or behind muon as muon\+auto"),
         ("auto+lr_rescale", None, "auto stands alone"),
         ("muon+none", None, "'none' is unknown"),
