@@ -47,7 +47,7 @@ DEFAULTS = {
     "per_device_train_batch_size": 4,
     "per_device_eval_batch_size": 32,
     "num_train_epochs": 1.0,
-    "delay_compensation": "muon+error_feedback",  # what README recommends from scratch, M being 2 (K-1)
+    "delay_compensation": "muon+auto",  # what README recommends from scratch
     "learning_rate": 1e-2,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 40,

@@ -46,6 +46,7 @@ def test_schedules_agree(tmp_path: Path, stages: int, tied: bool, calls: list[in
         found = run(schedule, fused_head="on")
         assert_same(expected, found)
         assert logged(found, "loss") == logged(expected, "loss")
+    assert_same(run("1f1b", fused_head="on"), run("zero_bubble", fused_head="on"))
     calls.clear()
     plain = run("reference", fused_head="off")
     assert not calls

@@ -115,12 +115,16 @@ class OptimizerHooks(SplitTrainer):
                 "inside the layers are trained by Muon with steps as long as AdamW's, the rest by AdamW. "
                 "delay_compensation='weight_prediction' keeps AdamW for all of them"
             )
-        if is_adapted(self.model) or self.options.weights == "now":
-            return  # nothing is known about them, and Muon, which is recommended below, leaves them alone
+        if self.options.weights == "now":
+            return  # nothing was measured with it
         name = "adamw" if type(optimizer) is torch.optim.AdamW else type(optimizer).__name__
         others = "+".join(c.name for c in choice.compensations) or "none"
         text = warning(
-            *self._delays, self.args.learning_rate, choice.optimizer.name if choice.optimizer else name, others
+            *self._delays,
+            self.args.learning_rate,
+            choice.optimizer.name if choice.optimizer else name,
+            others,
+            adapters=is_adapted(self.model),
         )
         if text is not None:
             logger.warning(text)

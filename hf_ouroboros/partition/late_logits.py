@@ -46,6 +46,16 @@ def only_loss_wanted(wanted: bool = True) -> Iterator[None]:
         _of_this_thread.late = before
 
 
+@contextmanager
+def only_counted() -> Iterator[None]:
+    """Within this context, in this thread, the loss of late logits leaves its gradients out: as much work as a plain forward."""
+    _of_this_thread.counted = True
+    try:
+        yield
+    finally:
+        _of_this_thread.counted = False
+
+
 def with_late_logits(head: nn.Module) -> None:
     """Lets a head give late logits where only the loss is wanted; one that is no plain matrix stays as it is."""
     if type(head) is not nn.Linear:
@@ -174,12 +184,13 @@ def _loss(
     if late.dtype != torch.float32:
         return None  # a sum of rounded losses would be worth nothing
     hidden, matrix, bias = late.hidden, late.weight, late.bias
+    graded = torch.is_grad_enabled() and not getattr(_of_this_thread, "counted", False)
     if (dtype := _autocast_dtype(hidden.device)) is None:
-        total = ChunkedCrossEntropy.apply(hidden, matrix, bias, target, ignore_index, torch.is_grad_enabled())
+        total = ChunkedCrossEntropy.apply(hidden, matrix, bias, target, ignore_index, graded)
     else:
         hidden, matrix, bias = hidden.to(dtype), matrix.to(dtype), None if bias is None else bias.to(dtype)
         with torch.autocast(hidden.device.type, enabled=False):
-            total = ChunkedCrossEntropy.apply(hidden, matrix, bias, target, ignore_index, torch.is_grad_enabled())
+            total = ChunkedCrossEntropy.apply(hidden, matrix, bias, target, ignore_index, graded)
     return total if reduction == "sum" else total / (target != ignore_index).sum()
 
 
@@ -254,7 +265,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of hidden states, matrix and bias."""
+        """Gradients of hidden states, matrix and bias. A divided backward asks twice, so they stay as they are."""
         scaled = (
             None if each is None else torch.mul(each, gradient, out=torch.empty_like(each, dtype=ctx.dtype))
             for each in ctx.saved_tensors

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from ..partition.late_logits import LARGE_VOCABULARY, LateLogits
+from ..partition.late_logits import LARGE_VOCABULARY, LateLogits, only_counted
 from ..partition.meta import Answers, batched_experts, call_options
 from .kinds import layer_kinds
 
@@ -96,25 +96,21 @@ class _Tracer:
         try:
             fused = _FusedAttention(self._book)
             weights = _GatheredWeights(self._know)
-            late = self._late_head()
-            with batched_experts(self.model.config), self._counter, Answers(), fused, weights, saving:
+            self._let_head_be_late()
+            with only_counted(), batched_experts(self.model.config), self._counter, Answers(), fused, weights, saving:
                 # Past the hooks of the whole, with which the counter would look at logits that are late.
                 self.model.forward(input_ids=ids, labels=ids, **call_options(self.model))
         finally:
             for handle in handles:
                 handle.remove()
         self._go_on_to(self._running)
-        if late:  # the backward, which is taken for twice a forward, computes the logits once more
-            self.parts[-1].flops *= 4 / 3
         return self.parts
 
-    def _late_head(self) -> bool:
-        """Whether training, left to itself, will not build logits."""
+    def _let_head_be_late(self) -> None:
+        """Has no logits built where training, left to itself, builds none."""
         head = self.model.get_output_embeddings()
-        if type(head) is not nn.Linear or self.model.config.get_text_config().vocab_size < LARGE_VOCABULARY:
-            return False
-        head.__class__ = _LateHead
-        return True
+        if type(head) is nn.Linear and self.model.config.get_text_config().vocab_size >= LARGE_VOCABULARY:
+            head.__class__ = _LateHead
 
     def _enter(self, part: int) -> Callable[[nn.Module, Any], None]:
         return lambda module, inputs: self._go_on_to(part)

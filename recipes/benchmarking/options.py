@@ -21,7 +21,7 @@ THROUGHPUT = (
 )
 TIME_TO_LOSS = (
     *("naive", "torch-1f1b", "torch-1f1b:M=8", "1f1b:M=8@processes"),
-    "pipelined:M=8,delay_compensation=muon+weight_prediction+error_feedback,delay_compensation_args=prediction=step",
+    "pipelined:M=8,delay_compensation=muon+auto",
 )
 
 

@@ -183,6 +183,16 @@ def test_warning_has_a_measured_number_and_what_to_do() -> None:
     assert "'muon+auto'" in warning(9, 1, 1e-2, "muon") and "nesterov" in warning(9, 2, 1e-2, "nesterov")
 
 
+def test_warning_of_adapters_is_of_adapters() -> None:
+    text = warning(5, 1, 1e-2, "adamw", adapters=True)
+    assert "cost 13.1 % in bits per byte (K=5, M=1, learning rate 0.003, LoRA on a small model)" in text
+    assert "set gradient_accumulation_steps to 8" in text and "to 'auto', which adds weight prediction" in text
+    assert "cost 10.5 %" in warning(5, 1, 1e-2, "adamw", "weight_prediction", adapters=True)
+    for stages, micro_batches in [(3, 4), (5, 8), (5, 4)]:
+        assert warning(stages, micro_batches, 1e-2, "adamw", adapters=True) is None
+    assert warning(5, 1, 2e-4, "adamw", adapters=True) is None  # of such rates nothing is known
+
+
 def test_no_warning_without_knowledge_or_cost() -> None:
     assert warning(1, 1, 1e-2, "adamw") is None
     assert warning(3, 16, 1e-2, "adamw") is None
@@ -190,7 +200,7 @@ def test_no_warning_without_knowledge_or_cost() -> None:
     assert warning(9, 1, 1e-2, "Adafactor") is None
     assert warning(9, 1, 1e-2, "adamw", "gap_aware") is None
     assert all(m.cost > 0 for m in MEASURED) and any(m.cost < COSTLY for m in MEASURED)
-    assert len({(m.optimizer, m.compensation, m.stages, m.micro_batches) for m in MEASURED}) == len(MEASURED)
+    assert len({(m.optimizer, m.compensation, m.stages, m.micro_batches, m.adapters) for m in MEASURED}) == len(MEASURED)
 
 
 def test_options_are_read_however_a_compensation_is_made() -> None:
