@@ -5,52 +5,20 @@ from __future__ import annotations
 import functools
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import torch
 from transformers import TrainingArguments
 
+from .argument_checks import GLOBAL, HALVES, check_combinations, check_options
 from .argument_table import ARGUMENTS, words_of
 from .engine.settings import EngineSettings
-from .errors import UnsupportedOptionError
-from .optim import choose
-from .optim.advice import AUTOMATIC
 from .optim.choice import NAMES
 from .options import read_options
-from .planning.hardware import is_here
 from .precision import autocast_dtype
 from .processes.launch import check_launch, check_started, launched_processes
 from .processes.meeting import present, refusing
-from .schedules import DEFAULT, SCHEDULES, names_where
-
-# option -> (is it on?, what to do instead)
-_REFUSED: dict[str, tuple[Any, str]] = {
-    "fp16": (bool, "its loss scaling couples all stages in every step; use bf16=True"),
-    "fp16_full_eval": (bool, "it would overwrite the weights with half precision; use bf16=True"),
-    "bf16_full_eval": (bool, "it would overwrite the weights with half precision; use bf16=True"),
-    "auto_find_batch_size": (bool, "it restarts training after a failure; choose per_device_train_batch_size yourself"),
-    "fsdp": (bool, "stages are placed whole; use more stages, or recompute=True to save memory"),
-    "deepspeed": (bool, "stages are placed whole; use more stages, or recompute=True to save memory"),
-    "use_liger_kernel": (bool, "it replaces the model's forward; leave it off"),
-    "neftune_noise_alpha": (lambda value: value is not None, "its noise is not tied to micro-batches; leave it off"),
-    "gradient_checkpointing": (bool, "it recomputes with the weights of now; use recompute=True"),
-    "activation_checkpointing": (bool, "it recomputes with the weights of now; use recompute=True"),
-    "predict_with_generate": (
-        bool,
-        "every token would go through all stages by itself; leave it off, and let the saved model generate()",
-    ),
-    "parallelism_config": (lambda value: value is not None, "stages are the parallelism here; leave it unset"),
-    "debug": (
-        lambda value: "underflow_overflow" in [getattr(v, "value", v) for v in value or ()],
-        "it follows one forward through all modules, but stages run several at once; leave it out",
-    ),
-    "torch_empty_cache_steps": (lambda value: value is not None, "emptying the cache would stall all stages"),
-}
-
-
-_GLOBAL = names_where(lambda schedule: schedule.allows_global_norm)
-_HALVES = names_where(lambda schedule: schedule.allows_halves)
-_DELAYED = names_where(lambda schedule: not schedule.is_synchronous)
+from .schedules import DEFAULT, SCHEDULES
 
 
 @dataclass
@@ -101,7 +69,7 @@ class OuroborosArguments(TrainingArguments):
         default="joint",
         metadata={
             "help": "Gradient of a tied embedding: 'joint' delays both sides by K-1 ticks (exact for its batch), 'paper' "
-            f"only the input side (schedules {' and '.join(_HALVES)}).",
+            f"only the input side (schedules {' and '.join(HALVES)}).",
             "choices": words_of("tied_gradient"),
         },
     )
@@ -109,7 +77,7 @@ class OuroborosArguments(TrainingArguments):
         default="stage",
         metadata={
             "help": "'stage' limits each stage's gradient norm to max_grad_norm/sqrt(K), so that the whole never exceeds "
-            f"max_grad_norm; 'global' limits the norm of the whole (with schedules {', '.join(_GLOBAL)}).",
+            f"max_grad_norm; 'global' limits the norm of the whole (with schedules {', '.join(GLOBAL)}).",
             "choices": words_of("clip_scope"),
         },
     )
@@ -187,8 +155,8 @@ class OuroborosArguments(TrainingArguments):
         super().__post_init__()
         check_started(self.world_size)
         present()
-        self._check_options()
-        self._check_combinations()
+        check_options(self)
+        check_combinations(self)
         if self.device_names[0].startswith("cpu"):
             self.dataloader_pin_memory = False  # torch warns in every epoch where there is nothing to pin for
 
@@ -222,8 +190,8 @@ class OuroborosArguments(TrainingArguments):
             UnsupportedOptionError: an option, or a combination of options, that has no meaning here.
         """
         read_options(self, {name: rule for name, rule in ARGUMENTS.items() if name in vars(self)})
-        self._check_options()
-        self._check_combinations()
+        check_options(self)
+        check_combinations(self)
 
     # ---- what Trainer asks ----
 
@@ -280,120 +248,6 @@ class OuroborosArguments(TrainingArguments):
             micro_batches=self.gradient_accumulation_steps,
             weights=self.weights,
         )
-
-    # ---- checks ----
-
-    def _check_options(self) -> None:
-        for name, (is_on, advice) in _REFUSED.items():
-            value = getattr(self, name, None)
-            if is_on(value):
-                raise UnsupportedOptionError(f"{name}={value!r} is not supported by OuroborosTrainer: {advice}")
-        autocast_dtype(self)
-        optim = getattr(self.optim, "value", self.optim)  # str() of the enum member is its name in capitals
-        if any(word in optim for word in ("lomo", "layerwise")):
-            raise UnsupportedOptionError(
-                f"optim={optim!r} updates weights during the backward pass, which delayed gradients rule out; "
-                "use another optimizer, e.g. adamw_torch"
-            )
-        if "schedule_free" in optim:
-            raise UnsupportedOptionError(
-                f"optim={optim!r} swaps the weights for evaluation while micro-batches are in flight; use "
-                "another optimizer, e.g. adamw_torch"
-            )
-
-    def _check_combinations(self) -> None:
-        if self.world_size % self.data_parallel_replicas:
-            raise UnsupportedOptionError(
-                f"data_parallel_replicas={self.data_parallel_replicas} does not divide the {self.world_size} process(es) of "
-                "this run; N processes are R replicas of N/R devices, e.g. torchrun --nproc_per_node 4 with 2 replicas"
-            )
-        schedule = SCHEDULES[self.schedule]
-        if self.world_size > 1 and not schedule.uses_devices:
-            raise UnsupportedOptionError(
-                f"schedule={self.schedule!r} is one device by definition; start it as one process (python script.py)"
-            )
-        if self.world_size > 1 and self.save_on_each_node:
-            raise UnsupportedOptionError(
-                "save_on_each_node=True would have several processes write what the main one puts together; leave it off: "
-                "without a shared file system the parts travel to the main process"
-            )
-        if self.world_size > 1 and getattr(self, "train_sampling_strategy", None) == "batch_rebalance":
-            raise UnsupportedOptionError(
-                "train_sampling_strategy='batch_rebalance' gives every process its own rows, but the processes of a replica "
-                "need the same ones; use 'random', 'sequential' or 'group_by_length'"
-            )
-        if self.torch_compile and schedule.divides_backward:
-            raise UnsupportedOptionError(
-                f"torch_compile=True makes backwards that compute all gradients at once, so that schedule={self.schedule!r} has "
-                "nothing to fill bubbles with; use schedule='1f1b', to the same numbers, or leave torch_compile off"
-            )
-        if self.tied_gradient == "paper" and not schedule.allows_halves:
-            raise UnsupportedOptionError(
-                f"tied_gradient='paper' needs the output side's gradient in the same tick, which schedule="
-                f"{self.schedule!r} doesn't have; use schedule={_HALVES[0]!r}, or tied_gradient='joint'"
-            )
-        if self.clip_scope == "global" and not schedule.allows_global_norm:
-            raise UnsupportedOptionError(
-                f"clip_scope='global' makes every stage wait for all others in each update, which schedule={self.schedule!r} "
-                f"rules out; use clip_scope='stage', or schedule {' or '.join(_GLOBAL)}"
-            )
-        self._check_weights()
-        self._check_compensation()
-        if self.timeline is not None and not schedule.uses_devices:
-            raise UnsupportedOptionError(
-                f"timeline records devices at work; schedule={self.schedule!r} has none to record"
-            )
-        self._check_devices()
-
-    def _check_weights(self) -> None:
-        if self.weights == "then":
-            return
-        if SCHEDULES[self.schedule].is_synchronous:
-            raise UnsupportedOptionError(
-                f"weights={self.weights!r} is about late backwards, but with schedule={self.schedule!r} none is late, and no older "
-                f"weights are kept; leave weights at 'then', or use schedule {', '.join(_DELAYED)}"
-            )
-        if self.tied_gradient == "paper":
-            raise UnsupportedOptionError(
-                f"weights={self.weights!r} and tied_gradient='paper' are of two different update rules; use tied_gradient='joint', or "
-                "leave weights at 'then'"
-            )
-
-    def _check_compensation(self) -> None:
-        if self.delay_compensation in AUTOMATIC and self.delay_compensation_args:
-            raise UnsupportedOptionError(
-                f"delay_compensation_args={self.delay_compensation_args!r} needs to know of what; name the compensation "
-                f"instead of delay_compensation={self.delay_compensation!r}"
-            )
-        if self.delay_compensation == "auto":
-            return
-        chosen = "muon" if self.delay_compensation in AUTOMATIC else self.delay_compensation
-        choice = choose(chosen, self.delay_compensation_args)
-        if self.delay_compensation not in AUTOMATIC:  # the trainer checks what they stand for
-            choice.check_weights(self.weights, self.delay_compensation)
-        if choice.optimizer is not None and not self.has_default_optimizer:
-            raise UnsupportedOptionError(
-                f"delay_compensation={self.delay_compensation!r} brings its own optimizer, so optim="
-                f"{getattr(self.optim, 'value', self.optim)!r} would have no effect; leave optim at adamw_torch"
-            )
-
-    def _check_devices(self) -> None:
-        if self.devices is None or self.world_size > 1:
-            return
-        if len(set(self.devices)) < len(self.devices):
-            raise UnsupportedOptionError(f"devices={self.devices} must be different names, e.g. cpu:0 cpu:1")
-        kinds = {name.partition(":")[0] for name in self.devices}
-        if len(kinds) > 1:
-            raise UnsupportedOptionError(
-                f"devices={self.devices} mixes {' and '.join(sorted(kinds))}: what crosses from one to the other is copied "
-                "while both go on, which only devices of one kind can do; name devices of one kind"
-            )
-        for name in self.devices:
-            if not is_here(name):
-                raise UnsupportedOptionError(
-                    f"devices names {name!r}, which this machine doesn't have; give names with an index, e.g. cpu:0, "
-                    "or cuda:0 to cuda:N-1"
-                )
 
 
 @functools.cache

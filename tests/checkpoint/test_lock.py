@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rig import Ended, context, ends_of, in_processes
+from rig import Ended, context, ends_of, forked, in_processes
 from trainer_helpers import AtStep, assert_same, ouroboros, trained
 from trainer_runs import made
 
@@ -150,7 +150,7 @@ def test_several_at_once(tmp_path: Path) -> None:
 def said_by(count: int, target: Any, folder: str) -> list[str]:
     """What processes say that begin together."""
     barrier, said = context.Barrier(count), context.Queue()
-    processes = [context.Process(target=target, args=(folder, barrier, said), daemon=True) for _ in range(count)]
+    processes = [forked(target, folder, barrier, said) for _ in range(count)]
     for process in processes:
         process.start()
     found = [said.get(timeout=100) for _ in processes]

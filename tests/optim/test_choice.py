@@ -200,7 +200,9 @@ def test_no_warning_without_knowledge_or_cost() -> None:
     assert warning(9, 1, 1e-2, "Adafactor") is None
     assert warning(9, 1, 1e-2, "adamw", "gap_aware") is None
     assert all(m.cost > 0 for m in MEASURED) and any(m.cost < COSTLY for m in MEASURED)
-    assert len({(m.optimizer, m.compensation, m.stages, m.micro_batches, m.adapters) for m in MEASURED}) == len(MEASURED)
+    assert len({(m.optimizer, m.compensation, m.stages, m.micro_batches, m.adapters) for m in MEASURED}) == len(
+        MEASURED
+    )
 
 
 def test_options_are_read_however_a_compensation_is_made() -> None:

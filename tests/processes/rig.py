@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,6 +21,16 @@ from unittest import mock
 # One server imports `preloaded` once; every process of every test is forked from it.
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["preloaded"])
+
+
+def forked(target: Callable[..., Any], *args: Any) -> BaseProcess:
+    """A process that ends with this one, not started yet, forked from the server.
+
+    The server is started with this process's path: without it, it would find no module of the tests, and say nothing.
+    """
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path))):
+        multiprocessing.forkserver.ensure_running()
+    return context.Process(target=target, args=args, daemon=True)
 
 
 class RankFailed(AssertionError):
@@ -64,13 +75,12 @@ class Ended:
 
 
 def _outcomes(world_size: int, target: Callable[..., Any], args: tuple, limit: float) -> Iterator[tuple[int, Any]]:
-    _start_server()
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = {}, []
         for rank in range(world_size):
             receiver, sender = context.Pipe(duplex=False)
             arguments = (rank, world_size, str(Path(folder) / "store"), sender, target, args)
-            processes.append(context.Process(target=_main, args=arguments, daemon=True))
+            processes.append(forked(_main, *arguments))
             processes[-1].start()
             sender.close()
             pipes[receiver] = rank
@@ -91,12 +101,6 @@ def _outcomes(world_size: int, target: Callable[..., Any], args: tuple, limit: f
         finally:
             for process in processes:
                 process.kill()
-
-
-def _start_server() -> None:
-    """Starts the server, if need be, with this process's path: else it finds no module of the tests, and says nothing."""
-    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path))):
-        multiprocessing.forkserver.ensure_running()
 
 
 def _errors_of(folder: str, rank: int) -> Path:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from rig import Ended, context, ends_of, in_processes
+from rig import Ended, ends_of, forked, in_processes
 from trainer_helpers import common_options, ouroboros
 
 from hf_ouroboros import DisagreementError, OuroborosArguments, RankFailedError, UnsupportedOptionError
@@ -162,16 +162,16 @@ def test_scripts(tmp_path: Path, what: str, odd: int) -> None:
         port = probe.getsockname()[1]
     outs = [tmp_path / f"out-{rank}" for rank in range(2)]
     arguments = [(rank, port, str(outs[rank]), what, str(tmp_path), rank == odd) for rank in range(2)]
-    processes = [context.Process(target=as_a_program, args=args, daemon=True) for args in arguments]
+    processes = [forked(as_a_program, *args) for args in arguments]
     try:
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(60)
-            assert process.exitcode is not None, what
+        for each in processes:
+            each.start()
+        for each in processes:
+            each.join(60)
+            assert each.exitcode is not None, what
     finally:
-        for process in processes:
-            process.kill()
+        for each in processes:
+            each.kill()
     for rank, out in enumerate(outs):
         seconds, _, text = (out.read_text() if out.exists() else "0 ").partition(" ")
         expected = SCRIPTS[what][rank != odd].format(odd=odd, other=1 - odd)
