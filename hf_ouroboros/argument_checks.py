@@ -132,17 +132,17 @@ def _check_weights(args: OuroborosArguments) -> None:
 
 
 def _check_compensation(args: OuroborosArguments) -> None:
-    if args.delay_compensation in AUTOMATIC and args.delay_compensation_args:
+    automatic = args.delay_compensation in AUTOMATIC
+    if automatic and args.delay_compensation_args:
         raise UnsupportedOptionError(
             f"delay_compensation_args={args.delay_compensation_args!r} needs to know of what; name the compensation "
             f"instead of delay_compensation={args.delay_compensation!r}"
         )
     if args.delay_compensation == "auto":
         return
-    chosen = "muon" if args.delay_compensation in AUTOMATIC else args.delay_compensation
-    choice = choose(chosen, args.delay_compensation_args)
-    if args.delay_compensation not in AUTOMATIC:  # the trainer checks what they stand for
-        choice.check_weights(args.weights, args.delay_compensation)
+    # What "muon+auto" adds to Muon goes by K, which the trainer knows; it checks that with the weights.
+    choice = choose("muon" if automatic else args.delay_compensation, args.delay_compensation_args)
+    choice.check_weights(args.weights, args.delay_compensation)
     if choice.optimizer is not None and not args.has_default_optimizer:
         raise UnsupportedOptionError(
             f"delay_compensation={args.delay_compensation!r} brings its own optimizer, so optim="

@@ -15,7 +15,7 @@ from ..engine.steps_at_once import has_hooks, why_at_once
 from ..errors import UnsupportedOptionError
 from ..main_thread import unwatched
 from ..optim import Choice, choose
-from ..optim.advice import AUTOMATIC, automatic, warning, with_muon
+from ..optim.advice import automatic, warning, with_muon
 from ..optim.matrices import hidden_matrices
 from ..optim.nesterov import Nesterov
 from ..schedules import SCHEDULES
@@ -81,10 +81,10 @@ class OptimizerHooks(SplitTrainer):
     @property
     def delay_compensation(self) -> Choice:
         """What the run does about its delays, "auto" and "muon+auto" being resolved by K, M and optimizer."""
-        if self.options.delay_compensation not in AUTOMATIC:
-            return choose(self.options.delay_compensation, self.options.delay_compensation_args)
-        if self.options.delay_compensation != "auto":
+        if self.options.delay_compensation == "muon+auto":
             return choose(*with_muon(*self._delays))
+        if self.options.delay_compensation != "auto":
+            return choose(self.options.delay_compensation, self.options.delay_compensation_args)
         default = self.options.has_default_optimizer and not self._own_optimizer
         return choose(*automatic(*self._delays, "adamw" if default else "another", adapters=is_adapted(self.model)))
 
