@@ -92,6 +92,11 @@ def sizes(default: PretrainedConfig, width: int, heads: int, layers: int) -> dic
     return found
 
 
+def small_model(default: PretrainedConfig, width: int, heads: int, layers: int, deviation: float) -> dict[str, Any]:
+    """Options of a small model of the type, without dropout: `sizes`, and weights of this standard deviation at the start."""
+    return sizes(default, width, heads, layers) | without_dropout(default) | initialized(default, deviation)
+
+
 def without_dropout(default: PretrainedConfig) -> dict[str, float]:
     """Options that switch off dropout, and the dropping of layers."""
     return {n: 0.0 for n, v in default.to_dict().items() if isinstance(v, float) and "drop" in n}

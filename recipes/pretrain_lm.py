@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from architectures import default_config, initialized, make, positions_of, sizes, without_dropout
+from architectures import default_config, make, positions_of, sizes, small_model
 from common import (
     CORPUS_BYTES,
     VALIDATION_SHARE,
@@ -175,7 +175,7 @@ def make_config(script: ScriptArguments, tokenizer: PreTrainedTokenizerBase) -> 
         given = OVERRIDES[script.model_type] if script.config_overrides is None else script.config_overrides
         values |= read_overrides(given, default)
     else:
-        values |= sizes(default, WIDTH, HEADS, LAYERS) | without_dropout(default) | initialized(default, DEVIATION)
+        values |= small_model(default, WIDTH, HEADS, LAYERS, DEVIATION)
     if script.smoke:
         small = SMALL.get(script.model_type)
         values |= sizes(default, 32, 2, 4) if small is None else read_overrides(small, default)

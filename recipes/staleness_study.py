@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from adapters import with_lora
-from architectures import default_config, initialized, make, sizes, without_dropout
+from architectures import default_config, make, small_model
 from common import OptionError, run_recipe
 from staleness_report import write_report
 from staleness_setting import Setting, StudyArguments, read_grid
@@ -148,8 +148,8 @@ def config_of(setting: Setting) -> PretrainedConfig:
         )
     if setting.model != "gpt2":
         default = default_config("model", setting.model)
-        values = sizes(default, setting.width, setting.heads, setting.layers) | without_dropout(default)
-        values |= initialized(default, setting.init_std) | {"vocab_size": BYTE_VOCAB_SIZE, "pad_token_id": None}
+        values = small_model(default, setting.width, setting.heads, setting.layers, setting.init_std)
+        values |= {"vocab_size": BYTE_VOCAB_SIZE, "pad_token_id": None}
         return make(default, values | {"bos_token_id": None, "eos_token_id": None, "tie_word_embeddings": True})
     return AutoConfig.for_model(
         setting.model,

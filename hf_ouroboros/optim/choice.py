@@ -10,6 +10,7 @@ import torch
 
 from ..errors import UnsupportedOptionError
 from ..options import shown
+from .advice import AUTOMATIC
 from .basis_rotation import BasisRotation
 from .compensation import GIVEN_BY, Compensation
 from .error_feedback import ErrorFeedback
@@ -74,7 +75,7 @@ class Choice:
 
         Args:
             weights: of late backwards, "then" or "now".
-            asked: `delay_compensation`, which may be "auto".
+            asked: `delay_compensation`, which may be one of `advice.AUTOMATIC`.
 
         Raises:
             UnsupportedOptionError: names the compensation.
@@ -82,7 +83,7 @@ class Choice:
         for compensation in self.compensations if weights == "now" else ():
             if compensation.name in _OF_THEN:
                 raise UnsupportedOptionError(
-                    f"delay_compensation={asked!r}{f' is {self} here, and' if asked == 'auto' else ':'} {compensation.name} does not go "
+                    f"delay_compensation={asked!r}{f' is {self} here, and' if asked in AUTOMATIC else ':'} {compensation.name} does not go "
                     f"together with weights='now': {_OF_THEN[compensation.name]}; name another compensation or 'none', or leave weights "
                     "at 'then'"
                 )

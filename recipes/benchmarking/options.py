@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from architectures import default_config, initialized, make, positions_of, sizes, without_dropout
+from architectures import default_config, make, positions_of, small_model
 from common import OptionError, read_overrides
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
 
@@ -211,8 +211,9 @@ class BenchmarkArguments:
         heads = max(1, self.n_embd // 64)
         try:
             default = default_config("--model_type", self.model_type)
-            values = sizes(default, self.n_embd, heads, self.n_layer) | without_dropout(default)
-            values |= initialized(default, self.init_std) | {"vocab_size": self.vocab_size}
+            values = small_model(default, self.n_embd, heads, self.n_layer, self.init_std) | {
+                "vocab_size": self.vocab_size
+            }
             values |= {"bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": not self.untied}
             if self.model_type == "transfo-xl":  # with a plain softmax; attention is what it costs
                 plain = {"cutoffs": [], "div_val": 1, "d_embed": self.n_embd, "d_head": 64, "d_inner": 4 * self.n_embd}
