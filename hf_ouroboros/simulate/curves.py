@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 INK, PALE = "#1c1c22", "#77777f"
 PLOT, LABELS = 5.6, 2.3  # inches: width of a diagram and of the labels at its right
-KNOWN_LINKS = {
-    "Ethernet, 1 Gbit/s": 0.125,
-    "PCIe 3.0 x1 riser": 1.0,
-    "Ethernet, 10 Gbit/s": 1.25,
-    "PCIe 3.0 x4": 4.0,
-    "PCIe 3.0 x16": 16.0,
-}
-"""GB/s, rounded."""
+KNOWN_LINKS = (
+    ("Ethernet, 1 Gbit/s", 0.125, "left"),
+    ("riser, PCIe 3.0 x1", 1.0, "right"),
+    ("Ethernet, 10 Gbit/s", 1.25, "left"),
+    ("PCIe 3.0 x4", 4.0, "left"),
+    ("PCIe 3.0 x16", 16.0, "left"),
+)
+"""Name, GB/s (rounded), and the side of the name that is at the line."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def draw_speedups(panels: Sequence[Panel], path: str | Path, *, title: str) -> P
     for i, panel in enumerate(panels):
         axes = figure.add_axes(((0.75 + (PLOT + LABELS) * i) / width, 0.105, PLOT / width, 0.74))
         _curves(axes, panel, top)
-        axes.set_title(panel.title, fontsize=10, loc="left", color=INK)
+        axes.set_title(panel.title, fontsize=10, loc="left", color=INK, pad=6 if panel.links is None else 20)
         axes.set_ylabel("speed-up over one device", fontsize=9)
         axes.set_ylim(0, top * 1.04)
         axes.grid(axis="y", color="#ececef", linewidth=0.8)
@@ -125,18 +125,17 @@ def _link_axis(axes: Axes, panel: Panel) -> None:
     axes.set_xlabel("GB/s between two devices", fontsize=9)
     axes.set_xticks(panel.places, [f"{place:g}" for place in panel.places])
     axes.minorticks_off()
-    for name, speed in KNOWN_LINKS.items():
+    for name, speed, side in KNOWN_LINKS:
         if slowest <= speed <= fastest:
             axes.axvline(speed, color="#d5d5da", linewidth=0.9, zorder=0)
             axes.annotate(
                 name,
                 (speed, 1.0),
-                (-2, -4),
+                (0, 4),
                 xycoords=("data", "axes fraction"),
                 textcoords="offset points",
-                rotation=90,
-                ha="right",
-                va="top",
+                ha=side,
+                va="bottom",
                 fontsize=7.5,
                 color=PALE,
             )

@@ -180,18 +180,31 @@ class BenchmarkArguments:
         return self._sorted_out()[1]
 
     def _sorted_out(self) -> tuple[list[Contender], dict[str, str]]:
-        able, unable = [], {}
+        able, unable, layers = [], {}, self._layers()
         for name in self.contenders or (THROUGHPUT if self.until_loss is None else TIME_TO_LOSS):
             try:
                 contender = parse_contender(name, self.micro_batches, self.global_batch, len(self.devices))
                 if self.lora_rank is not None and contender.kind in PIPELINES:
                     raise CannotRun(f"contender {name!r}: it has no stages of a model with adapters (--lora_rank)")
+                stages = (
+                    len(PIPELINES[contender.kind].placement(len(self.devices))) if contender.kind in PIPELINES else 0
+                )
+                if stages > layers:
+                    raise CannotRun(
+                        f"contender {name!r}: it has {stages} stages, the model {layers} layers; use more layers"
+                    )
                 able.append(contender)
             except CannotRun as error:
                 if self.contenders:
                     raise
                 unable[name] = str(error)
         return able, unable
+
+    def _layers(self) -> int:
+        """How many layers the model has."""
+        if self.model_name_or_path is not None:
+            return self.n_layer
+        return self.config().get_text_config().num_hidden_layers
 
     def take_sizes(self) -> None:
         """Replaces the sizes by those of `model_name_or_path`, if there is one.

@@ -109,6 +109,10 @@ def test_what_cannot_run_is_left_out_of_the_default_with_a_reason(monkeypatch: p
     assert {"ddp", "fsdp", "torch-dualpipev"} <= set(reasons) and "torch-dualpipev:M=8" not in reasons
     assert "use a multiple of 3" in reasons["fsdp"] and "use M=6 or more" in reasons["torch-dualpipev"]
     assert set(reasons).isdisjoint(c.label for c in three.parsed_contenders())
+    shallow = BenchmarkArguments(n_layer=8, config_overrides="n_layer=3")
+    shallow.check()
+    assert set(shallow.left_out()) == {f"torch-{n}{m}" for n in ("zb", "zbv", "dualpipev") for m in ("", ":M=8")}
+    assert "it has 4 stages, the model 3 layers" in shallow.left_out()["torch-zb"]
     adapters = BenchmarkArguments(lora_rank=4)
     adapters.check()
     assert set(adapters.left_out()) == {name for name in THROUGHPUT if name.startswith("torch-")}
