@@ -66,9 +66,10 @@ def _weight_share(plan: SplitPlan, stage: PlannedStage, saved: bool) -> float:
 
 
 def predict(plan: SplitPlan, schedule: str, links: Links, replicas: int = 1) -> Simulation:
-    """Simulates a plan; a peer gets its own best split for as many devices, without memory limits.
+    """Simulates a plan; a peer gets its own split for as many devices, without memory limits.
 
-    Peers put the two sides of tied embeddings on two devices; the time to add up their gradients is not counted.
+    Where a peer has several stages on a device, the stages are balanced and not the devices, as by those who use it. Peers put the
+    two sides of tied embeddings on two devices; the time to add up their gradients is not counted.
 
     Raises:
         ValueError: a peer that can't do these numbers of devices, layers or micro-batches.
@@ -84,17 +85,19 @@ def predict(plan: SplitPlan, schedule: str, links: Links, replicas: int = 1) -> 
             kept_bytes=_bytes_of_all_layers(plan),
             device_names=names,
         )
+    placement = plan.placement
     if schedule in PEERS:
+        placement = peer_placement(schedule, len(plan.devices))
         plan = plan_split(
             replace(plan.facts, tied_bytes=0),
-            [replace(device, memory=math.inf) for device in plan.devices],
+            [replace(plan.devices[device], memory=math.inf) for device in placement],
             _options(plan, schedule),
-            placement=peer_placement(schedule, len(plan.devices)),
+            placement=range(len(placement)),
         )
-    used = max(plan.placement) + 1
+    used = max(placement) + 1
     return simulate(
         schedule,
-        plan.placement,
+        placement,
         stage_costs(plan, schedule),
         plan.options.micro_batches,
         links=links,

@@ -134,7 +134,7 @@ def _link_axis(axes: Axes, panel: Panel) -> None:
                 (0, 4),
                 xycoords=("data", "axes fraction"),
                 textcoords="offset points",
-                ha=side,
+                ha="right" if speed > fastest / 1.6 else side,  # else it is over the curves' names
                 va="bottom",
                 fontsize=7.5,
                 color=PALE,

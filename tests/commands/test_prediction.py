@@ -60,3 +60,12 @@ def test_fsdp_shares_out_every_layer() -> None:
     assert predict(plain, "fsdp", Links(bandwidth=1e9, latency=1e-3)).seconds_per_tick > fast.seconds_per_tick
     with pytest.raises(ValueError, match="use a multiple of 3"):
         predict(plan_split(facts, devices[:1] * 3, MemoryOptions("pipelined", 4)), "fsdp", Links())
+
+
+def test_stages_of_peers_are_balanced() -> None:
+    """Also where a device has the first and the last one, which are no smaller for that."""
+    facts = model_facts(tiny_gpt2(layers=12).config, 2, 8)
+    devices = [estimated(facts, PRESETS["t4"])] * 2
+    plan = plan_split(facts, devices, MemoryOptions("pipelined", 8))
+    for schedule in ("interleaved", "zb-v", "dualpipev"):
+        assert predict(plan, schedule, Links()).speedup > 1.7
