@@ -297,7 +297,7 @@ def _schedule_table(plan: SplitPlan, runs: dict[str, Simulation], ideal: float, 
     header = ("schedule", "tokens/s", "over naive", "devices busy", "fill ms", f"activations {name}")
     return (
         f"{table(header, rows)}\nThis split could reach {ideal:.2f} times one device's speed if no device ever waited. "
-        f"{', '.join(PEERS)}\nare other software's, each with its own best split; {FSDP} shares out every layer instead."
+        f"{', '.join(PEERS)}\nare other software's, each with its own split; {FSDP} shares out every layer instead."
     )
 
 

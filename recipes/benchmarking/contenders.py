@@ -35,7 +35,7 @@ class ContenderError(ValueError):
 
 
 class CannotRun(ContenderError):
-    """A contender that exists and can't run with this torch, these devices or this number of micro-batches."""
+    """A contender that exists and can't run with this torch, these devices, this number of micro-batches or this model."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
@@ -44,9 +45,9 @@ class Sharded(Peer):
         matrices = muon_matrices(model) if job.options.optimizer == "muon" else []
         model.config.use_cache = False  # as Trainer does
         self.model = model.to(self.device).train()
-        for layer in layers_of(model):
-            fully_shard(layer)
-        fully_shard(model)
+        mesh = init_device_mesh(self.device.type, (world_size,))  # by default it would be of accelerators, used or not
+        for module in (*layers_of(model), model):
+            fully_shard(module, mesh=mesh)
         if job.options.on_cpu:  # gloo sums, and does not average
             model.set_force_sum_reduction_for_comms(True)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
