@@ -10,7 +10,9 @@ taken within a repetition. On CPU, "naive" computes with one core, which is what
 accelerators it is the model dispatched over the devices.
 
 Throughput is the steady state: whole updates after the first ten micro-batches. Those that apply gradients at once (naive,
-ddp, torch-*, 1f1b, zero_bubble) must all have the losses of the naive run, or the table says that they have not.
+ddp, fsdp, torch-*, 1f1b, zero_bubble) must all have the losses of the naive run, or the table says that they have not. Of the
+contenders that run by default, those that can't (a schedule that this torch lacks, an M that it does not take) are left
+out, with the reason below the table; named in --contenders, they are refused.
 
 With --until_loss, runs end at the first evaluation with the target loss. The clock stands still during evaluations; that
 the pipelines have to empty before and to fill after them is counted.
@@ -106,9 +108,11 @@ def write_report(options: BenchmarkArguments, contenders: list[Contender], resul
     head = (
         "untied" if options.untied else "tied; torch-* keep a copy of the matrix on either side and sum their gradients"
     )
-    text = f"{table}\n\nMachine: {machine}. Embedding and head: {head}. Settings: {settings}.\n"
+    left_out = options.left_out()
+    missing = "".join(f"- left out: {reason}\n" for reason in left_out.values()) + ("\n" if left_out else "")
+    text = f"{table}\n\n{missing}Machine: {machine}. Embedding and head: {head}. Settings: {settings}.\n"
     (output / "results.md").write_text(text, encoding="utf-8")
-    found = {"machine": machine, "options": vars(options), "results": results}
+    found = {"machine": machine, "options": vars(options), "results": results, "left_out": left_out}
     if options.until_loss is None:
         found["loss_differences"] = {
             c.label: report.loss_difference(c, results) for c in contenders if c.is_synchronous
@@ -132,6 +136,8 @@ def main() -> None:
         except ContenderError as error:
             raise SystemExit(f"{type(error).__name__}: {error}") from error
         contenders = options.parsed_contenders()
+        for reason in options.left_out().values():
+            print(f"left out: {reason}", flush=True)
         results = run_all(options, contenders, Path(scratch) / "blocks.pt", output)
     plan = next((r["stage_plan"] for repetition in results for r in repetition if "stage_plan" in r), None)
     if plan is not None:

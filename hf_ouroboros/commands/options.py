@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from ..errors import InputFileError, UnsupportedModelError, UnsupportedOptionError
 from ..options import Number, Whole, shown
+from ..simulate.sharded import FSDP
+from ..simulate.simulator import simulated
 from ..user_files import read_text
 from .overrides import check_sizes, read_overrides
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from ..simulate.links import Links
 
 MOST_BYTES = 2**26  # of a configuration's file
-MOST_SPLITTING, MOST_SIMULATED = 5e8, 1_500_000  # steps of the search for a split; instructions of all simulated runs
+MOST_SPLITTING, MOST_SIMULATED = 5e8, 2_100_000  # steps of the search for a split; instructions of all simulated runs
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -68,6 +70,11 @@ def links(arguments: argparse.Namespace, gigabytes: float) -> Links:
         None if arguments.host_link is None else arguments.host_link * 1e9,
         None if arguments.host_latency is None else arguments.host_latency * 1e-6,
     )
+
+
+def schedules() -> list[str]:
+    """All that can be predicted: our schedules, and what other software does."""
+    return [*simulated(), FSDP]
 
 
 def load_config(arguments: argparse.Namespace) -> PretrainedConfig:

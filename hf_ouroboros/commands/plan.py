@@ -14,9 +14,19 @@ from ..errors import DeviceMapError, UnsupportedOptionError
 from ..options import Place, Whole
 from ..schedules import DEFAULT, SCHEDULES
 from ..simulate.peers import PEERS
-from ..simulate.simulator import ours, simulated
+from ..simulate.sharded import FSDP
+from ..simulate.simulator import ours
 from ..user_files import check_writable, written_together
-from .options import GIGABYTES, add_link_options, add_model_options, check_work, data_type, links, load_config
+from .options import (
+    GIGABYTES,
+    add_link_options,
+    add_model_options,
+    check_work,
+    data_type,
+    links,
+    load_config,
+    schedules,
+)
 from .tables import byte_unit, milliseconds, size, table
 
 if TYPE_CHECKING:
@@ -103,14 +113,14 @@ def run(arguments: argparse.Namespace) -> int:
             )
         dtype = data_type(arguments, config)
         facts = model_facts(config, arguments.batch, arguments.seq, dtype, arguments.lora_rank, arguments.quantization)
-    check_work(facts.layers, [(len(kinds), arguments.micro_batches)] * len(simulated()))
+    check_work(facts.layers, [(len(kinds), arguments.micro_batches)] * len(schedules()))
     options = MemoryOptions(
         arguments.schedule, arguments.micro_batches, arguments.recompute, arguments.optimizer, arguments.weights
     )
     plan = plan_split(facts, _devices(arguments, kinds, config, facts), options, arguments.num_stages)
     connections = links(arguments, arguments.link)
     runs, left_out = {}, {}
-    for schedule in simulated():
+    for schedule in schedules():
         try:
             runs[schedule] = predict(plan, schedule, connections, arguments.data_parallel_replicas)
         except ValueError as error:  # a peer that can't do these numbers of stages or micro-batches
@@ -287,7 +297,7 @@ def _schedule_table(plan: SplitPlan, runs: dict[str, Simulation], ideal: float, 
     header = ("schedule", "tokens/s", "over naive", "devices busy", "fill ms", f"activations {name}")
     return (
         f"{table(header, rows)}\nThis split could reach {ideal:.2f} times one device's speed if no device ever waited. "
-        f"{', '.join(PEERS)}\nare other software's, each with its own best split."
+        f"{', '.join(PEERS)}\nare other software's, each with its own split; {FSDP} shares out every layer instead."
     )
 
 

@@ -10,6 +10,7 @@ from ..planning.planner import PlannedStage, SplitPlan, plan_split
 from ..schedules import SCHEDULES
 from ..simulate.links import Links
 from ..simulate.peers import PEERS, peer_placement
+from ..simulate.sharded import FSDP, ShardedUnit, simulate_sharded
 from ..simulate.simulator import Simulation, StageCost, ideal_speedup, simulate
 
 
@@ -65,23 +66,38 @@ def _weight_share(plan: SplitPlan, stage: PlannedStage, saved: bool) -> float:
 
 
 def predict(plan: SplitPlan, schedule: str, links: Links, replicas: int = 1) -> Simulation:
-    """Simulates a plan; a peer gets its own best split for as many devices, without memory limits.
+    """Simulates a plan; a peer gets its own split for as many devices, without memory limits.
 
-    Peers put the two sides of tied embeddings on two devices; the time to add up their gradients is not counted.
+    Where a peer has several stages on a device, the stages are balanced and not the devices, as by those who use it. Peers put the
+    two sides of tied embeddings on two devices; the time to add up their gradients is not counted.
+
+    Raises:
+        ValueError: a peer that can't do these numbers of devices, layers or micro-batches.
     """
     names = [device.name for device in plan.devices]
     names = [f"{name} {i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+    if schedule == FSDP:
+        return simulate_sharded(
+            sharded_units(plan),
+            plan.options.micro_batches,
+            links=links,
+            replicas=replicas,
+            kept_bytes=_bytes_of_all_layers(plan),
+            device_names=names,
+        )
+    placement = plan.placement
     if schedule in PEERS:
+        placement = peer_placement(schedule, len(plan.devices))
         plan = plan_split(
             replace(plan.facts, tied_bytes=0),
-            [replace(device, memory=math.inf) for device in plan.devices],
+            [replace(plan.devices[device], memory=math.inf) for device in placement],
             _options(plan, schedule),
-            placement=peer_placement(schedule, len(plan.devices)),
+            placement=range(len(placement)),
         )
-    used = max(plan.placement) + 1
+    used = max(placement) + 1
     return simulate(
         schedule,
-        plan.placement,
+        placement,
         stage_costs(plan, schedule),
         plan.options.micro_batches,
         links=links,
@@ -89,6 +105,36 @@ def predict(plan: SplitPlan, schedule: str, links: Links, replicas: int = 1) -> 
         recompute=_options(plan, schedule).replays,
         device_names=names[:used],
     )
+
+
+def sharded_units(plan: SplitPlan) -> list[ShardedUnit]:
+    """What the simulator of FSDP has to know of the model of a plan; with recompute, layers are computed again one by one."""
+    again = plan.options.recompute
+    found = []
+    for number, unit in enumerate(plan.facts.units):
+        times = [device.times[number] for device in plan.devices]
+        is_layer = unit.kind == "layer"
+        found.append(
+            ShardedUnit(
+                [t.forward for t in times],
+                [t.backward + (t.forward if again and is_layer else 0.0) for t in times],
+                [t.step for t in times],
+                unit.parameter_bytes,
+                unit.trained,
+                is_layer,
+            )
+        )
+    return found
+
+
+def _bytes_of_all_layers(plan: SplitPlan) -> float:
+    """What a device keeps of a micro-batch that passes the whole model; with recompute, inputs and one layer."""
+    units = plan.facts.units
+    if not plan.options.recompute:
+        return sum(unit.activation_bytes for unit in units)
+    layers = [unit for unit in units if unit.kind == "layer"]
+    ends = sum(unit.activation_bytes for unit in units if unit.kind != "layer")
+    return ends + sum(unit.output_bytes for unit in layers) + max(unit.activation_bytes for unit in layers)
 
 
 def ideal(plan: SplitPlan) -> float:

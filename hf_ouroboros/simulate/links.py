@@ -47,6 +47,16 @@ class Links:
             latency = latency if self.host_latency is None else self.host_latency
         return Message(size / bandwidth, latency)
 
+    def ring(self, devices: int, size: float) -> float:
+        """Seconds to gather `size` bytes, of which each of so many neighbours has a part, around a ring over the slowest link in it.
+
+        To sum up as many bytes so that each has a part of the result takes as long.
+        """
+        several = self.devices_per_host is not None and devices > self.devices_per_host
+        bandwidth = min(self.bandwidth, self.host_bandwidth or math.inf) if several else self.bandwidth
+        latency = max(self.latency, self.host_latency or 0.0) if several else self.latency
+        return (devices - 1) * (size / devices / bandwidth + latency) if size else 0.0
+
     def mean_over(self, replicas: int, size: float) -> float:
         """Seconds to average `size` bytes over replicas around a ring, over the slowest kind of link there is."""
         if replicas == 1:

@@ -1,4 +1,4 @@
-"""Schedules that others run, as programs for the replay: naive, GPipe, interleaved 1F1B and zero-bubble (ZB-H1).
+"""Schedules that others run, as programs for the replay: naive, GPipe, interleaved 1F1B, zero-bubble and DualPipeV.
 
 All are synchronous: an update's gradients are those of its own weights, and every update ends with a drained
 pipeline. They are here to be compared with; the engine does not run them. D devices, M micro-batches per update,
@@ -8,21 +8,35 @@ F, B and W the time of a device's forward, input gradient and weight gradient of
     gpipe        all forwards, then all backwards                            (M + D - 1) (F + B + W)
     interleaved  1F1B, every device holds V chunks of the model              (M + (D - 1) / V) (F + B + W)
     zb-h1        weight gradients fill the waiting, memory as 1F1B           M (F + B + W) + (D - 1) (F + B - W)
+    zb-v         the same on 2D stages in a V, M >= 2D - 1                   M (F + B + W), where F = B = W
+    dualpipev    the same, a forward beside every backward, M >= 2D          M (F + B + W) + (D - 1) F / 2, where F = B = W
 
-Sources: GPipe, arXiv 1811.06965; interleaved, arXiv 2104.04473; zero-bubble, arXiv 2401.10241.
+Sources: GPipe, arXiv 1811.06965; interleaved, arXiv 2104.04473; zero-bubble, arXiv 2401.10241. What shares out every layer instead
+of splitting by layers is in `sharded.py`.
 """
 
 from __future__ import annotations
 
 from ..schedules.instructions import Backward, Forward, InputGradient, Instruction, Step, WeightGradient
+from .v_shaped import dualpipev, v_placement, zb_v
 
-PEERS = {"naive": "#9a9aa2", "gpipe": "#7aa6d1", "interleaved": "#4fa3a5", "zb-h1": "#8a5bb0"}
+PEERS = {
+    "naive": "#9a9aa2",
+    "gpipe": "#7aa6d1",
+    "interleaved": "#4fa3a5",
+    "zb-h1": "#8a5bb0",
+    "zb-v": "#5a3d8a",
+    "dualpipev": "#a08427",
+}
 """Names, and the colours of their curves."""
+V_SHAPED = {"zb-v": zb_v, "dualpipev": dualpipev}
 CHUNKS = 2  # of the model per device, under "interleaved"
 
 
 def peer_placement(name: str, num_devices: int) -> list[int]:
-    """Device of every stage: one stage per device, or `CHUNKS` in turn under "interleaved"."""
+    """Device of every stage: one stage per device, or two in a V, or `CHUNKS` in turn under "interleaved"."""
+    if name in V_SHAPED:
+        return v_placement(num_devices)
     return [k % num_devices for k in range(num_devices * (CHUNKS if name == "interleaved" else 1))]
 
 
@@ -41,11 +55,12 @@ def peer_programs(
         updates: how many updates.
 
     Raises:
-        ValueError: unknown name, or an M that "interleaved" cannot divide into rounds.
+        ValueError: unknown name, or an M that "interleaved" cannot divide into rounds or that is too small for "dualpipev".
     """
     if name not in PEERS:
         raise ValueError(f"schedule {name!r} is unknown; use one of {', '.join(PEERS)}")
-    make = {"naive": _naive, "gpipe": _gpipe, "interleaved": _interleaved, "zb-h1": _zero_bubble}[name]
+    others = {"naive": _naive, "gpipe": _gpipe, "interleaved": _interleaved, "zb-h1": _zero_bubble}
+    make = (others | V_SHAPED)[name]
     return [
         [
             instruction

@@ -2,7 +2,9 @@
 
     naive                                     the stock Trainer, one device computing at a time
     ddp                                       the stock Trainer with a whole model per process
-    torch-gpipe  torch-1f1b  torch-zb         schedules of torch.distributed.pipelining, a process per device
+    fsdp                                      FSDP2 (`fully_shard`): every process has a part of every layer, and rows of its own
+    torch-gpipe  torch-1f1b  torch-zb         schedules of torch.distributed.pipelining, a process per device; zbv and
+    torch-zbv  torch-dualpipev                dualpipev place their stages in a V
     pipelined lockstep 1f1b zero_bubble       ours, a thread per device; so is reference
     pipelined@processes  ...                  ours, a process per device
 
@@ -20,13 +22,20 @@ from transformers import TrainingArguments
 from hf_ouroboros import OuroborosArguments
 from hf_ouroboros.schedules import SCHEDULES, names_where
 
-PEERS = ("torch-gpipe", "torch-1f1b", "torch-zb")
-SYNCHRONOUS = ("naive", "ddp", *PEERS, *names_where(lambda schedule: schedule.is_synchronous))
+from .pipelines import PIPELINES
+
+ROWS_EACH = ("ddp", "fsdp")
+"""Those whose processes share an update's micro-batches among them."""
+SYNCHRONOUS = ("naive", *ROWS_EACH, *PIPELINES, *names_where(lambda schedule: schedule.is_synchronous))
 """Those that apply every gradient at once: they all compute the same numbers, up to the order of summation."""
 
 
 class ContenderError(ValueError):
     """A contender that does not exist, or a setting that it does not have."""
+
+
+class CannotRun(ContenderError):
+    """A contender that exists and can't run with this torch, these devices, this number of micro-batches or this model."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +82,15 @@ def parse_contender(text: str, micro_batches: int, global_batch: int, num_device
         num_devices: how many devices there are.
 
     Raises:
-        ContenderError: unknown name or setting, or a batch that can't be split that way.
+        ContenderError: unknown name or setting; `CannotRun` where it is this torch, M or the number of devices.
     """
     body, _, where = text.partition("@")
     kind, _, listed = body.partition(":")
-    if kind not in ("naive", "ddp", *PEERS, *SCHEDULES) or where not in ("", "processes"):
+    others = ("naive", *ROWS_EACH, *PIPELINES)
+    if kind not in (*others, *SCHEDULES) or where not in ("", "processes"):
         raise ContenderError(
-            f"contender {text!r} is unknown; use naive, ddp, {', '.join(PEERS)}, or {', '.join(SCHEDULES)}, these also "
-            "with @processes behind them"
+            f"contender {text!r} is unknown; use {', '.join(others)}, or {', '.join(SCHEDULES)}, these also with @processes "
+            "behind them"
         )
     ours = kind in SCHEDULES
     if where and not (ours and SCHEDULES[kind].uses_devices):
@@ -101,14 +111,23 @@ def parse_contender(text: str, micro_batches: int, global_batch: int, num_device
         settings[name] = value
     chosen = settings.pop("M", str(micro_batches))
     if not chosen.isdecimal() or int(chosen) == 0 or global_batch % int(chosen):
-        raise ContenderError(
+        raise CannotRun(
             f"contender {text!r}: M={chosen} does not divide the {global_batch} rows of an update "
             "(--micro_batches times --batch_size)"
         )
-    if kind == "ddp" and int(chosen) % num_devices:
-        raise ContenderError(
-            f"contender {text!r}: its M={chosen} micro-batches can't be shared by {num_devices} processes; "
+    if (reason := _obstacle(kind, int(chosen), num_devices)) is not None:
+        raise CannotRun(f"contender {text!r}: {reason}")
+    in_processes = bool(where) or kind in (*ROWS_EACH, *PIPELINES)
+    return Contender(text, kind, in_processes, int(chosen), tuple(settings.items()))
+
+
+def _obstacle(kind: str, micro_batches: int, num_devices: int) -> str | None:
+    """Why a contender can't run here; None where it can."""
+    if kind in PIPELINES:
+        return PIPELINES[kind].obstacle(micro_batches, num_devices)
+    if kind in ROWS_EACH and micro_batches % num_devices:
+        return (
+            f"its M={micro_batches} micro-batches can't be shared by {num_devices} processes; "
             f"use a multiple of {num_devices}"
         )
-    in_processes = bool(where) or kind in ("ddp", *PEERS)
-    return Contender(text, kind, in_processes, int(chosen), tuple(settings.items()))
+    return None

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from transformers.utils import logging
 
 from .job import Job
+from .pipelines import PIPELINES
 
 GRACE = 5.0
 """Seconds that the others have to end, and to say why, after one process failed."""
@@ -32,7 +33,7 @@ STACK = 1.0
 """Seconds to write down what a process that is late is doing."""
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["hf_ouroboros.trainer", "torch.distributed.pipelining"])
+_context.set_forkserver_preload(["hf_ouroboros.trainer", "torch.distributed.pipelining", "torch.distributed.fsdp"])
 
 
 class RunFailed(RuntimeError):
@@ -108,6 +109,16 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+def _measurements(job: Job, count: int) -> dict[str, Any]:
+    from . import loop, peers, sharded, trainers
+
+    if job.contender.kind in PIPELINES:
+        return loop.run(peers.Pipelined, job, count)
+    if job.contender.kind == "fsdp":
+        return loop.run(sharded.Sharded, job, count)
+    return trainers.run(job, count)
+
+
 def _main(rank: int, count: int, job: Job) -> None:
     """One process of a run."""
     log = _log(job, rank).open("w")
@@ -129,10 +140,7 @@ def _main(rank: int, count: int, job: Job) -> None:
                 torch.cuda.set_device(rank)
             store = dist.FileStore(str(job.folder / "store"), count)
             dist.init_process_group("gloo" if on_cpu else "nccl", store=store, rank=rank, world_size=count)
-        from . import peers, trainers
-
-        runner = peers.run if job.contender.kind in peers.SCHEDULES else trainers.run
-        result = {"contender": job.contender.label, **runner(job, count)}
+        result = {"contender": job.contender.label, **_measurements(job, count)}
         if rank == 0:
             (job.folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
         if dist.is_initialized():

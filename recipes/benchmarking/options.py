@@ -8,13 +8,13 @@ from architectures import default_config, make, positions_of, small_model
 from common import OptionError, read_overrides
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
 
-from .contenders import PEERS, Contender, ContenderError, parse_contender
+from .contenders import CannotRun, Contender, ContenderError, parse_contender
+from .pipelines import PIPELINES
 
 SETTLING_TICKS = 10
 THROUGHPUT = (
-    "naive",
-    "ddp",
-    *(f"{peer}{micro_batches}" for peer in ("torch-gpipe", "torch-1f1b", "torch-zb") for micro_batches in ("", ":M=8")),
+    *("naive", "ddp", "fsdp"),
+    *(f"{peer}{micro_batches}" for peer in PIPELINES for micro_batches in ("", ":M=8")),
     *("pipelined@processes", "pipelined:M=8@processes", "pipelined", "lockstep@processes", "lockstep"),
     *("1f1b@processes", "1f1b:M=8@processes", "1f1b"),
     *("zero_bubble@processes", "zero_bubble:M=8@processes", "zero_bubble"),
@@ -32,9 +32,9 @@ class BenchmarkArguments:
     contenders: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "In the order in which they run: naive, ddp, torch-gpipe, torch-1f1b, torch-zb, our schedules, and "
+            "help": f"In the order in which they run: naive, ddp, fsdp, {', '.join(PIPELINES)}, our schedules, and "
             "schedule@processes; settings behind a colon, as in pipelined:M=8,learning_rate=5e-4@processes. "
-            f"Default: {' '.join(THROUGHPUT)}; with --until_loss: {' '.join(TIME_TO_LOSS)}."
+            f"Default, without those that can't run: {' '.join(THROUGHPUT)}; with --until_loss: {' '.join(TIME_TO_LOSS)}."
         },
     )
     devices: list[str] = field(
@@ -173,8 +173,38 @@ class BenchmarkArguments:
         Raises:
             ContenderError: an unknown or impossible one.
         """
-        names = self.contenders or list(THROUGHPUT if self.until_loss is None else TIME_TO_LOSS)
-        return [parse_contender(n, self.micro_batches, self.global_batch, len(self.devices)) for n in names]
+        return self._sorted_out()[0]
+
+    def left_out(self) -> dict[str, str]:
+        """Of the contenders that run by default, those that can't, and why; what was asked for is refused instead."""
+        return self._sorted_out()[1]
+
+    def _sorted_out(self) -> tuple[list[Contender], dict[str, str]]:
+        able, unable, layers = [], {}, self._layers()
+        for name in self.contenders or (THROUGHPUT if self.until_loss is None else TIME_TO_LOSS):
+            try:
+                contender = parse_contender(name, self.micro_batches, self.global_batch, len(self.devices))
+                if self.lora_rank is not None and contender.kind in PIPELINES:
+                    raise CannotRun(f"contender {name!r}: it has no stages of a model with adapters (--lora_rank)")
+                stages = (
+                    len(PIPELINES[contender.kind].placement(len(self.devices))) if contender.kind in PIPELINES else 0
+                )
+                if stages > layers:
+                    raise CannotRun(
+                        f"contender {name!r}: it has {stages} stages, the model {layers} layers; use more layers"
+                    )
+                able.append(contender)
+            except CannotRun as error:
+                if self.contenders:
+                    raise
+                unable[name] = str(error)
+        return able, unable
+
+    def _layers(self) -> int:
+        """How many layers the model has."""
+        if self.model_name_or_path is not None:
+            return self.n_layer
+        return self.config().get_text_config().num_hidden_layers
 
     def take_sizes(self) -> None:
         """Replaces the sizes by those of `model_name_or_path`, if there is one.
@@ -242,8 +272,8 @@ class BenchmarkArguments:
             raise ContenderError(f"--vocab_size {self.vocab_size} can't hold bytes; use 256 or more")
         if self.model_name_or_path is None:
             self.config()
-        if self.lora_rank is not None:
-            self._check_adapters(contenders)
+        if self.lora_rank is not None and self.optimizer == "muon":
+            raise ContenderError("--lora_rank with --optimizer muon: Muon leaves adapters alone; use --optimizer adamw")
         if self.until_loss is None:
             for contender in contenders:
                 first = settling_updates(contender)
@@ -269,15 +299,6 @@ class BenchmarkArguments:
                 float(self.until_loss)
             except ValueError:
                 raise ContenderError(f"--until_loss {self.until_loss!r} must be a number or 'naive'") from None
-
-    def _check_adapters(self, contenders: list[Contender]) -> None:
-        peer = next((c.label for c in contenders if c.kind in PEERS), None)
-        if peer is not None:
-            raise ContenderError(
-                f"--lora_rank: {peer} has no stages of a model with adapters; leave it out of --contenders"
-            )
-        if self.optimizer == "muon":
-            raise ContenderError("--lora_rank with --optimizer muon: Muon leaves adapters alone; use --optimizer adamw")
 
 
 def settling_updates(contender: Contender) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from helpers import tiny_gpt2
 
-from hf_ouroboros.commands.prediction import predict, stage_costs
+from hf_ouroboros.commands.prediction import predict, sharded_units, stage_costs
 from hf_ouroboros.planning.hardware import PRESETS
 from hf_ouroboros.planning.memory_model import MemoryOptions
 from hf_ouroboros.planning.planner import estimated, plan_split
@@ -43,3 +43,29 @@ def test_only_late_backwards_are_replayed_with_weights_of_now() -> None:
     assert predict(new, "gpipe", Links()).seconds_per_tick == pytest.approx(
         predict(then, "gpipe", Links()).seconds_per_tick
     )
+
+
+def test_fsdp_shares_out_every_layer() -> None:
+    """As fast as so many devices over links without time; with recompute a third slower, keeping less."""
+    facts = model_facts(tiny_gpt2().config, 2, 8)
+    devices = [estimated(facts, PRESETS["t4"])] * 2
+    plain, again = (plan_split(facts, devices, MemoryOptions("pipelined", 4, recompute)) for recompute in (False, True))
+    units = sharded_units(plain)
+    assert [unit.is_layer for unit in units] == [unit.kind == "layer" for unit in facts.units]
+    assert sum(unit.parameter_bytes for unit in units) == sum(unit.parameter_bytes for unit in facts.units)
+    fast, less = (predict(plan, "fsdp", Links()) for plan in (plain, again))
+    assert fast.speedup == pytest.approx(2)
+    assert 1.1 < less.seconds_per_tick / fast.seconds_per_tick < 1.4
+    assert max(less.bytes_in_flight) < max(fast.bytes_in_flight)
+    assert predict(plain, "fsdp", Links(bandwidth=1e9, latency=1e-3)).seconds_per_tick > fast.seconds_per_tick
+    with pytest.raises(ValueError, match="use a multiple of 3"):
+        predict(plan_split(facts, devices[:1] * 3, MemoryOptions("pipelined", 4)), "fsdp", Links())
+
+
+def test_stages_of_peers_are_balanced() -> None:
+    """Also where a device has the first and the last one, which are no smaller for that."""
+    facts = model_facts(tiny_gpt2(layers=12).config, 2, 8)
+    devices = [estimated(facts, PRESETS["t4"])] * 2
+    plan = plan_split(facts, devices, MemoryOptions("pipelined", 8))
+    for schedule in ("interleaved", "zb-v", "dualpipev"):
+        assert predict(plan, schedule, Links()).speedup > 1.7

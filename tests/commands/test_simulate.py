@@ -27,8 +27,26 @@ def test_sweep(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 def test_what_cannot_run_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     arguments = ["--counts", "2", "8", "--schedules", "interleaved", "--output", str(tmp_path / "speed.png")]
     assert main(["simulate", *SMALL, *arguments]) == 0  # 8 devices would need 16 stages of 8 layers
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("interleaved")]
-    assert len(rows) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if line.startswith("interleaved")]) == 1
+    (reason,) = (line for line in lines if line.startswith("not simulated"))
+    assert "interleaved on 8 devices with M = 8, num_stages=16 is more than the model's 8 layers" in reason
+
+
+def test_against_links(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Where links are slow, handing on hidden states costs less than gathering layers; an M is left out that it can't do."""
+    output = tmp_path / "links.png"
+    arguments = ["--against", "links", "--counts", "4", "--link", "100", "1", "--micro_batches", "4", "6"]
+    assert main(["simulate", *SMALL, *arguments, "--schedules", "pipelined", "fsdp", "--output", str(output)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines if line.startswith(("pipelined", "fsdp"))]
+    assert [row[:4] for row in rows[:4]] == [
+        [name, "4", "4", speed] for name in ("pipelined", "fsdp") for speed in ("1", "100")
+    ]
+    slow, fast, slow_fsdp, fast_fsdp = (float(row[4]) for row in rows[:4])
+    assert slow_fsdp < slow <= fast and slow_fsdp < fast_fsdp
+    assert sum("fsdp on 4 devices with M = 6" in line for line in lines) == 1
+    assert output.read_bytes()[:4] == b"\x89PNG"
 
 
 def test_errors(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

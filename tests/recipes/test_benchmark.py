@@ -11,13 +11,15 @@ import benchmark
 import psutil
 import pytest
 import torch
-from benchmarking import launch, peers, report, trainers
+from benchmarking import launch, peers, report, sharded, trainers
 from benchmarking.clock import Clock
 from benchmarking.contenders import ContenderError, parse_contender
 from benchmarking.job import Job, build_model, muon_matrices, tables
 from benchmarking.options import THROUGHPUT, TIME_TO_LOSS, BenchmarkArguments
+from benchmarking.pipelines import PIPELINES
 from benchmarking.text import read_blocks, write_blocks
 from running import RECIPES, run
+from torch.distributed.pipelining._utils import generate_stage_to_rank_mapping
 from trainer_helpers import EVERY
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config
 
@@ -28,6 +30,11 @@ TINY = {"n_embd": 32, "n_layer": 4, "block_size": 32, "batch_size": 2, "repetiti
 
 def contender(text: str):
     return parse_contender(text, micro_batches=4, global_batch=16, num_devices=2)
+
+
+def contender_of_tiny(text: str):
+    """A contender of a benchmark with `TINY`."""
+    return parse_contender(text, micro_batches=4, global_batch=8, num_devices=2)
 
 
 def command(folder: Path, contenders: list[str], values: dict[str, object]) -> list[str]:
@@ -44,6 +51,7 @@ def test_contenders_are_read() -> None:
     assert (given.kind, given.in_processes, given.micro_batches) == ("pipelined", True, 8)
     assert given.settings == (("learning_rate", "5e-4"),) and given.is_ours and not given.is_synchronous
     assert contender("torch-zb").in_processes and contender("torch-zb:M=8").is_synchronous
+    assert contender("fsdp").in_processes and contender("fsdp:M=8").is_synchronous and not contender("fsdp").is_ours
     assert not contender("1f1b:learning_rate=1").is_synchronous  # it trains something else than the naive run
     for name in THROUGHPUT + TIME_TO_LOSS:
         contender(name)
@@ -59,6 +67,10 @@ def test_contenders_are_read() -> None:
         ("pipelined:M=3", "does not divide the 16 rows"),
         ("pipelined:M=x", "does not divide"),
         ("ddp:M=1", "use a multiple of 2"),
+        ("fsdp:M=1", "its M=1 micro-batches can't be shared by 2 processes"),
+        ("fsdp@processes", "@processes is for"),
+        ("torch-1f1b:M=1", "use M=2 or more"),
+        ("torch-dualpipev:M=2", "it needs a micro-batch per stage; use M=4 or more"),
         ("pipelined:optm=sgd", "'optm=sgd' is no setting"),
         ("naive:schedule=1f1b", "option of TrainingArguments"),
         ("pipelined:max_steps=0", "'max_steps=0' must be a number of updates"),
@@ -78,7 +90,10 @@ def test_impossible_contenders_are_named(text: str, words: str) -> None:
         ({"model_type": "lama"}, "--model_type='lama' is unknown to Transformers"),
         ({"model_type": "llama", "config_overrides": "n_layer=3"}, "has no option 'n_layer'"),
         ({"devices": ["cuda:1", "cuda:0"]}, "cuda:0 cuda:1"),
-        ({"lora_rank": 4}, "torch-gpipe has no stages of a model with adapters"),
+        (
+            {"lora_rank": 4, "contenders": ["naive", "torch-zbv"]},
+            "'torch-zbv': it has no stages of a model with adapters",
+        ),
         ({"lora_rank": 4, "optimizer": "muon", "contenders": ["naive"]}, "Muon leaves adapters alone"),
         ({"until_loss": "low", "updates": 20}, "a number or 'naive'"),
         ({"until_loss": "naive", "contenders": ["1f1b", "naive"], "updates": 20}, "name naive first"),
@@ -89,6 +104,44 @@ def test_impossible_contenders_are_named(text: str, words: str) -> None:
 def test_impossible_measurements_are_named(values: dict[str, object], words: str) -> None:
     with pytest.raises(ContenderError, match=words):
         BenchmarkArguments(**values).check()
+
+
+def test_what_cannot_run_is_left_out_of_the_default_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not BenchmarkArguments().left_out() and len(BenchmarkArguments().parsed_contenders()) == len(THROUGHPUT)
+    three = BenchmarkArguments(devices=["cpu:0", "cpu:1", "cpu:2"], updates=20)
+    three.check()
+    reasons = three.left_out()
+    assert {"ddp", "fsdp", "torch-dualpipev"} <= set(reasons) and "torch-dualpipev:M=8" not in reasons
+    assert "use a multiple of 3" in reasons["fsdp"] and "use M=6 or more" in reasons["torch-dualpipev"]
+    assert set(reasons).isdisjoint(c.label for c in three.parsed_contenders())
+    shallow = BenchmarkArguments(n_layer=8, config_overrides="n_layer=3")
+    shallow.check()
+    assert set(shallow.left_out()) == {f"torch-{n}{m}" for n in ("zb", "zbv", "dualpipev") for m in ("", ":M=8")}
+    assert "it has 4 stages, the model 3 layers" in shallow.left_out()["torch-zb"]
+    adapters = BenchmarkArguments(lora_rank=4)
+    adapters.check()
+    assert set(adapters.left_out()) == {name for name in THROUGHPUT if name.startswith("torch-")}
+    monkeypatch.delattr("torch.distributed.pipelining.ScheduleDualPipeV")
+    assert f"torch {torch.__version__} has no ScheduleDualPipeV" in BenchmarkArguments().left_out()["torch-dualpipev"]
+    with pytest.raises(ContenderError, match="has no ScheduleDualPipeV"):
+        contender("torch-dualpipev")
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("devices", [2, 3])
+def test_stages_lie_where_torch_looks_for_them(name: str, devices: int) -> None:
+    pipeline = PIPELINES[name]
+    style = "v" if pipeline.is_v else "loop"
+    found = generate_stage_to_rank_mapping(devices, devices * pipeline.stages_per_device, style)
+    assert pipeline.placement(devices) == [found[stage] for stage in sorted(found)]
+
+
+def test_layers_are_what_fsdp_shards_one_by_one() -> None:
+    model = GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=16, n_head=2, n_positions=8, vocab_size=32))
+    assert sharded.layers_of(model) == list(model.transformer.h)
+    model._no_split_modules = None
+    with pytest.raises(ContenderError, match="GPT2LMHeadModel names no layers"):
+        sharded.layers_of(model)
 
 
 def test_planned_lengths() -> None:
@@ -180,7 +233,8 @@ def test_synchronous_contenders_agree_and_failures_are_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     failing = "pipelined:optim=lomo@processes"  # a named error in both processes
-    contenders = ["naive", "ddp", "torch-gpipe", "torch-1f1b", "torch-zb:M=8", failing, "1f1b@processes", "pipelined"]
+    exact = ["ddp", "torch-gpipe", "torch-1f1b", "torch-zb:M=8"]
+    contenders = ["naive", *exact, failing, "1f1b@processes", "pipelined"]
     monkeypatch.setattr("sys.argv", command(tmp_path, contenders, {"updates": 7}))
     monkeypatch.setenv("MALLOC_ARENA_MAX", "1")  # otherwise it starts itself anew
     monkeypatch.setattr("signal.signal", lambda *_: None)
@@ -191,7 +245,7 @@ def test_synchronous_contenders_agree_and_failures_are_reported(
     assert "UnsupportedOptionError" in runs[failing]["failed"]
     assert "failed: rank" in printed and "losses differ" not in printed
     differences = found["loss_differences"]
-    assert differences.keys() == {"naive", "ddp", "torch-gpipe", "torch-1f1b", "torch-zb:M=8", "1f1b@processes"}
+    assert differences.keys() == {"naive", *exact, "1f1b@processes"}
     assert max(differences.values()) < 1e-6  # another order of summation
     assert runs["pipelined"]["eval_loss"] != pytest.approx(runs["naive"]["eval_loss"], rel=1e-6)  # it is delayed
     assert [len(runs[name]["peak_memory_mib"]) for name in ("naive", "ddp", "pipelined")] == [1, 2, 1]
@@ -200,6 +254,25 @@ def test_synchronous_contenders_agree_and_failures_are_reported(
     assert (tmp_path / "out/runs/pipelined/timeline-pipelined.png").exists()
     assert (tmp_path / "out/results.png").stat().st_size > 10_000
     assert (tmp_path / "out/results.md").read_text().strip() in printed
+
+
+@pytest.mark.slow
+def test_fsdp_and_pipelines_in_a_v_agree_with_naive(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("The snake bites its tail, and the tail does not mind. " * 400)
+    options = BenchmarkArguments(**TINY, train_file=str(tmp_path / "text"), updates=8, warmup_updates=2)
+    write_blocks(options, tmp_path / "blocks")
+    naive, *others = (
+        launch.run(Job(options, parsed, 0, tmp_path / "blocks", tmp_path / "run", options.updates))
+        for parsed in map(contender_of_tiny, ("naive", "fsdp", "torch-zbv", "torch-zbv:M=2", "torch-dualpipev"))
+    )
+    assert naive["losses"][-1] < naive["losses"][0]
+    for run_of_other in others:
+        assert len(run_of_other["losses"]) == 8 and len(run_of_other["peak_memory_mib"]) == 2
+        # another order of summation
+        assert run_of_other["losses"] == pytest.approx(naive["losses"], rel=1e-6)
+        assert run_of_other["eval_loss"] == pytest.approx(naive["eval_loss"], rel=1e-6)
+    assert "busy_shares" not in others[0]
+    assert all(0.0 < share <= 1.0 for found in others[1:] for share in found["busy_shares"])
 
 
 @pytest.mark.parametrize("untied", [True, False])

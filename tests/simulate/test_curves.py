@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from hf_ouroboros.commands.options import schedules
 from hf_ouroboros.simulate.curves import INK, Panel, _spread, colour_of, draw_speedups
-from hf_ouroboros.simulate.simulator import simulated
 
 
 def panel(**speedups: list[float | None]) -> Panel:
@@ -31,8 +31,18 @@ def test_what_cannot_run_is_left_out(tmp_path: Path) -> None:
     assert draw_speedups([panel(interleaved=[None, None, None])], tmp_path / "none.png", title="toy").stat().st_size > 0
 
 
+def test_against_links(tmp_path: Path) -> None:
+    links = Panel(
+        "8 devices", [8, 8, 8], [7.5] * 3, {"fsdp": [0.1, 1.0, 6.0], "pipelined": [4.0, 7.4, 7.5]}, [0.125, 1, 8]
+    )
+    assert links.places == [0.125, 1, 8] and panel().places == [2, 4, 8]
+    assert width(draw_speedups([links], tmp_path / "links.png", title="toy")) == width(
+        draw_speedups([panel()], tmp_path / "devices.png", title="toy")
+    )
+
+
 def test_every_schedule_has_a_colour() -> None:
-    colours = [colour_of(schedule) for schedule in simulated()]
+    colours = [colour_of(schedule) for schedule in schedules()]
     assert len(set(colours)) == len(colours) and INK not in colours
 
 

@@ -20,6 +20,15 @@ def test_several_hosts() -> None:
     assert Links(bandwidth=1e9, latency=0.5, devices_per_host=2).message(1, 2, 1e9) == (1.0, 0.5)
 
 
+def test_ring() -> None:
+    links = Links(bandwidth=1e9, latency=0.5)
+    assert links.ring(1, 1e9) == links.ring(4, 0.0) == 0.0
+    assert links.ring(4, 1e9) == pytest.approx(3 * (0.25 + 0.5))
+    hosts = Links(bandwidth=1e9, devices_per_host=2, host_bandwidth=1e8, host_latency=1.0)
+    assert hosts.ring(2, 1e9) == pytest.approx(0.5)
+    assert hosts.ring(4, 1e9) == pytest.approx(3 * (2.5 + 1.0))
+
+
 def test_mean_over_replicas() -> None:
     assert Links(bandwidth=1e9).mean_over(1, 1e9) == 0.0
     assert Links(bandwidth=1e9, latency=0.5).mean_over(4, 1e9) == pytest.approx(2 * 3 * (0.25 + 0.5))

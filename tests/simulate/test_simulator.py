@@ -65,7 +65,14 @@ def test_peers(name: str) -> None:
     placement = peer_placement(name, devices)
     part = devices / len(placement)
     found = simulate(name, placement, [StageCost(part, 2 * part)] * len(placement), m)
-    update = {"naive": 3 * m * 4, "gpipe": 3 * (m + 3), "interleaved": 3 * (m + 1.5), "zb-h1": 3 * m + 3}[name]
+    update = {
+        "naive": 3 * m * 4,
+        "gpipe": 3 * (m + 3),
+        "interleaved": 3 * (m + 1.5),
+        "zb-h1": 3 * m + 3,
+        "zb-v": 3 * m,
+        "dualpipev": 3 * m + 1.5,
+    }[name]
     assert found.speedup == pytest.approx(3 * m * devices / update)
 
 
