@@ -170,8 +170,7 @@ def _still_late(func: Any, late: LateLogits, args: tuple, kwargs: dict[str, Any]
     if func is torch.Tensor.__getitem__ and len(args) == 1:
         index = args[0] if isinstance(args[0], tuple) else (args[0],)
         plain = all(i is Ellipsis or isinstance(i, slice) for i in index)
-        full = len(index) + (0 if Ellipsis in index else late.dim() - len(index))
-        touched = full >= late.dim() or (Ellipsis in index and index[-1] is not Ellipsis)
+        touched = index[-1] is not Ellipsis if Ellipsis in index else len(index) >= late.dim()
         if plain and (not touched or index[-1] == slice(None)):
             return again(hidden[index])
     if func is F.cross_entropy:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
@@ -64,11 +65,14 @@ class OuroborosSFTTrainer(TickHooks, SFTTrainer, OuroborosTrainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
     ) -> tuple:
-        """As in OuroborosTrainer; the loss is TRL's, a mean over target tokens, too."""
-        if self._partition.has_last_stage:
-            inputs = self._without_repeated_rows(inputs)
+        """As in TRL, without logits that nobody asks for; remembers how many tokens the batch's loss stands for."""
+        if not self._partition.has_last_stage:
+            with torch.no_grad():
+                self._staged.pass_on(inputs)
+            return None, None, None
+        inputs = self._without_repeated_rows(inputs)
         count = self._get_target_count(inputs)
-        result = OuroborosTrainer.prediction_step(self, model, inputs, prediction_loss_only, *args, **kwargs)
-        if self._eval_sums is not None and count is not None and result[0] is not None:
+        result: tuple = SFTTrainer.prediction_step(self, model, inputs, prediction_loss_only, *args, **kwargs)
+        if self._eval_sums is not None and count is not None:
             self._eval_sums.append((result[0].item(), count))
         return result

@@ -65,7 +65,7 @@ def test_two_replicas_of_two_devices(tmp_path: Path) -> None:
         assert max(float((p - before[n]).abs().max()) for n, p in run.model.named_parameters()) > 0.01
         # The replicas' halves are summed in another order than the rows of one batch.
         torch.testing.assert_close(found["weights"], expected["weights"], rtol=1e-3, atol=1e-5)
-        assert len(found["log"]) == len(expected["log"]) == 3 + 2 + 1
+        assert len(found["log"]) == len(expected["log"]) == 3 + 4 + 1
         for there, here in zip(found["log"], expected["log"], strict=True):
             assert there == pytest.approx(here, rel=1e-3, abs=1e-5)
     for part in parts:
