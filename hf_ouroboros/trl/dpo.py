@@ -112,7 +112,9 @@ class OuroborosDPOTrainer(TickHooks, DPOTrainer, OuroborosTrainer):
         own = pairs if left is None else max(0, min(pairs, left - self._processes.replica * pairs))
         if own == pairs:
             return inputs, None
-        rows = torch.cat([torch.arange(own), torch.arange(pairs, pairs + own)])  # chosen ones come first, then rejected ones
+        rows = torch.cat(
+            [torch.arange(own), torch.arange(pairs, pairs + own)]
+        )  # chosen ones come first, then rejected ones
         return {key: value[rows] if len(value) == 2 * pairs else value[:own] for key, value in inputs.items()}, rows
 
     def prediction_step(

@@ -113,7 +113,8 @@ def test_losses_of_logits(tmp_path: Path) -> None:
 def test_precision_of_a_late_head(tmp_path: Path) -> None:
     """Under autocast the head computes in bfloat16 whether its logits are made or not, in evaluation, too."""
     on, off = (
-        run("sft", tmp_path / fused, fused_head=fused, bf16=True, max_steps=1, learning_rate=1e-9) for fused in ("on", "off")
+        run("sft", tmp_path / fused, fused_head=fused, bf16=True, max_steps=1, learning_rate=1e-9)
+        for fused in ("on", "off")
     )
     for name in ("entropy", "eval_entropy", "eval_loss"):
         assert logged(on, name) == pytest.approx(logged(off, name), rel=1e-5), name

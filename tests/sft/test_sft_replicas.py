@@ -74,6 +74,8 @@ def test_two_replicas_of_two_devices(tmp_path: Path) -> None:
                 assert there[name] == pytest.approx(here[name], rel=1e-3, abs=1e-5), name
     for part in parts:
         torch.testing.assert_close(part[1]["reference"], reference_of(runs[1]))
-    flat = sft(str(tmp_path / "flat"), 4, evaluated=8, **one, assistant_only_loss=False, padding_free=True, max_length=None)
+    flat = sft(
+        str(tmp_path / "flat"), 4, evaluated=8, **one, assistant_only_loss=False, padding_free=True, max_length=None
+    )
     loss = flat.evaluate()["eval_some_loss"]
     assert [part[2]["loss"] for part in parts] == pytest.approx([loss] * 4, rel=1e-5)
