@@ -172,10 +172,13 @@ def tuned_model(trainer: OuroborosTrainer, script: ScriptArguments) -> Any:
 
 
 def check_model_is_there(name: str) -> None:
-    """Raises OptionError if the default model has not been made yet."""
-    if name == DEFAULT_MODEL and not Path(name).is_dir():
+    """Raises OptionError if the default model has not been made yet, or not to its end."""
+    if name == DEFAULT_MODEL and not Path(name, "config.json").is_file():
+        found = (
+            "holds no model: the run that was to write it has not ended" if Path(name).is_dir() else "does not exist"
+        )
         raise OptionError(
-            f"model_name_or_path={DEFAULT_MODEL!r} does not exist: run recipes/pretrain_lm.py first, or name a checkpoint"
+            f"model_name_or_path={DEFAULT_MODEL!r} {found}; run recipes/pretrain_lm.py first, or name a checkpoint"
         )
 
 

@@ -70,3 +70,12 @@ def test_errors(
     monkeypatch.setattr("sys.argv", ["chat_lm.py", *(f"--{name}={value}" for name, value in values.items())])
     with pytest.raises(chat_lm.OptionError, match=said):
         chat_lm.main()
+
+
+def test_a_run_that_was_broken_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs" / "pretrain_lm").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        chat_lm.OptionError, match="'runs/pretrain_lm' holds no model: .* run recipes/pretrain_lm.py first"
+    ):
+        chat_lm.check_model_is_there("runs/pretrain_lm")
