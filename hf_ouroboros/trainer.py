@@ -267,7 +267,7 @@ class OuroborosTrainer(
         self._look_at_optimizer()
         self._agree_on_training(settings, str(self.delay_compensation))
         self._warn_of_delay(staged.optimizer)
-        common = self._partition, staged.optimizer, LossAtItsStep(self), settings
+        common = self._partition, staged.optimizer, self._make_loss(), settings
         if settings.record.uses_devices:
             self.engine = self._processes.make_engine(*common, self.timeline)
         else:
@@ -275,6 +275,10 @@ class OuroborosTrainer(
         staged.engine = self._staged.engine = self.engine
         self._start_ledger()
         self._save_due = False
+
+    def _make_loss(self) -> LossAtItsStep:
+        """What the last stage does with its logits."""
+        return LossAtItsStep(self)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None

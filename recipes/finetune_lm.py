@@ -4,6 +4,7 @@
     python recipes/finetune_lm.py --model_name_or_path Qwen/Qwen3-0.6B-Base --train_file pairs.jsonl
     python recipes/finetune_lm.py --lora_rank 16                     # trains LoRA adapters only
     python recipes/finetune_lm.py --lora_rank 16 --quantization nf4  # on matrices of 4 bits (QLoRA)
+    python recipes/finetune_lm.py --chat talks.jsonl                 # conversations: chat_lm.py, with its options
 
 Rows of a .jsonl file have a `text`, or a `prompt` and a `completion`; then only completions count in the loss. Without
 data it makes pairs from Python's standard library: a function's name, and the first line of its documentation.
@@ -13,6 +14,7 @@ Writes the best model by validation loss, tokenizer, model card and a sample to 
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -170,10 +172,13 @@ def tuned_model(trainer: OuroborosTrainer, script: ScriptArguments) -> Any:
 
 
 def check_model_is_there(name: str) -> None:
-    """Raises OptionError if the default model has not been made yet."""
-    if name == DEFAULT_MODEL and not Path(name).is_dir():
+    """Raises OptionError if the default model has not been made yet, or not to its end."""
+    if name == DEFAULT_MODEL and not Path(name, "config.json").is_file():
+        found = (
+            "holds no model: the run that was to write it has not ended" if Path(name).is_dir() else "does not exist"
+        )
         raise OptionError(
-            f"model_name_or_path={DEFAULT_MODEL!r} does not exist: run recipes/pretrain_lm.py first, or name a checkpoint"
+            f"model_name_or_path={DEFAULT_MODEL!r} {found}; run recipes/pretrain_lm.py first, or name a checkpoint"
         )
 
 
@@ -187,6 +192,11 @@ def show_completion(trainer: OuroborosTrainer, script: Any, tokenizer: Any, prom
 
 def main() -> None:
     """Options, model, data, training with the best model kept, results."""
+    if any(word.partition("=")[0] == "--chat" for word in sys.argv[1:]):
+        from chat_lm import main as tune_on_conversations  # which imports this file
+
+        tune_on_conversations()
+        return
     script, args = parse_options(ScriptArguments, DEFAULTS)
     choose_timeline(script.record_timeline, args)
     set_seed(args.seed)

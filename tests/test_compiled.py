@@ -12,7 +12,7 @@ from stream_helpers import tiny_xl
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils.data import Dataset
-from trainer_helpers import EVERY, differing, ouroboros, outcome, split_options, tiny_model, trained
+from trainer_helpers import EVERY, Rows, differing, logged, ouroboros, outcome, split_options, tiny_model, trained
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from hf_ouroboros import OuroborosError
@@ -69,6 +69,23 @@ def test_schedules_agree(make: Any, tmp_path: Path) -> None:
     assert found.evaluate()["eval_loss"] == expected.evaluate()["eval_loss"]
     plain = trained(tmp_path / "plain", {"model": make()}, **RUN)
     assert differing(outcome(plain), outcome(found)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["autocast", "dtype"] if EVERY else ["autocast"])
+def test_schedules_agree_in_bfloat16(precision: str, tmp_path: Path) -> None:
+    """Copies of weights in autocast's precision, and weights that are of it, are compiled to one set of numbers."""
+    run = {**RUN, "bf16": precision == "autocast"}
+    runs = []
+    for schedule, backend in (("reference", "aot_eager"), ("pipelined", "aot_eager"), ("pipelined", None)):
+        model = llama() if precision == "autocast" else llama().to(torch.bfloat16)
+        given = {"model": model, "train_dataset": Rows(18, masks=False)}
+        more = {"schedule": schedule, **({} if backend is None else {"torch_compile_backend": backend})}
+        runs.append(trained(tmp_path / f"{schedule} {backend}", given, **run, **more))
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] >= 2
+    assert differing(outcome(runs[0]), outcome(runs[1])) == []
+    assert logged(runs[1], "loss") == logged(runs[0], "loss")
+    assert differing(outcome(runs[2]), outcome(runs[1])) == []
 
 
 @pytest.mark.slow

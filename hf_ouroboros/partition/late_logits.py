@@ -47,6 +47,18 @@ def only_loss_wanted(wanted: bool = True) -> Iterator[None]:
 
 
 @contextmanager
+def late_logits_wanted(wanted: bool = True) -> Iterator[None]:
+    """Within this context, in this thread, somebody makes do with late logits, which the model's output then has."""
+    before = getattr(_of_this_thread, "kept", False)
+    _of_this_thread.kept = wanted
+    try:
+        with only_loss_wanted(wanted):
+            yield
+    finally:
+        _of_this_thread.kept = before
+
+
+@contextmanager
 def only_counted() -> Iterator[None]:
     """Within this context, in this thread, the loss of late logits leaves its gradients out: as much work as a plain forward."""
     _of_this_thread.counted = True
@@ -72,8 +84,8 @@ def with_late_logits(head: nn.Module) -> None:
 
 
 def without_late(output: Any) -> Any:
-    """What a model returns, without logits that were never made."""
-    if not isinstance(getattr(output, "logits", None), LateLogits):
+    """What a model returns, without logits that were never made, unless somebody wants late ones."""
+    if getattr(_of_this_thread, "kept", False) or not isinstance(getattr(output, "logits", None), LateLogits):
         return output
     return type(output)(**{name: value for name, value in output.items() if name != "logits"})
 
@@ -158,8 +170,7 @@ def _still_late(func: Any, late: LateLogits, args: tuple, kwargs: dict[str, Any]
     if func is torch.Tensor.__getitem__ and len(args) == 1:
         index = args[0] if isinstance(args[0], tuple) else (args[0],)
         plain = all(i is Ellipsis or isinstance(i, slice) for i in index)
-        full = len(index) + (0 if Ellipsis in index else late.dim() - len(index))
-        touched = full >= late.dim() or (Ellipsis in index and index[-1] is not Ellipsis)
+        touched = index[-1] is not Ellipsis if Ellipsis in index else len(index) >= late.dim()
         if plain and (not touched or index[-1] == slice(None)):
             return again(hidden[index])
     if func is F.cross_entropy:

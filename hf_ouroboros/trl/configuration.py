@@ -29,7 +29,6 @@ class OuroborosSFTConfig(SFTConfig, OuroborosArguments):
     def __post_init__(self) -> None:
         _before(self, REFUSED)
         super().__post_init__()
-        _check_replicas(self)
 
 
 @dataclass
@@ -56,7 +55,6 @@ class OuroborosDPOConfig(DPOConfig, OuroborosArguments):
                 "are at work on other micro-batches; leave it True"
             )
         super().__post_init__()
-        _check_replicas(self)
 
 
 def _before(config: Any, refused: dict[str, str]) -> None:
@@ -65,11 +63,3 @@ def _before(config: Any, refused: dict[str, str]) -> None:
             raise UnsupportedOptionError(f"{name}={getattr(config, name)!r}: {why}")
     if config.gradient_checkpointing:
         config.gradient_checkpointing, config.recompute = False, True
-
-
-def _check_replicas(config: Any) -> None:
-    if config.data_parallel_replicas > 1:
-        raise UnsupportedOptionError(
-            f"data_parallel_replicas={config.data_parallel_replicas}: TRL's metrics are not put together over replicas; use one "
-            "replica, or OuroborosTrainer"
-        )

@@ -107,6 +107,16 @@ class OuroborosDPOTrainer(TickHooks, DPOTrainer, OuroborosTrainer):
             dataset = dataset.add_column(column, np.asarray(torch.cat(values)))
         return dataset
 
+    def _without_repetitions(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor | None]:
+        pairs, left = len(inputs["input_ids"]) // 2, self._processes.rows_left
+        own = pairs if left is None else max(0, min(pairs, left - self._processes.replica * pairs))
+        if own == pairs:
+            return inputs, None
+        rows = torch.cat(
+            [torch.arange(own), torch.arange(pairs, pairs + own)]
+        )  # chosen ones come first, then rejected ones
+        return {key: value[rows] if len(value) == 2 * pairs else value[:own] for key, value in inputs.items()}, rows
+
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
     ) -> tuple:

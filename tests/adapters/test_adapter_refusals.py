@@ -35,6 +35,22 @@ def test_refused_by_name(case: str, tmp_path: Path) -> None:
         ouroboros(tmp_path, {"model": model}, **split_options(3, 2))
 
 
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: peft.XLoraConfig(hidden_size=16, adapters={}), "a forward through the whole model that comes before"),
+        (lambda: peft.AdaptionPromptConfig(adapter_len=2, adapter_layers=1), "virtual tokens"),
+    ],
+    ids=["x-lora", "adaption prompt"],
+)
+def test_refused_by_its_configuration(make: Any, words: str, tmp_path: Path) -> None:
+    """Kinds that PEFT puts on models of other types, or on adapters that are saved already."""
+    model = peft.get_peft_model(tiny_model(dropout=0.0), peft.LoraConfig(**GPT2, **CAUSAL))
+    model.peft_config["default"] = make()
+    with pytest.raises(UnsupportedModelError, match=words):
+        ouroboros(tmp_path, {"model": model}, **split_options(3, 2))
+
+
 def test_mixed_models_are_refused(tmp_path: Path) -> None:
     model = peft.get_peft_model(tiny_model(dropout=0.0), peft.LoraConfig(**GPT2), mixed=True)
     with pytest.raises(UnsupportedModelError, match="PeftMixedModel"):

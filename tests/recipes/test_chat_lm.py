@@ -41,7 +41,7 @@ def test_conversations_of_a_file(pretrained: tuple[Path, str], tmp_path: Path) -
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(messages(i)) + "\n" for i in range(24)))
     values = {"model_name_or_path": pretrained[0], "chat": "chats.jsonl", "validation_share": 0.25}
     values |= {"num_train_epochs": 1, "per_device_train_batch_size": 2, "sample_tokens": 4, "lora_rank": 2}
-    done = recipe("chat_lm.py", tmp_path, values)
+    done = recipe("finetune_lm.py", tmp_path, values)  # which hands over to chat_lm.py
     assert "18 training and 6 validation conversations" in done.stdout
     assert "assistant: >>>" in done.stdout and "before -> after" in done.stdout
     assert "user: 1+1\nassistant: " in run(["-c", PLAIN_ADAPTER, "runs/chat_lm"], tmp_path).stdout
@@ -70,3 +70,12 @@ def test_errors(
     monkeypatch.setattr("sys.argv", ["chat_lm.py", *(f"--{name}={value}" for name, value in values.items())])
     with pytest.raises(chat_lm.OptionError, match=said):
         chat_lm.main()
+
+
+def test_a_run_that_was_broken_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs" / "pretrain_lm").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        chat_lm.OptionError, match="'runs/pretrain_lm' holds no model: .* run recipes/pretrain_lm.py first"
+    ):
+        chat_lm.check_model_is_there("runs/pretrain_lm")

@@ -107,19 +107,18 @@ def test_metrics_are_those_of_trl(tmp_path: Path) -> None:
     for name in METRICS:
         assert len(logged(expected, name)) == 3
         assert logged(found, name) == pytest.approx(logged(expected, name), rel=1e-3, abs=1e-4), name
-        if name not in ("num_tokens",):
-            assert logged(found, f"eval_{name}") == pytest.approx(logged(expected, f"eval_{name}"), rel=1e-3, abs=1e-4)
+        assert logged(found, f"eval_{name}") == pytest.approx(logged(expected, f"eval_{name}"), rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.slow
 def test_metrics_under_delay_are_their_ticks(tmp_path: Path) -> None:
-    """Every tick's metrics are logged once, whenever they come: the sums of both orders of things are equal."""
+    """Every tick's metrics are logged with its loss, whenever they come."""
     runs = []
     for schedule in ("reference", "pipelined"):
-        runs.append(ours(tmp_path / schedule, schedule=schedule, max_steps=6, logging_strategy="epoch"))
+        runs.append(ours(tmp_path / schedule, schedule=schedule, max_steps=6, logging_steps=2))
         runs[-1].train()
-    for name in METRICS[:-2]:
-        assert logged(runs[1], name)[-1] == pytest.approx(logged(runs[0], name)[-1], rel=1e-5), name
+    for name in METRICS:
+        assert len(logged(runs[1], name)) == 3 and logged(runs[1], name) == logged(runs[0], name), name
 
 
 @pytest.mark.slow
@@ -181,7 +180,6 @@ def test_refusals(tmp_path: Path) -> None:
         ({"sync_ref_model": True}, "sync_ref_model=True"),
         ({"use_liger_kernel": True}, "use_liger_kernel=True"),
         ({"activation_offloading": True}, "activation_offloading=True"),
-        ({"data_parallel_replicas": 2}, "data_parallel_replicas=2"),
     ):
         with pytest.raises(UnsupportedOptionError, match=words):
             OuroborosDPOConfig(**options(tmp_path, **given))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rig import in_processes
 from sft_cases import options, preferences, tiny, tokenizer
-from trainer_helpers import EVERY, differing, logged, split_options
+from trainer_helpers import EVERY, differing, split_options
 from trainer_runs import held, whole
 
 from hf_ouroboros.trl import OuroborosDPOConfig, OuroborosDPOTrainer
@@ -49,9 +49,6 @@ def test_two_processes(tmp_path: Path) -> None:
         assert differing(expected["weights"], found["weights"]) == []
         for part in parts:
             assert differing(expected["reference"], part[index]["reference"]) == []
-        for name in ("eval_loss", "eval_rewards/margins", "eval_rewards/chosen", "eval_logps/rejected"):
-            values = [entry[name] for entry in found["log"] if name in entry]
-            assert values and values == pytest.approx(logged(trainer, name), rel=1e-5), name
-        tokens = [entry["num_tokens"] for entry in found["log"] if "num_tokens" in entry]
-        assert tokens[-1] == logged(trainer, "num_tokens")[-1]
-        assert any("rewards/accuracies" in entry for entry in found["log"])
+        assert len(found["log"]) == 3 + 2 + 1  # Trainer evaluates at the end, too
+        for there, here in zip(found["log"], expected["log"], strict=True):
+            assert there == pytest.approx(here, rel=1e-5, abs=1e-7)
