@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ..planning.memory_model import MemoryOptions
@@ -85,7 +86,7 @@ def predict(plan: SplitPlan, schedule: str, links: Links, replicas: int = 1) -> 
             kept_bytes=_bytes_of_all_layers(plan),
             device_names=names,
         )
-    placement = plan.placement
+    placement: Sequence[int] = plan.placement
     if schedule in PEERS:
         placement = peer_placement(schedule, len(plan.devices))
         plan = plan_split(

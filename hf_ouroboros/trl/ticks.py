@@ -74,6 +74,7 @@ class TickHooks(MetricsHooks):
         elif self._processes.replicas == 1:
             add(tick.metrics["train"], view._metrics["train"])
         else:  # the main thread puts them together: a worker would wait for those of the other replicas
+            assert head.measured is not None  # TRL's losses are made of what its fused head puts out
             tick.later.append(partial(self._metrics_of_replicas, _on_host(head.measured), _on_host(inputs)))
         return result
 
