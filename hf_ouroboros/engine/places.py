@@ -22,8 +22,10 @@ class Places:
     """
 
     def __init__(self, module: nn.Module, names: Iterable[str]):
-        split = [(name, *name.rpartition(".")[::2]) for name in names]
-        self._places = [(name, module.get_submodule(owner)._parameters, own) for name, owner, own in split]
+        self._places = []
+        for name in names:
+            owner, _, own = name.rpartition(".")
+            self._places.append((name, module.get_submodule(owner)._parameters, own))
 
     @contextmanager
     def holding(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:

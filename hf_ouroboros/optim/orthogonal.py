@@ -59,7 +59,8 @@ def _iterated_through_gram(wide: torch.Tensor, coefficients: Coefficients, steps
     error of up to 1e-3 is theirs (1e-5 by `_iterated`; bfloat16 has 1e-2). In lower precision than float32 it would break down.
     """
     a, b, c = coefficients
-    gram, product = wide @ wide.T, None
+    gram = wide @ wide.T
+    product: torch.Tensor | None = None
     for step in range(steps):
         added = torch.addmm(gram, gram, gram, beta=b, alpha=c)  # Q without a I
         if product is None:
