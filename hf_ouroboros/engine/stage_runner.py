@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call
 
 from ..partition import Boundary, Finish, Memory, Partition, select, to_device
 from ..partition.ownership import parameter_places
@@ -24,6 +23,7 @@ from .in_flight import BufferCheck, InFlight, are_equal, detached, roots_of, sha
 from .kept_state import KeptState
 from .losses import LossFunction, LossOfModel, finishing
 from .noise import StageNoise
+from .places import Places
 from .randomness import has_dropout
 from .reads import ReadCheck
 from .rehearsal import rehearse
@@ -87,6 +87,7 @@ class StageRunner(StageUpdates):
         if link is not None:
             leaf_names |= {id(parameter): name for name, parameter in partition.tied.items()}
         self._bindings = [(name, leaf_names[id(p)]) for name, p in parameter_places(self.stage)]
+        self._places = Places(self.stage, [place for place, _ in self._bindings])
         # A tied matrix that the embeddings use several times: what the head adds to its gradient comes first.
         uses = Counter(source for _, source in self._bindings)
         self._meeting = [n for n in (() if self._lends is None else self._lends.names) if uses[n] > 1]
@@ -205,7 +206,8 @@ class StageRunner(StageUpdates):
                 # Of a leaf, autocast keeps what it converts, and adds up the gradients of all its uses in lower precision.
                 received = {name: tensor.view_as(tensor) for name, tensor in received.items()}
             arguments = item.batch, received, memory, finish
-            output = functional_call(self.stage, weights, arguments, tie_weights=False)
+            with self._places.holding(weights):
+                output = self.stage(*arguments)
             if self._check is not None:
                 self._check.forward([output] if self.stage.is_last else output.values(), item.given())
         return output, memory

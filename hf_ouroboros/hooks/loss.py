@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
@@ -53,7 +54,7 @@ class TrainerLoss(LossOfModel, Generic[Context]):
         head = HeadModel(partition.model, model, without_labels, alone=alone)
         count = context.num_items
         if isinstance(count, torch.Tensor):  # from memory of the host that no accelerator has to wait for
-            count = count.to(trainer._partition.stages[-1].device, non_blocking=True)
+            count = count.to(self._device, non_blocking=True)
         late = head_computes_loss(trainer) and has_late_logits(trainer)
         with contextlib.nullcontext() if alone else _refused_here(trainer.model), only_loss_wanted(late):
             found = trainer.compute_loss(head, inputs, num_items_in_batch=count)
@@ -61,6 +62,11 @@ class TrainerLoss(LossOfModel, Generic[Context]):
         if trainer._counts_all_replicas and context.num_items is not None:
             loss = loss * trainer._processes.replicas  # gradients and losses are averaged over the replicas
         return loss if self._is_scaled(context) else loss / context.accumulation_steps
+
+    @cached_property
+    def _device(self) -> torch.device:
+        """Where the last stage computes; to look through its modules in each micro-batch would take time."""
+        return self._trainer._partition.stages[-1].device
 
     def _is_scaled(self, context: LossContext) -> bool:
         """Whether the loss is in the scale of its update already, as Trainer's training step asks."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..options import Checked, Flag, Number, Whole, option
 from .compensation import GIVEN_BY
-from .matrices import MatricesAndAdamW, loss_of
+from .matrices import MatricesAndAdamW, loss_of, options_of
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -164,10 +164,8 @@ class BasisRotation(Checked):
     ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
         """Class and arguments, as Trainer's `optimizer_cls_and_kwargs`."""
         return RotatedAdamW, {
+            **options_of(args),
             "matrices": list(matrices),
-            "lr": args.learning_rate,
-            "betas": (args.adam_beta1, args.adam_beta2),
-            "eps": args.adam_epsilon,
             "covariance_decay": self.covariance_decay,
             "refresh": self.refresh,
         }

@@ -92,4 +92,4 @@ class Compensation(Checked):
 def newest_first(state: Mapping[str, Any], key: str, value: torch.Tensor, length: int) -> torch.Tensor:
     """The history under a key, [up to `length`, *shape], with a new value in front."""
     history = state.get(key)
-    return value[None].clone() if history is None else torch.cat([value[None], history[: length - 1]])
+    return value[None].clone() if history is None or length == 1 else torch.cat([value[None], history[: length - 1]])

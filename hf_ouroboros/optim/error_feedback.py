@@ -49,10 +49,10 @@ class ErrorFeedback(Compensation):
     ) -> torch.Tensor:
         """See the class."""
         back = math.ceil(update.delay)
-        if back == 0 or HISTORY not in state or len(state[HISTORY]) < back:
+        if back == 0 or HISTORY not in state or state[HISTORY].size(0) < back:
             return gradient
-        then: torch.Tensor = state[HISTORY][back - 1]
-        return gradient + (self.feedback * update.delay / back) * (gradient - then)
+        error: torch.Tensor = gradient - state[HISTORY][back - 1]
+        return error.mul_(self.feedback * update.delay / back).add_(gradient)
 
     def record(
         self,

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any, cast, overload
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from transformers.training_args import OptimizerNames
 
 from ..partition.experts import routing_parameters
 
 if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
     from ..partition.stages import Stage
 
 _ALGORITHM = "algorithm"
@@ -31,6 +34,7 @@ class MatricesAndAdamW(torch.optim.Optimizer):
         weight_decay: decoupled, of both.
         betas: AdamW's.
         eps: AdamW's.
+        fused: whether AdamW steps all of its parameters by one kernel; None for torch's default.
     """
 
     algorithm: str
@@ -45,9 +49,10 @@ class MatricesAndAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        fused: bool | None = None,
     ):
         chosen = {id(parameter) for parameter in matrices}
-        adamw = torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps)
+        adamw = torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, fused=fused)
         make: Callable[..., torch.optim.Optimizer] = self.matrix_optimizer
         split: list[dict[str, Any]] = []
         for group in adamw.param_groups:
@@ -81,6 +86,16 @@ class MatricesAndAdamW(torch.optim.Optimizer):
             view.param_groups = [group for group in self.param_groups if group[_ALGORITHM] == algorithm]
             kind.step(view)
         return loss
+
+
+def options_of(args: TrainingArguments) -> dict[str, Any]:
+    """What a run's arguments say about AdamW, as Trainer gives it to the one that it makes."""
+    return {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "fused": True if args.optim == OptimizerNames.ADAMW_TORCH_FUSED else None,
+    }
 
 
 def loss_of(closure: Callable[[], float] | None) -> float | None:

@@ -12,13 +12,11 @@ from torch import nn
 
 from ..options import Checked, Flag, Number, OneOf, option
 from .compensation import GIVEN_BY
-from .matrices import MatricesAndAdamW, loss_of
+from .matrices import MatricesAndAdamW, loss_of, options_of
+from .orthogonal import orthogonalised
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
-
-ORTHOGONALISATION = {"cpu": torch.float32}
-"""Precision by type of device; bfloat16 on all others."""
 
 MEASURED = "measure_rms_adamw"
 ADJUSTMENTS = ("match_rms_adamw", "original", MEASURED)
@@ -117,27 +115,6 @@ def step_direction(matrix: torch.Tensor, state: Mapping[str, Any], group: Mappin
     return direction * state[RMS] if group["adjust_lr_fn"] == MEASURED else direction
 
 
-def orthogonalised(matrix: torch.Tensor, group: Mapping[str, Any]) -> torch.Tensor:
-    """Its nearest orthogonal matrix, roughly: singular values between 0.7 and 1.2, by Newton-Schulz iteration.
-
-    Args:
-        matrix: [A, B].
-        group: Muon's `ns_coefficients`, `ns_steps` and `eps`.
-
-    Returns:
-        [A, B], in the precision of the computation.
-    """
-    a, b, c = group["ns_coefficients"]
-    wide = matrix.to(ORTHOGONALISATION.get(matrix.device.type, torch.bfloat16))
-    if transposed := matrix.size(0) > matrix.size(1):
-        wide = wide.T
-    wide = wide / wide.norm().clamp(min=group["eps"])
-    for _ in range(group["ns_steps"]):
-        gram = wide @ wide.T
-        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
-    return wide.T if transposed else wide
-
-
 def adjusted_rate(group: Mapping[str, Any], parameter: torch.Tensor) -> float:
     """The learning rate of a matrix by its shape, see `MuonAdamW`."""
     rows, columns = parameter.shape
@@ -221,10 +198,8 @@ class Muon(Checked):
     ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
         """Class and arguments, as Trainer's `optimizer_cls_and_kwargs`."""
         return MuonAdamW, {
+            **options_of(args),
             "matrices": list(matrices),
-            "lr": args.learning_rate,
-            "betas": (args.adam_beta1, args.adam_beta2),
-            "eps": args.adam_epsilon,
             "momentum": self.momentum,
             "adjust_lr_fn": self.adjust_lr_fn,
         }

@@ -11,7 +11,8 @@ import torch
 from helpers import Case, Run, causal_loss, count_targets, differences
 
 from hf_ouroboros.optim import StageUpdate, choose, compensated_step, predictions
-from hf_ouroboros.optim.muon import MuonAdamW, orthogonalised
+from hf_ouroboros.optim.muon import MuonAdamW
+from hf_ouroboros.optim.orthogonal import orthogonalised
 
 LATE = StageUpdate(2.0, 0)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import clone, cpu_devices, differences, make_optimizer, tiny_gpt2
+from transformers import Trainer, TrainingArguments
 
-from hf_ouroboros.optim import muon as muon_module
+from hf_ouroboros.optim import orthogonal
+from hf_ouroboros.optim.basis_rotation import BasisRotation
 from hf_ouroboros.optim.matrices import algorithm_of, hidden_matrices
-from hf_ouroboros.optim.muon import DeviceMuon, MuonAdamW, orthogonalised
+from hf_ouroboros.optim.muon import DeviceMuon, Muon, MuonAdamW
 from hf_ouroboros.partition import split_model
 
 
@@ -23,9 +25,9 @@ def set_gradients(model: torch.nn.Module, seed: int) -> None:
 def test_is_torchs_muon_where_both_compute_in_bfloat16(
     monkeypatch: pytest.MonkeyPatch, adjust_lr_fn: str, nesterov: bool
 ) -> None:
-    monkeypatch.setattr(muon_module, "ORTHOGONALISATION", {"cpu": torch.bfloat16})
+    monkeypatch.setattr(orthogonal, "PRECISION", {"cpu": torch.bfloat16})
     generator = torch.Generator().manual_seed(0)
-    start = [torch.randn(shape, generator=generator) for shape in ((6, 8), (8, 6), (5, 5))]
+    start = [torch.randn(shape, generator=generator) for shape in ((6, 8), (8, 6), (5, 5), (4, 16), (16, 4))]
     ours, theirs = ([torch.nn.Parameter(matrix.clone()) for matrix in start] for _ in range(2))
     given = {"lr": 0.1, "weight_decay": 0.2, "adjust_lr_fn": adjust_lr_fn, "nesterov": nesterov}
     optimizers = DeviceMuon(ours, **given), torch.optim.Muon(theirs, **given)
@@ -36,19 +38,6 @@ def test_is_torchs_muon_where_both_compute_in_bfloat16(
         for optimizer in optimizers:
             optimizer.step()
     assert all(map(torch.equal, ours, theirs))
-
-
-@pytest.mark.parametrize("shape", [(6, 8), (8, 6)])
-def test_orthogonalised_in_float32_on_cpus(shape: tuple[int, int]) -> None:
-    group = DeviceMuon([torch.nn.Parameter(torch.zeros(shape))]).param_groups[0]
-    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    found = orthogonalised(matrix, group)
-    assert found.dtype == torch.float32 and found.shape == shape
-    # Newton-Schulz keeps the singular vectors and brings the values near 1.
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    turned = left.T @ found @ right.T
-    torch.testing.assert_close(turned, turned.diag().diag(), rtol=0, atol=1e-4)  # rounding, five iterations
-    assert values[0] > 3 * values[-1] and 0.65 < turned.diag().min() and turned.diag().max() < 1.25
 
 
 def test_is_muon_and_torchs_adamw() -> None:
@@ -102,6 +91,43 @@ def test_schedulers_and_state_dict(name: str, dtype: torch.dtype) -> None:
     loaded.step()
     assert differences(model.state_dict(), other.state_dict()) == []
     assert differences(optimizer.state_dict(), loaded.state_dict()) == []
+
+
+@pytest.mark.parametrize("choice", [Muon(), BasisRotation()])
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch"])
+def test_adamw_is_that_of_the_run(choice: Muon | BasisRotation, optim: str) -> None:
+    args = TrainingArguments(
+        report_to="none", use_cpu=True, optim=optim, adam_beta2=0.9, adam_epsilon=1e-6, learning_rate=1e-2
+    )
+    runs = []
+    for kind, options in (choice.optimizer(args, []), Trainer.get_optimizer_cls_and_kwargs(args)):
+        model = tiny_gpt2()
+        optimizer = kind([{"params": list(model.parameters()), "weight_decay": 0.1}], **options)
+        for step in range(2):
+            set_gradients(model, step)
+            optimizer.step()
+        runs.append((model.state_dict(), bool(optimizer.param_groups[0]["fused"])))
+    assert differences(runs[0][0], runs[1][0]) == []
+    assert runs[0][1] == runs[1][1] == (optim == "adamw_torch_fused")
+
+
+def test_a_checkpoint_goes_on_with_the_kernels_that_it_began_with() -> None:
+    """Those of earlier versions are of an AdamW that is not fused, which rounds in another way."""
+    models = [tiny_gpt2() for _ in range(3)]
+    plain, fused, resumed = (
+        MuonAdamW(m.parameters(), fused=kernel) for m, kernel in zip(models, (None, True, True), strict=True)
+    )
+    for model, optimizer in zip(models[:2], (plain, fused), strict=True):
+        set_gradients(model, 0)
+        optimizer.step()
+    models[2].load_state_dict(models[0].state_dict())
+    resumed.load_state_dict(clone(plain.state_dict()))
+    for step in range(1, 4):
+        for model, optimizer in zip(models, (plain, fused, resumed), strict=True):
+            set_gradients(model, step)
+            optimizer.step()
+    assert differences(models[0].state_dict(), models[2].state_dict()) == []
+    assert differences(models[0].state_dict(), models[1].state_dict()) != []
 
 
 def test_groups_are_split_and_keep_their_decay() -> None:
