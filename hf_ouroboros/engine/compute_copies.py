@@ -3,6 +3,9 @@
 Autocast converts a layer's weights in every forward, and the graph of that forward keeps what came of it until its backward. All
 forwards of a weight version convert the same values, so they can share one copy. It is a node of each of their graphs, whose backward
 converts gradients back as autocast's own does, so that the numbers stay what they are.
+
+A weight that is used in no other way has no older versions in full precision: its leaf gives its memory back as soon as there is the
+copy, and the optimizer steps the parameter where it is.
 """
 
 from __future__ import annotations
@@ -11,13 +14,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-_MULTIPLYING = (nn.Linear, Conv1D)
-"""Modules that only multiply by their weights, which is what autocast does in its lower precision."""
-
-_LOOKING = ("peft",)
-"""Libraries whose layers ask weights for their precision, and compute otherwise where it is another one."""
+from ..partition.multiplied import multiplied
 
 
 class ComputeCopies:
@@ -31,13 +29,9 @@ class ComputeCopies:
 
     def __init__(self, stage: nn.Module, bindings: Sequence[tuple[str, str]], dtype: torch.dtype):
         self._dtype = dtype
-        modules = dict(stage.named_modules())
-        looked_at = [f"{name}." for name, part in modules.items() if type(part).__module__.split(".")[0] in _LOOKING]
-        self._places = [
-            (place, source)
-            for place, source in bindings
-            if type(modules[place.rpartition(".")[0]]) in _MULTIPLYING and not place.startswith(tuple(looked_at))
-        ]
+        found = multiplied(stage)
+        self._places = [(place, source) for place, source in bindings if place in found]
+        self._sources = {s for _, s in self._places} - {s for place, s in bindings if place not in found}
         self.proven = False
         """Whether a forward with copies was seen to give what autocast gives."""
 
@@ -52,3 +46,7 @@ class ComputeCopies:
             if source not in copies and leaves[source].dtype == torch.float32:
                 copies[source] = leaves[source].to(self._dtype)
         return {place: copies[source] for place, source in self._places if source in copies}
+
+    def standing_in(self, copies: Mapping[str, torch.Tensor]) -> set[str]:
+        """Names of the parameters whose leaves nobody reads any more, as all that uses them has a copy."""
+        return self._sources & copies.keys()

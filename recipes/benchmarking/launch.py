@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -39,8 +40,16 @@ class RunFailed(RuntimeError):
     """A contender raised, died, or took too long; the message says which."""
 
 
-def run(job: Job) -> dict[str, Any]:
+Runner = Callable[[Job, int], dict[str, Any]]
+"""What every process of a run does, of how many; gives the measurements, equal in all of them."""
+
+
+def run(job: Job, runner: Runner | None = None) -> dict[str, Any]:
     """The measurements of one run.
+
+    Args:
+        job: the run.
+        runner: what to do; None for what the contender does.
 
     Raises:
         RunFailed: with the words of the process that failed first.
@@ -49,7 +58,7 @@ def run(job: Job) -> dict[str, Any]:
     job.folder.mkdir(parents=True, exist_ok=True)
     for leftover in [job.folder / "store", job.folder / "result.json", *(_error(job, rank) for rank in range(count))]:
         leftover.unlink(missing_ok=True)
-    processes = [_context.Process(target=_main, args=(rank, count, job), daemon=True) for rank in range(count)]
+    processes = [_context.Process(target=_main, args=(rank, count, job, runner), daemon=True) for rank in range(count)]
     try:
         for process in processes:
             process.start()
@@ -108,7 +117,13 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _main(rank: int, count: int, job: Job) -> None:
+def _runner(job: Job) -> Runner:
+    from . import peers, trainers
+
+    return peers.run if job.contender.kind in peers.SCHEDULES else trainers.run
+
+
+def _main(rank: int, count: int, job: Job, runner: Runner | None) -> None:
     """One process of a run."""
     log = _log(job, rank).open("w")
     for stream in (1, 2):
@@ -129,10 +144,7 @@ def _main(rank: int, count: int, job: Job) -> None:
                 torch.cuda.set_device(rank)
             store = dist.FileStore(str(job.folder / "store"), count)
             dist.init_process_group("gloo" if on_cpu else "nccl", store=store, rank=rank, world_size=count)
-        from . import peers, trainers
-
-        runner = peers.run if job.contender.kind in peers.SCHEDULES else trainers.run
-        result = {"contender": job.contender.label, **runner(job, count)}
+        result = {"contender": job.contender.label, **(runner or _runner(job))(job, count)}
         if rank == 0:
             (job.folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
         if dist.is_initialized():
