@@ -12,8 +12,8 @@ With weights="now" delayed schedules keep inputs, as with recompute=True, and on
 last stage is still to use.
 What a schedule keeps is in its record (`schedules/records.py`). Versions, gradients and optimizer are of the parameters that are
 trained. Under autocast every version of a matrix that is only multiplied by is a copy in bfloat16, beside the newest one in float32.
-A single stage has the gradients of a backward besides, as scripts see them. With M = 1 gradients come while a backward lets go of
-activations, and are counted as far as they are larger than these.
+A single stage has the gradients of a backward besides, as scripts see them. Gradients that come while activations or older weights
+go are counted as far as they are larger than these (`_gradients`).
 
 Working memory is there for a moment: what the largest part of a stage computes with in its forward or backward beside what is
 kept, and the largest of the packed matrices, unpacked. Messages between processes stay until it is known that they have arrived
@@ -118,16 +118,15 @@ def stage_memory(
         inputs = 0.0 if stage == 0 else units[0].output_bytes
         kept, flying = kept + flying * inputs, 1
     tied = facts.tied_bytes * ticks_in_flight(0, num_stages, options) if last and num_stages > 1 else 0
-    copied = float(sum(unit.copied_bytes for unit in units))
-    shared = 0.0 if options.replays else copied
-    versions = (trained - shared) * old_versions(stage, num_stages, options) + copied
+    versions = float(sum(unit.copied_bytes for unit in units))
+    versions += old_versions(stage, num_stages, options) * sum(_version(unit, options) for unit in units)
     if options.replays_newest and stage == 0:
         versions += facts.tied_bytes * _lent_versions(stage, num_stages, options)
     sets = 2 if num_stages == 1 and options.micro_batches > 1 else 1
     return StageMemory(
         weights,
         versions,
-        sets * _gradients(units, options) + tied,
+        sets * sum(_gradients(unit, stage, num_stages, options) for unit in units) + tied,
         trained * OPTIMIZERS[options.optimizer],
         kept * flying,
         max(map(_working, units)),
@@ -135,11 +134,23 @@ def stage_memory(
     )
 
 
-def _gradients(units: Sequence[UnitFacts], options: MemoryOptions) -> float:
-    """Gradients of an update. If it has one tick, they come while a backward lets go of activations: what they are more than these."""
-    if options.micro_batches > 1:
-        return float(sum(unit.trained for unit in units))
-    return sum(max(0.0, unit.trained - unit.activation_bytes) for unit in units)
+def _version(unit: UnitFacts, options: MemoryOptions) -> float:
+    """An older version; a replay makes copies in lower precision anew."""
+    return unit.trained - (0 if options.replays else unit.copied_bytes)
+
+
+def _gradients(unit: UnitFacts, stage: int, num_stages: int, options: MemoryOptions) -> float:
+    """Gradients of an update, as far as they are larger than what is let go while they come.
+
+    That is the activations of a backward, if it is the only one of its update. If the first backward of an update is the last one
+    with the oldest weights, it lets go of those, too, and there are never all of the three.
+    """
+    delay, micro_batches = SCHEDULES[options.schedule].delay(stage, num_stages), options.micro_batches
+    if micro_batches == 1:
+        return max(0.0, unit.trained - unit.activation_bytes)
+    if old_versions(stage, num_stages, options) and (delay - 1) % micro_batches == 0:
+        return max(0.0, unit.trained - min(_version(unit, options), unit.activation_bytes))
+    return float(unit.trained)
 
 
 def _working(unit: UnitFacts) -> float:

@@ -82,11 +82,11 @@ def test_a_divided_backward_by_hand() -> None:
 def test_a_stage_by_hand() -> None:
     facts = toy()
     first, last = facts.units[:3], facts.units[5:]
-    found = stage_memory(facts, first, 0, 4, MemoryOptions("pipelined", 2))
-    assert (found.weights, found.versions, found.gradients, found.optimizer) == (41, 2 * 41, 41, 2 * 41)
+    found = stage_memory(facts, first, 0, 4, MemoryOptions("pipelined", 3))
+    assert (found.weights, found.versions, found.gradients, found.optimizer) == (41, 41, 41, 2 * 41)
     assert found.activations == 4 * (3 + 100 + 101)
     assert (found.working, found.messages) == (0, 6 * 7)  # hidden states that were sent, and not asked about yet
-    assert found.total == 6 * 41 + 4 * 204 + 42
+    assert found.total == 5 * 41 + 4 * 204 + 42
     found = stage_memory(facts, last, 3, 4, MemoryOptions("pipelined", 2, optimizer="sgd"))
     assert (found.weights, found.versions, found.optimizer) == (14 + 15 + 1, 0, 0)
     assert found.gradients == 30 + 4 * 20  # the tied matrix's, waiting for the first stage
@@ -126,8 +126,25 @@ def test_copies_of_autocast_by_hand() -> None:
 def test_a_single_stage_keeps_what_scripts_see() -> None:
     facts = toy()
     assert stage_memory(facts, facts.units, 0, 1, MemoryOptions("pipelined", 2)).gradients == 2 * 96
-    # One tick per update: only of the embedding and the norm are gradients larger than activations.
-    assert stage_memory(facts, facts.units, 0, 1, MemoryOptions("pipelined", 1)).gradients == (20 - 3) + 1
+
+
+def test_gradients_come_while_other_things_go() -> None:
+    """Of the embedding, gradients are larger than activations; of a layer, they are not."""
+    facts = toy()
+
+    def gradients(stage: int, micro_batches: int, schedule: str = "pipelined") -> float:
+        units = facts.units[:3] if stage == 0 else facts.units[3:5]
+        return stage_memory(facts, units, stage, 4, MemoryOptions(schedule, micro_batches)).gradients
+
+    assert [gradients(0, m) for m in (1, 2, 3, 4)] == [20 - 3, 20 - 3, 41, 41]  # 3, 2, 1, 1 old versions
+    assert [gradients(2, m) for m in (1, 2, 3, 4)] == [
+        0,
+        0,
+        0,
+        0,
+    ]  # one tick late: the first backward is the last with old weights
+    assert [gradients(1, m) for m in (1, 2, 3, 4)] == [0, 25, 25, 25]
+    assert [gradients(0, m, "1f1b") for m in (1, 2)] == [20 - 3, 41]
 
 
 def test_weights_of_now_by_hand() -> None:
