@@ -17,6 +17,8 @@ from torch import nn
 
 from ..partition.multiplied import multiplied
 
+_YOUNGEST = 2**63 - 1
+
 
 class ComputeCopies:
     """Which weights of a stage are used in autocast's precision.
@@ -44,9 +46,21 @@ class ComputeCopies:
         """
         for _, source in self._places:
             if source not in copies and leaves[source].dtype == torch.float32:
-                copies[source] = leaves[source].to(self._dtype)
+                copies[source] = _hastened(leaves[source].to(self._dtype))
         return {place: copies[source] for place, source in self._places if source in copies}
 
     def standing_in(self, copies: Mapping[str, torch.Tensor]) -> set[str]:
         """Names of the parameters whose leaves nobody reads any more, as all that uses them has a copy."""
         return self._sources & copies.keys()
+
+
+def _hastened(copy: torch.Tensor) -> torch.Tensor:
+    """Lets backwards convert the gradient of a copy as soon as it is there.
+
+    Of what could be done, autograd does the youngest first, and a copy is older than all that uses it. So the gradients of all
+    copies would wait for the end, in lower precision, beside those in full precision. What is computed stays the same.
+    """
+    set_age = getattr(copy.grad_fn, "_set_sequence_nr", None)  # torch's own, without which it takes more memory
+    if set_age is not None:
+        set_age(_YOUNGEST)
+    return copy

@@ -202,6 +202,7 @@ def model_facts(
         sum(some.idle for name in unit.modules for some in find_experts(model.get_submodule(name), config))
         for unit in plan.units
     ]
+    copied = [_copied_bytes(model, unit.modules) if autocast else 0 for unit in plan.units]
     try:
         parts = trace(model, [unit.modules[0] for unit in plan.units if unit.kind == "layer"], batch, time, autocast)
     except Exception as error:  # whatever a model does that needs data
@@ -228,9 +229,9 @@ def model_facts(
             max((p.numel() * dtype.itemsize for p in parameters if id(p) in packed), default=0),
             part.arrival_bytes,
             part.working_bytes,
-            _copied_bytes(model, unit.modules) if autocast else 0,
+            lowered,
         )
-        for unit, parameters, part, idle in zip(plan.units, owned, counted, asleep, strict=True)
+        for unit, parameters, part, idle, lowered in zip(plan.units, owned, counted, asleep, copied, strict=True)
     )
     if not any(part.flops for part in layers):
         raise UnsupportedModelError(f"the layers of this {type(model).__name__} compute nothing; check its sizes")
