@@ -89,7 +89,7 @@ PRECISIONS = ("float32", "autocast", "bfloat16")
 SHAPES = ["gpt2:8,256,4,256:2:4", "gpt2:12,128,8,128:2:1", "gpt2:6,384,2,256:2:2"]
 STAGES = [f"llama:8,384,2,128:4:{rest}" for rest in ("4", "1", "4:float32:8")]
 # CPUs take long for products in bfloat16.
-HALVES = [f"llama:8,384,1,64:4:4:{precision}" for precision in ("autocast", "bfloat16")]
+HALVES = [f"llama:8,256,1,256:4:4:{precision}" for precision in ("autocast", "bfloat16")]
 # Hardly any activations, for the bytes per parameter.
 PARAMETERS = [f"llama:16,512,1,8:4:4:{precision}" for precision in PRECISIONS]
 
