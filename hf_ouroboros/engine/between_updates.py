@@ -23,7 +23,7 @@ class BetweenUpdates(ABC):
     settings: EngineSettings
     optimizer: torch.optim.Optimizer
     _streams: Streams
-    _finished = False
+    _has_ended = False
 
     @property
     @abstractmethod
@@ -40,7 +40,7 @@ class BetweenUpdates(ABC):
 
     def finish(self) -> None:
         """As `settle`, where the run ends: what would be applied by further updates is not kept."""
-        self._finished = True
+        self._has_ended = True
         self.settle()
 
     def state_dict(self) -> RunState:
@@ -49,7 +49,7 @@ class BetweenUpdates(ABC):
         Raises:
             EngineError: an update is open (micro-batches submitted since the last step), or the run has been finished.
         """
-        if self._finished:
+        if self._has_ended:
             raise EngineError(
                 "training has ended, and gradients that no update applies were let go, so that a checkpoint could not be resumed; "
                 "save it before on_train_end (save_strategy, or control.should_save in on_step_end)"
