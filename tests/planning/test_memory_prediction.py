@@ -128,6 +128,16 @@ def test_adapters(stage: int) -> None:
     compare(most_alive(model, stage, 4), facts_of(llama, lora_rank=4), stage, 4)
 
 
+@pytest.mark.parametrize(("options", "most"), [({"dtype": torch.bfloat16}, 10), ({"autocast": True}, 20)], ids=str)
+def test_bytes_per_parameter_of_the_first_stage(options: dict[str, Any], most: int) -> None:
+    """Weights, older versions, gradients and AdamW's state, with M >= K - 1."""
+    facts = facts_of(llama, **options)
+    units = facts.units[: 1 + COUNTS[0]]
+    memory = stage_memory(facts, units, 0, STAGES, MemoryOptions("pipelined", STAGES - 1))
+    held = memory.weights + memory.versions + memory.gradients + memory.optimizer
+    assert held == most * sum(unit.parameters for unit in units)
+
+
 def test_late_logits_need_gradients_of_the_head_s_size() -> None:
     """Of their loss, the planner looks at one chunk: what all of them need is what one needs."""
     config = LlamaConfig(
