@@ -28,7 +28,8 @@ def test_memory_is_that_of_what_is_trained(case: str) -> None:
     assert len(plan.stages) == 2
     for stage in plan.stages:
         own = sum(unit.trained for unit in stage.units)
-        assert (stage.memory.gradients, stage.memory.optimizer) == (own, 2 * own)
+        new = 0 if stage.delay else own  # one tick late, they come while activations and the older version go
+        assert (stage.memory.gradients, stage.memory.optimizer) == (new, 2 * own)
         assert stage.memory.versions == own * stage.delay
         assert stage.forward < stage.backward < 1.7 * stage.forward
     assert max(plan.bytes_on(d) for d in (0, 1)) < max(whole.bytes_on(d) for d in (0, 1))
