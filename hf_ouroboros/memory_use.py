@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 STATUS = Path("/proc/self/status")
+CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,14 @@ def peak_memory() -> MemoryUse:
     found = {key: int(kib) * 1024 for key, kib in re.findall(r"^(VmHWM|VmRSS):\s+(\d+) kB$", status, re.MULTILINE)}
     peak = found["VmHWM"] if "VmHWM" in found else _usage()
     return MemoryUse(peak, found.get("VmRSS"), cuda)
+
+
+def reset_peak() -> bool:
+    """Lets the peak of the resident size begin anew; tells whether the system can do that (Linux)."""
+    if not CLEAR_REFS.exists():
+        return False
+    CLEAR_REFS.write_text("5")
+    return True
 
 
 def _usage() -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +30,7 @@ from .options import (
 from .tables import byte_unit, milliseconds, size, table
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig
 
     from ..planning.hardware import DeviceKind
@@ -56,6 +57,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--micro_batches", type=Whole(1, 2**16), default=8, help="M, micro-batches per update (default 8)"
+    )
+    parser.add_argument(
+        "--bf16", action="store_true", help="as in TrainingArguments: float32 weights, products in bfloat16 (autocast)"
     )
     parser.add_argument("--schedule", choices=ours(), default=DEFAULT)
     parser.add_argument("--num_stages", type=Whole(1, 2**12), default=None, help="K (default: as OuroborosTrainer)")
@@ -112,7 +116,9 @@ def run(arguments: argparse.Namespace) -> int:
                 "--lora_rank 16"
             )
         dtype = data_type(arguments, config)
-        facts = model_facts(config, arguments.batch, arguments.seq, dtype, arguments.lora_rank, arguments.quantization)
+        _check_autocast(arguments, dtype, kinds)
+        adapters = arguments.lora_rank, arguments.quantization
+        facts = model_facts(config, arguments.batch, arguments.seq, dtype, *adapters, arguments.bf16)
     check_work(facts.layers, [(len(kinds), arguments.micro_batches)] * len(schedules()))
     options = MemoryOptions(
         arguments.schedule, arguments.micro_batches, arguments.recompute, arguments.optimizer, arguments.weights
@@ -141,6 +147,21 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"\ndevice map: {files[0]}" + ("" if facts.untrainable else f" (for --device_map {files[0]})"))
     print(f"timeline:   {files[1]}")
     return 0
+
+
+def _check_autocast(arguments: argparse.Namespace, dtype: torch.dtype, kinds: Sequence[DeviceKind | str]) -> None:
+    """Refuses autocast where it would do nothing, or is not measured."""
+    if not arguments.bf16:
+        return
+    if dtype.itemsize < 4:
+        raise UnsupportedOptionError(
+            f"--bf16 with weights in {str(dtype).removeprefix('torch.')}: autocast computes products of float32 weights in "
+            "bfloat16; give --dtype float32, or leave --bf16 out"
+        )
+    if any(isinstance(kind, str) for kind in kinds):
+        raise UnsupportedOptionError(
+            "--bf16: devices of this machine are measured without autocast; plan for kinds by data sheet"
+        )
 
 
 @contextmanager
@@ -196,7 +217,7 @@ def _headline(plan: SplitPlan) -> str:
     active = "" if facts.active_parameters == facts.parameters else f" ({facts.active_parameters:,} per token)"
     text = (
         f"{facts.name}: {facts.parameters:,} parameters{active}, {facts.layers} layers, {tied} embeddings; micro-batches of "
-        f"{facts.batch} x {facts.time} tokens, {str(facts.dtype).removeprefix('torch.')}, "
+        f"{facts.batch} x {facts.time} tokens, {str(facts.dtype).removeprefix('torch.')}{', autocast' if facts.autocast else ''}, "
         f"M = {plan.options.micro_batches}, {plan.options.optimizer}{', recompute' if plan.options.recompute else ''}"
         f"{', weights of now' if plan.options.replays_newest else ''}"
     )
@@ -253,7 +274,7 @@ def _device_table(plan: SplitPlan, chosen: Simulation) -> str:
         memory = [stage.memory for stage in plan.stages if stage.device == device]
         parts = [
             sum(getattr(m, part) for m in memory)
-            for part in ("weights", "versions", "gradients", "optimizer", "activations", "total")
+            for part in ("weights", "versions", "gradients", "optimizer", "activations", "working", "messages", "total")
         ]
         limit = plan.devices[device].memory
         rows.append(
@@ -271,6 +292,8 @@ def _device_table(plan: SplitPlan, chosen: Simulation) -> str:
         "gradients",
         "optimizer",
         "activations",
+        "working",
+        "messages",
         "all",
         "may use",
         "busy",

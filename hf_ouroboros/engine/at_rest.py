@@ -70,6 +70,14 @@ class AtRest(BetweenUpdates):
         """Whether an update is open whose gradients are not in `grad` of the parameters."""
         return self.update_open and self._exposed is None
 
+    def finish(self) -> None:
+        """As `settle`, where the run ends: of the gradients, one micro-batch's at a time is there."""
+        for runner in self._runners.values():
+            runner.keeps_pending = False
+        super().finish()
+        for runner in self._runners.values():
+            runner.settled.clear()
+
     def expose_gradients(self) -> None:
         """Puts the gradients that the open update will apply, clipped, where scripts look: into `grad` of the parameters.
 

@@ -23,6 +23,7 @@ class BetweenUpdates(ABC):
     settings: EngineSettings
     optimizer: torch.optim.Optimizer
     _streams: Streams
+    _has_ended = False
 
     @property
     @abstractmethod
@@ -37,12 +38,22 @@ class BetweenUpdates(ABC):
     def settle(self) -> None:
         """As `synchronize`, and runs the pending backwards as far as they need no weights that are still to come."""
 
+    def finish(self) -> None:
+        """As `settle`, where the run ends: what would be applied by further updates is not kept."""
+        self._has_ended = True
+        self.settle()
+
     def state_dict(self) -> RunState:
         """Settles and returns what the run is besides weights and optimizer state.
 
         Raises:
-            EngineError: an update is open (micro-batches submitted since the last step).
+            EngineError: an update is open (micro-batches submitted since the last step), or the run has been finished.
         """
+        if self._has_ended:
+            raise EngineError(
+                "training has ended, and gradients that no update applies were let go, so that a checkpoint could not be resumed; "
+                "save it before on_train_end (save_strategy, or control.should_save in on_step_end)"
+            )
         if self.update_open:
             raise EngineError("the state of a run is defined between updates; call step() first")
         self.settle()

@@ -3,6 +3,9 @@
 Autocast converts a layer's weights in every forward, and the graph of that forward keeps what came of it until its backward. All
 forwards of a weight version convert the same values, so they can share one copy. It is a node of each of their graphs, whose backward
 converts gradients back as autocast's own does, so that the numbers stay what they are.
+
+A weight that is used in no other way has no older versions in full precision: its leaf gives its memory back as soon as there is the
+copy, and the optimizer steps the parameter where it is.
 """
 
 from __future__ import annotations
@@ -11,13 +14,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-_MULTIPLYING = (nn.Linear, Conv1D)
-"""Modules that only multiply by their weights, which is what autocast does in its lower precision."""
+from ..partition.multiplied import multiplied
 
-_LOOKING = ("peft",)
-"""Libraries whose layers ask weights for their precision, and compute otherwise where it is another one."""
+_YOUNGEST = 2**63 - 1
 
 
 class ComputeCopies:
@@ -31,13 +31,9 @@ class ComputeCopies:
 
     def __init__(self, stage: nn.Module, bindings: Sequence[tuple[str, str]], dtype: torch.dtype):
         self._dtype = dtype
-        modules = dict(stage.named_modules())
-        looked_at = [f"{name}." for name, part in modules.items() if type(part).__module__.split(".")[0] in _LOOKING]
-        self._places = [
-            (place, source)
-            for place, source in bindings
-            if type(modules[place.rpartition(".")[0]]) in _MULTIPLYING and not place.startswith(tuple(looked_at))
-        ]
+        found = multiplied(stage)
+        self._places = [(place, source) for place, source in bindings if place in found]
+        self._sources = {s for _, s in self._places} - {s for place, s in bindings if place not in found}
         self.proven = False
         """Whether a forward with copies was seen to give what autocast gives."""
 
@@ -50,5 +46,21 @@ class ComputeCopies:
         """
         for _, source in self._places:
             if source not in copies and leaves[source].dtype == torch.float32:
-                copies[source] = leaves[source].to(self._dtype)
+                copies[source] = _hastened(leaves[source].to(self._dtype))
         return {place: copies[source] for place, source in self._places if source in copies}
+
+    def standing_in(self, copies: Mapping[str, torch.Tensor]) -> set[str]:
+        """Names of the parameters whose leaves nobody reads any more, as all that uses them has a copy."""
+        return self._sources & copies.keys()
+
+
+def _hastened(copy: torch.Tensor) -> torch.Tensor:
+    """Lets backwards convert the gradient of a copy as soon as it is there.
+
+    Of what could be done, autograd does the youngest first, and a copy is older than all that uses it. So the gradients of all
+    copies would wait for the end, in lower precision, beside those in full precision. What is computed stays the same.
+    """
+    set_age = getattr(copy.grad_fn, "_set_sequence_nr", None)  # torch's own, without which it takes more memory
+    if set_age is not None:
+        set_age(_YOUNGEST)
+    return copy

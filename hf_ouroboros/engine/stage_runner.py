@@ -168,15 +168,18 @@ class StageRunner(StageUpdates):
         """Output and memory of a forward, which leaves what it was given as it is: it may be replayed."""
         rehearse(self.stage, self._noise, self._reads, lambda: self._attempt(item, None, rehearsal=True))
         copies = None if self._reads.has_script else self._copies
-        if copies is None or copies.proven:
-            return self._attempt(item, copies)
-        found, shared = self._attempt(item, None), self._attempt(item, copies)
-        copies.proven = are_equal(found[0], shared[0])
-        if copies.proven:
-            return shared
-        self._copies = None
-        item.copies.clear()
-        return found
+        if copies is None:
+            return self._attempt(item, None)
+        found = None if copies.proven else self._attempt(item, None)
+        shared = self._attempt(item, copies)
+        if found is not None:
+            copies.proven = are_equal(found[0], shared[0])
+            if not copies.proven:
+                self._copies = None
+                item.copies.clear()
+                return found
+        self._versions.forgo(copies.standing_in(item.copies))
+        return shared
 
     def _attempt(
         self, item: InFlight, copies: ComputeCopies | None, rehearsal: bool = False

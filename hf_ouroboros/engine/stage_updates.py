@@ -32,6 +32,7 @@ class StageUpdates:
 
     Attributes:
         window: gradients of the open update so far, by name.
+        keeps_pending: whether the gradients of a settled run are kept, for the updates that will apply them.
     """
 
     stage: Stage
@@ -41,6 +42,7 @@ class StageUpdates:
     settings: EngineSettings
     memories: Memories
     window: Gradients
+    keeps_pending = True
     in_flight: dict[int, InFlight]
     arrived: dict[int, Boundary]
     settled: dict[int, Gradients]

@@ -9,6 +9,8 @@ that the last stage is still to use.
 
 Predicted weights (delay compensation) are leaves on storage of their own, which no step writes into.
 
+Under autocast, a leaf whose copy in lower precision is all that a pending backward needs gives its storage up (`forgo`).
+
 A script may keep views of a Parameter (`p.data`, a `state_dict()`), which stay views of it while the optimizer steps: such a
 Parameter keeps its storage, and its leaves are copies.
 """
@@ -19,6 +21,8 @@ from collections.abc import Collection, Sequence
 
 import torch
 from torch import nn
+
+from ..partition.stand_ins import nothing
 
 
 class WeightVersions:
@@ -74,6 +78,18 @@ class WeightVersions:
             return parameter.data.requires_grad_()
         # A frozen parameter has one version; of a kind of its own (packed weights, for example) it stays the object.
         return parameter.data if type(parameter) is nn.Parameter else parameter
+
+    def forgo(self, names: Collection[str]) -> None:
+        """Leaves of which nobody needs values any more take no memory from now on; they only collect gradients.
+
+        Args:
+            names: of parameters, none of which the next forward with these leaves will read.
+        """
+        for name in self._lent.intersection(names) - self._predicted.keys():
+            leaf = self.leaves()[name]
+            if leaf is not self.parameters[name]:
+                leaf.data = nothing(leaf, leaf.device)
+                self._lent.discard(name)
 
     def advance(self, in_use: Collection[str], stepping: Collection[str] = ()) -> None:
         """To be called before an in-place step.

@@ -236,7 +236,10 @@ class Worker(threading.Thread):
                 runner.arrived[due] = self._gradient(runner, due) or {}
             return
         for tick in sorted(runner.in_flight):
-            runner.settled[tick] = self._queue.put_away(self._run_backward(runner, tick, "settle"))
+            gradients = self._run_backward(runner, tick, "settle")
+            if runner.keeps_pending:
+                runner.settled[tick] = self._queue.put_away(gradients)
+            del gradients  # before there are those of the next tick
 
     def _run_backward(
         self, runner: StageRunner, tick: int, kind: str, closing: bool = False

@@ -103,8 +103,8 @@ class RunningEngine(Protocol):
     def synchronize(self) -> None:
         """As `rest`, for all processes."""
 
-    def settle(self) -> None:
-        """As `synchronize`, and runs the pending backwards."""
+    def finish(self) -> None:
+        """As `synchronize`, and runs the pending backwards, where the run ends."""
 
     def open_weights(self) -> None:
         """Rests; until `take_weights`, weights may be looked at, written and frozen."""

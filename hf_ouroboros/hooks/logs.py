@@ -143,7 +143,7 @@ class LogHooks(SplitTrainer):
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
         engine = self._running_engine
-        engine.settle()  # so that nothing stays on its way between devices
+        engine.finish()  # so that nothing stays on its way between devices
         if not self._step_is_own:
             self._write_logs(wait=True)
             engine.account_for(engine.updates)

@@ -68,6 +68,16 @@ def only_counted() -> Iterator[None]:
         _of_this_thread.counted = False
 
 
+@contextmanager
+def only_one_chunk() -> Iterator[None]:
+    """Within this context, in this thread, the loss of late logits needs what it always needs, and takes the time of a chunk."""
+    _of_this_thread.one_chunk = True
+    try:
+        yield
+    finally:
+        _of_this_thread.one_chunk = False
+
+
 def with_late_logits(head: nn.Module) -> None:
     """Lets a head give late logits where only the loss is wanted; one that is no plain matrix stays as it is."""
     if type(head) is not nn.Linear:
@@ -163,7 +173,7 @@ def _still_late(func: Any, late: LateLogits, args: tuple, kwargs: dict[str, Any]
     if func is torch.Tensor.contiguous and not args and not kwargs:
         return again(hidden)
     if func in _RESHAPING:
-        shape = torch.empty(late.shape, device="meta")
+        shape = torch.empty(1, device="meta").expand(late.shape)  # whoever counts tensors finds a number
         shape = func(shape, *args, **kwargs).shape
         if len(shape) > 1 and shape[-1] == late.shape[-1]:
             return again(hidden.reshape(*shape[:-1], hidden.shape[-1]))
@@ -286,5 +296,6 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 def _chunks(hidden: torch.Tensor, weight: torch.Tensor) -> Iterator[slice]:
     size = max(1, CHUNK_NUMBERS // weight.shape[0])
-    for start in range(0, len(hidden), size):
+    stop = 1 if getattr(_of_this_thread, "one_chunk", False) else len(hidden)
+    for start in range(0, stop, size):
         yield slice(start, start + size)

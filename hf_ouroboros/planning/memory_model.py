@@ -3,15 +3,21 @@
     stage k of K, delay d = K-1-k ticks, M ticks per update     delayed schedules    1f1b             zero_bubble
     micro-batches in flight, at most                            d + 1                min(M, d + 1)    min(M, 2K - 1)
     weight versions, the newest included                        1 + ceil(d / M)      1                1
-    gradients: the update's sum, and those of one backward      2                    2                2
+    gradients: the update's sum, to which a backward adds       1                    1                1
     output-side gradients of a tied matrix (last stage)         K                    K, at most M     min(M, 2K - 1)
 
 A divided backward, that of all stages but the first under zero_bubble, keeps activations until the gradients of the weights are
 computed, and with them those that arrive where weights join; recompute=True makes no difference then.
 With weights="now" delayed schedules keep inputs, as with recompute=True, and one weight version; of a tied matrix also those that the
 last stage is still to use.
-What a schedule keeps is in its record (`schedules/records.py`). Versions, gradients and optimizer are of the parameters that are trained. Of packed matrices, the largest is there unpacked,
-beside the activations. Buffers of kernels and of the allocator are not counted: leave a margin.
+What a schedule keeps is in its record (`schedules/records.py`). Versions, gradients and optimizer are of the parameters that are
+trained. Under autocast every version of a matrix that is only multiplied by is a copy in bfloat16, beside the newest one in float32.
+A single stage has the gradients of a backward besides, as scripts see them. Gradients that come while activations or older weights
+go are counted as far as they are larger than these (`_gradients`).
+
+Working memory is there for a moment: what the largest part of a stage computes with in its forward or backward beside what is
+kept, and the largest of the packed matrices, unpacked. Messages between processes stay until it is known that they have arrived
+(`processes/channels.py`). Buffers inside of kernels and of the allocator are not counted: leave a margin.
 """
 
 from __future__ import annotations
@@ -65,11 +71,13 @@ class StageMemory:
     gradients: float
     optimizer: float
     activations: float
+    working: float
+    messages: float
 
     @property
     def total(self) -> float:
         """All together."""
-        return self.weights + self.versions + self.gradients + self.optimizer + self.activations
+        return sum(vars(self).values())
 
 
 def ticks_in_flight(stage: int, num_stages: int, options: MemoryOptions) -> int:
@@ -110,16 +118,51 @@ def stage_memory(
         inputs = 0.0 if stage == 0 else units[0].output_bytes
         kept, flying = kept + flying * inputs, 1
     tied = facts.tied_bytes * ticks_in_flight(0, num_stages, options) if last and num_stages > 1 else 0
-    versions = trained * old_versions(stage, num_stages, options)
+    versions = float(sum(unit.copied_bytes for unit in units))
+    versions += old_versions(stage, num_stages, options) * sum(_version(unit, options) for unit in units)
     if options.replays_newest and stage == 0:
         versions += facts.tied_bytes * _lent_versions(stage, num_stages, options)
+    sets = 2 if num_stages == 1 and options.micro_batches > 1 else 1
     return StageMemory(
         weights,
         versions,
-        2 * trained + tied,
+        sets * sum(_gradients(unit, stage, num_stages, options) for unit in units) + tied,
         trained * OPTIMIZERS[options.optimizer],
-        kept * flying + max((unit.largest_unpacked for unit in units), default=0),
+        kept * flying,
+        max(map(_working, units)),
+        _messages(units, stage, num_stages, options),
     )
+
+
+def _version(unit: UnitFacts, options: MemoryOptions) -> float:
+    """An older version; a replay makes copies in lower precision anew."""
+    return unit.trained - (0 if options.replays else unit.copied_bytes)
+
+
+def _gradients(unit: UnitFacts, stage: int, num_stages: int, options: MemoryOptions) -> float:
+    """Gradients of an update, as far as they are larger than what is let go while they come.
+
+    That is the activations of a backward, if it is the only one of its update. If the first backward of an update is the last one
+    with the oldest weights, it lets go of those, too, and there are never all of the three.
+    """
+    delay, micro_batches = SCHEDULES[options.schedule].delay(stage, num_stages), options.micro_batches
+    if micro_batches == 1:
+        return max(0.0, unit.trained - unit.activation_bytes)
+    if old_versions(stage, num_stages, options) and (delay - 1) % micro_batches == 0:
+        return max(0.0, unit.trained - min(_version(unit, options), unit.activation_bytes))
+    return float(unit.trained)
+
+
+def _working(unit: UnitFacts) -> float:
+    return unit.working_bytes + unit.largest_unpacked
+
+
+def _messages(units: Sequence[UnitFacts], stage: int, num_stages: int, options: MemoryOptions) -> float:
+    """What a stage has put out, which it needs for its backward or gloo still holds; gradients sent, and the one received."""
+    size = units[0].output_bytes
+    sent = num_stages + 2
+    hidden = max(sent, ticks_in_flight(stage, num_stages, options)) if stage < num_stages - 1 else 0
+    return size * (hidden + (sent + 1 if stage > 0 else 0))
 
 
 def memory_load(facts: ModelFacts, num_stages: int, options: MemoryOptions) -> Load:
@@ -127,15 +170,14 @@ def memory_load(facts: ModelFacts, num_stages: int, options: MemoryOptions) -> L
     layers = [unit for unit in facts.units if unit.kind == "layer"]
     first = [unit for unit in facts.units if unit.kind == "embedding"]
     after = [unit for unit in facts.units if unit.kind == "head"]
-    empty = [stage_memory(facts, layers[:1], k, num_stages, options).total for k in range(num_stages)]
+    largest = max(range(len(layers)), key=lambda i: _working(layers[i]))
     rows, fixed = [], []
     for k in range(num_stages):
-        # The part that every stage has once (inputs kept, tied gradients) is what a second layer does not add.
+        # The part that every stage has once (inputs kept, tied gradients, working memory) is what a second layer does not add.
         row = [_added(facts, unit, k, num_stages, options) for unit in layers]
-        own = empty[k] - row[0]
-        ends = [*(first if k == 0 else []), *(after if k == num_stages - 1 else [])]
+        own = [*(first if k == 0 else []), layers[largest], *(after if k == num_stages - 1 else [])]
         rows.append(row)
-        fixed.append(own + sum(_added(facts, unit, k, num_stages, options) for unit in ends))
+        fixed.append(stage_memory(facts, own, k, num_stages, options).total - row[largest])
     return Load(rows, fixed)
 
 

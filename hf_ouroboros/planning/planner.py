@@ -93,7 +93,7 @@ def estimated(facts: ModelFacts, kind: DeviceKind, margin: float = 0.9) -> Plann
     """A device that is not here, by its data sheet; of its memory, `margin` is used."""
     times = []
     for unit in facts.units:
-        forward = kind.forward_seconds(unit, facts.dtype)
+        forward = kind.forward_seconds(unit, facts.computed)
         # The gradients of the inputs take a forward's time, those of the weights another one's.
         backward = forward * (1 + unit.trained / max(1, unit.parameter_bytes))
         times.append(UnitTimes(forward, backward, kind.step_seconds(unit)))

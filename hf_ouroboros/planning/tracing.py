@@ -2,11 +2,13 @@
 
 FLOPs are those of matrix products and attentions. Kept bytes are those that autograd saves for the backward, each
 storage once, weights excepted. Of layers that are alike, one stands for all. Experts compute the tokens that chose them.
+Then forward and backward run once more, to find out what they need besides (`working.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +18,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from ..partition.late_logits import LARGE_VOCABULARY, LateLogits, only_counted
+from ..partition.late_logits import LARGE_VOCABULARY, LateLogits, only_counted, only_one_chunk
 from ..partition.meta import Answers, batched_experts, call_options
+from .autocasting import Autocasting
 from .kinds import layer_kinds
+from .working import Living, needed_bytes
 
 
 @dataclass
@@ -29,16 +33,20 @@ class Part:
         flops: of its forward.
         kept_bytes: from its forward to its backward.
         arrival_bytes: gradients that arrive where its weights join, in the backward.
+        working_bytes: what its forward or its backward needs for a moment, besides what is kept.
         output_size: elements of the hidden state that a layer returns.
     """
 
     flops: float = 0.0
     kept_bytes: float = 0.0
     arrival_bytes: float = 0.0
+    working_bytes: float = 0.0
     output_size: int = 0
 
 
-def trace(model: PreTrainedModel, layer_names: Sequence[str], batch: int, time: int) -> list[Part]:
+def trace(
+    model: PreTrainedModel, layer_names: Sequence[str], batch: int, time: int, autocast: bool = False
+) -> list[Part]:
     """What comes before the layers, every layer, what comes after them with the loss.
 
     Args:
@@ -46,35 +54,50 @@ def trace(model: PreTrainedModel, layer_names: Sequence[str], batch: int, time: 
         layer_names: full names of its layers, in one list of modules.
         batch: rows of the micro-batch.
         time: tokens per row.
+        autocast: whether products are computed in bfloat16.
     """
     layers = [model.get_submodule(name) for name in layer_names]
     kinds = layer_kinds(layers)
+    if not any(p.requires_grad for p in model.get_input_embeddings().parameters()):
+        kinds = _without_the_first(kinds)
     first = layers[: max(kinds) + 1]
     if len(first) == len(layers):
-        return _Tracer(model, layers).run(batch, time)
+        return _Tracer(model, layers, autocast).run(batch, time)
     stack = layer_names[0].rpartition(".")[0]
     whole = model.get_submodule(stack)
     try:
         model.set_submodule(stack, nn.ModuleList(first))
-        before, *parts, after = _Tracer(model, first).run(batch, time)
+        before, *parts, after = _Tracer(model, first, autocast).run(batch, time)
     except Exception:  # a forward that asks for the other layers: they run too
         model.set_submodule(stack, whole)
-        return _Tracer(model, layers).run(batch, time)
+        return _Tracer(model, layers, autocast).run(batch, time)
     return [before, *(parts[kind] for kind in kinds), after]
+
+
+def _without_the_first(kinds: Sequence[int]) -> list[int]:
+    """The first layer stands for itself: no gradient of its input is computed, for which others keep more than it does."""
+    alike = next((i for i, kind in enumerate(kinds) if i and kind == 0), 0)
+    return [0, *(kind or alike for kind in kinds[1:])]
 
 
 class _LateHead(nn.Linear):
     """A head that gives late logits past the hooks of modules: the counter's look at what modules return."""
 
+    autocasting: Autocasting | None
+
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        return LateLogits.of(hidden, self.weight, self.bias)
+        given: Any = (hidden, self.weight, self.bias)
+        if self.autocasting is not None:
+            given = (None if each is None else self.autocasting.lowered(each) for each in given)
+        return LateLogits.of(*given)
 
 
 class _Tracer:
     """Runs a model and books what happens on the part that is running."""
 
-    def __init__(self, model: PreTrainedModel, layers: Sequence[nn.Module]):
+    def __init__(self, model: PreTrainedModel, layers: Sequence[nn.Module], autocast: bool = False):
         self.model = model
+        self._autocasting = Autocasting(model) if autocast else None
         self.layers = layers
         self.parts = [Part() for _ in range(len(layers) + 2)]
         self._running = 0
@@ -93,24 +116,51 @@ class _Tracer:
         self.model.train()
         self.model.loss_type = "ForCausalLM"  # some configurations name none and would be warned of
         saving = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
+        self._let_head_be_late()
         try:
-            fused = _FusedAttention(self._book)
-            weights = _GatheredWeights(self._know)
-            self._let_head_be_late()
-            with only_counted(), batched_experts(self.model.config), self._counter, Answers(), fused, weights, saving:
-                # Past the hooks of the whole, with which the counter would look at logits that are late.
-                self.model.forward(input_ids=ids, labels=ids, **call_options(self.model))
+            with only_counted(), self._counter, self._scopes(self._know, self._book), saving:
+                self._loss(ids)
         finally:
             for handle in handles:
                 handle.remove()
         self._go_on_to(self._running)
+        for part, needed in zip(self.parts, needed_bytes(self.model, self.layers, self._loss_again(ids)), strict=True):
+            part.working_bytes = max(0.0, needed - part.kept_bytes)
         return self.parts
+
+    def _loss(self, ids: torch.Tensor) -> torch.Tensor:
+        # Past the hooks of the whole, with which the counter would look at logits that are late.
+        return self.model.forward(input_ids=ids, labels=ids, **call_options(self.model)).loss
+
+    def _loss_again(self, ids: torch.Tensor) -> Callable[[Living], torch.Tensor]:
+        def forward(living: Living) -> torch.Tensor:
+            with only_one_chunk(), self._scopes(living.know, lambda flops: None):
+                return self._loss(ids)
+
+        return forward
+
+    @contextmanager
+    def _scopes(self, know: Callable[[torch.Tensor], None], book: Callable[[float], None]) -> Iterator[None]:
+        """Within this context, the model runs on the meta device as it would run elsewhere.
+
+        Args:
+            know: told what is no activation.
+            book: told the FLOPs of attentions.
+        """
+        with ExitStack() as scopes:
+            scopes.enter_context(batched_experts(self.model.config))
+            for mode in (Answers(), _FusedAttention(book), _GatheredWeights(know)):
+                scopes.enter_context(mode)
+            if self._autocasting is not None:
+                scopes.enter_context(self._autocasting.telling(know))
+            yield
 
     def _let_head_be_late(self) -> None:
         """Has no logits built where training, left to itself, builds none."""
         head = self.model.get_output_embeddings()
-        if type(head) is nn.Linear and self.model.config.get_text_config().vocab_size >= LARGE_VOCABULARY:
+        if type(head) in (nn.Linear, _LateHead) and self.model.config.get_text_config().vocab_size >= LARGE_VOCABULARY:
             head.__class__ = _LateHead
+            head.__dict__["autocasting"] = self._autocasting
 
     def _enter(self, part: int) -> Callable[[nn.Module, Any], None]:
         return lambda module, inputs: self._go_on_to(part)
@@ -206,4 +256,4 @@ class _KeepsInputsAndOutput(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        raise NotImplementedError("only forwards run on the meta device")
+        return tuple(map(torch.empty_like, ctx.saved_tensors[:3]))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig
 
 from ..adapters.wrapping import lora_on_meta
 from ..errors import UnsupportedModelError
 from ..partition.experts import find_experts
+from ..partition.multiplied import multiplied
+from .autocasting import DTYPE as COMPUTED
 from .outline import outline
 from .packing import packed_sizes
 from .tracing import Part, trace
@@ -34,6 +38,8 @@ class UnitFacts:
         largest_unpacked: of these, the largest.
         arrival_bytes: gradients that arrive where its weights join; a divided backward keeps them until those of the weights
             are computed.
+        working_bytes: what its forward or its backward needs for a moment, besides what is kept.
+        copied_bytes: under autocast, size of the copies in lower precision of the matrices that it multiplies by.
     """
 
     modules: tuple[str, ...]
@@ -49,6 +55,8 @@ class UnitFacts:
     unpacked_bytes: int = 0
     largest_unpacked: int = 0
     arrival_bytes: float = 0.0
+    working_bytes: float = 0.0
+    copied_bytes: int = 0
 
     @property
     def trained(self) -> int:
@@ -67,7 +75,8 @@ class ModelFacts:
         untrainable: why the model can only be planned; None where it can be trained.
         batch: rows of a micro-batch.
         time: tokens per row.
-        dtype: of weights and activations.
+        dtype: of weights and, but for autocast, activations.
+        autocast: whether products are computed in bfloat16.
     """
 
     name: str
@@ -77,6 +86,12 @@ class ModelFacts:
     batch: int
     time: int
     dtype: torch.dtype
+    autocast: bool = False
+
+    @property
+    def computed(self) -> torch.dtype:
+        """What products are computed in."""
+        return COMPUTED if self.autocast else self.dtype
 
     @property
     def tied(self) -> bool:
@@ -112,6 +127,7 @@ class ModelFacts:
                 flops=unit.flops * factor,
                 activation_bytes=unit.activation_bytes * factor,
                 arrival_bytes=unit.arrival_bytes * factor,
+                working_bytes=unit.working_bytes * factor,
                 output_bytes=unit.output_bytes * factor,
             )
             for unit in self.units
@@ -126,6 +142,7 @@ def model_facts(
     dtype: torch.dtype = torch.float32,
     lora_rank: int | None = None,
     quantization: str | None = None,
+    autocast: bool = False,
 ) -> ModelFacts:
     """Counts for a causal language model of this configuration.
 
@@ -136,6 +153,7 @@ def model_facts(
         dtype: of weights and activations.
         lora_rank: of adapters on all linear modules of the layers, which alone are trained; None to train the model.
         quantization: how matrices below adapters are packed, one of `packing.KINDS`; None for not at all.
+        autocast: whether products are computed in bfloat16 (`bf16=True`).
 
     Raises:
         UnsupportedModelError: no causal language model, not a row of layers, or it does not run without data.
@@ -184,8 +202,9 @@ def model_facts(
         sum(some.idle for name in unit.modules for some in find_experts(model.get_submodule(name), config))
         for unit in plan.units
     ]
+    copied = [_copied_bytes(model, unit.modules) if autocast else 0 for unit in plan.units]
     try:
-        parts = trace(model, [unit.modules[0] for unit in plan.units if unit.kind == "layer"], batch, time)
+        parts = trace(model, [unit.modules[0] for unit in plan.units if unit.kind == "layer"], batch, time, autocast)
     except Exception as error:  # whatever a model does that needs data
         raise UnsupportedModelError(
             f"{type(model).__name__} does not run on the meta device ({type(error).__name__}: {error}), so its costs "
@@ -209,10 +228,19 @@ def model_facts(
             sum(p.numel() * dtype.itemsize for p in parameters if id(p) in packed),
             max((p.numel() * dtype.itemsize for p in parameters if id(p) in packed), default=0),
             part.arrival_bytes,
+            part.working_bytes,
+            lowered,
         )
-        for unit, parameters, part, idle in zip(plan.units, owned, counted, asleep, strict=True)
+        for unit, parameters, part, idle, lowered in zip(plan.units, owned, counted, asleep, copied, strict=True)
     )
     if not any(part.flops for part in layers):
         raise UnsupportedModelError(f"the layers of this {type(model).__name__} compute nothing; check its sizes")
     tied_bytes = sum(p.numel() * p.element_size() for p in tied)
-    return ModelFacts(type(model).__name__, units, tied_bytes, plan.reason, batch, time, dtype)
+    return ModelFacts(type(model).__name__, units, tied_bytes, plan.reason, batch, time, dtype, autocast)
+
+
+def _copied_bytes(model: nn.Module, names: Sequence[str]) -> int:
+    """Size, in lower precision, of the matrices of modules that are only multiplied by."""
+    places = {place for place in multiplied(model) if place.startswith(tuple(f"{name}." for name in names))}
+    found = {id(p): p for p in map(model.get_parameter, places) if p.dtype == torch.float32}
+    return sum(p.numel() * COMPUTED.itemsize for p in found.values())

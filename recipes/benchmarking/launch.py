@@ -15,6 +15,8 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -40,8 +42,16 @@ class RunFailed(RuntimeError):
     """A contender raised, died, or took too long; the message says which."""
 
 
-def run(job: Job) -> dict[str, Any]:
+Runner = Callable[[Job, int], dict[str, Any]]
+"""What every process of a run does, of how many; gives the measurements, equal in all of them."""
+
+
+def run(job: Job, runner: Runner | None = None) -> dict[str, Any]:
     """The measurements of one run.
+
+    Args:
+        job: the run.
+        runner: what to do; None for what the contender does.
 
     Raises:
         RunFailed: with the words of the process that failed first.
@@ -50,7 +60,7 @@ def run(job: Job) -> dict[str, Any]:
     job.folder.mkdir(parents=True, exist_ok=True)
     for leftover in [job.folder / "store", job.folder / "result.json", *(_error(job, rank) for rank in range(count))]:
         leftover.unlink(missing_ok=True)
-    processes = [_context.Process(target=_main, args=(rank, count, job), daemon=True) for rank in range(count)]
+    processes = [_context.Process(target=_main, args=(rank, count, job, runner), daemon=True) for rank in range(count)]
     try:
         for process in processes:
             process.start()
@@ -109,17 +119,17 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _measurements(job: Job, count: int) -> dict[str, Any]:
+def _runner(job: Job) -> Runner:
     from . import loop, peers, sharded, trainers
 
     if job.contender.kind in PIPELINES:
-        return loop.run(peers.Pipelined, job, count)
+        return partial(loop.run, peers.Pipelined)
     if job.contender.kind == "fsdp":
-        return loop.run(sharded.Sharded, job, count)
-    return trainers.run(job, count)
+        return partial(loop.run, sharded.Sharded)
+    return trainers.run
 
 
-def _main(rank: int, count: int, job: Job) -> None:
+def _main(rank: int, count: int, job: Job, runner: Runner | None) -> None:
     """One process of a run."""
     log = _log(job, rank).open("w")
     for stream in (1, 2):
@@ -140,7 +150,7 @@ def _main(rank: int, count: int, job: Job) -> None:
                 torch.cuda.set_device(rank)
             store = dist.FileStore(str(job.folder / "store"), count)
             dist.init_process_group("gloo" if on_cpu else "nccl", store=store, rank=rank, world_size=count)
-        result = {"contender": job.contender.label, **_measurements(job, count)}
+        result = {"contender": job.contender.label, **(runner or _runner(job))(job, count)}
         if rank == 0:
             (job.folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
         if dist.is_initialized():

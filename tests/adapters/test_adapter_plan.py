@@ -22,13 +22,14 @@ def test_memory_is_that_of_what_is_trained(case: str) -> None:
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     assert sum(unit.trained for unit in facts.units) == trained and not facts.tied
     kind = parse_devices(["rtx3090"])[0]
-    plan = plan_split(facts, [estimated(facts, kind)] * 2, MemoryOptions(micro_batches=1))
+    plan = plan_split(facts, [estimated(facts, kind)] * 2, MemoryOptions(micro_batches=2))
     full = model_facts(config, 2, 8)
-    whole = plan_split(full, [estimated(full, kind)] * 2, MemoryOptions(micro_batches=1), placement=plan.placement)
+    whole = plan_split(full, [estimated(full, kind)] * 2, MemoryOptions(micro_batches=2), placement=plan.placement)
     assert len(plan.stages) == 2
     for stage in plan.stages:
         own = sum(unit.trained for unit in stage.units)
-        assert (stage.memory.gradients, stage.memory.optimizer) == (2 * own, 2 * own)
+        new = 0 if stage.delay else own  # one tick late, they come while activations and the older version go
+        assert (stage.memory.gradients, stage.memory.optimizer) == (new, 2 * own)
         assert stage.memory.versions == own * stage.delay
         assert stage.forward < stage.backward < 1.7 * stage.forward
     assert max(plan.bytes_on(d) for d in (0, 1)) < max(whole.bytes_on(d) for d in (0, 1))

@@ -75,6 +75,17 @@ def test_delay_is_told(
     assert told in capsys.readouterr().out
 
 
+def test_autocast(config: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    where = ["--devices", "t4", "t4", "--output", str(tmp_path / "p")]
+    assert main(["plan", config, *where, *SHAPE, "--bf16"]) == 0
+    assert "float32, autocast, M = 4" in capsys.readouterr().out
+    assert main(["plan", config, *where, *SHAPE, "--bf16", "--dtype", "bfloat16"]) == 2
+    assert "--bf16 with weights in bfloat16: autocast computes" in capsys.readouterr().err
+    where[1:3] = ["cpu:0", "cpu:1"]
+    assert main(["plan", config, *where, *SHAPE, "--bf16"]) == 2
+    assert "--bf16: devices of this machine are measured without autocast" in capsys.readouterr().err
+
+
 def test_planned_only(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     tiny("gpt2", num_hidden_layers=6, layerdrop=0.1).save_pretrained(tmp_path)
     arguments = [str(tmp_path / "config.json"), "--devices", "3x10tflops/8gb", *SHAPE, "--output", str(tmp_path / "p")]

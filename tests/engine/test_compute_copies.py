@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Confi
 
 from hf_ouroboros.engine.core import Engine
 from hf_ouroboros.engine.settings import EngineSettings
+from hf_ouroboros.optim import choose
 from hf_ouroboros.partition import split_model
 from hf_ouroboros.reference import Reference
 
@@ -35,9 +36,9 @@ def t5() -> PreTrainedModel:
 
 
 def trained(
-    kind: type, make: Any, counts: list[int], prepare: Any = None, **settings: Any
+    kind: type, make: Any, counts: list[int], prepare: Any = None, look: Any = None, **settings: Any
 ) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Engine, and weights after five updates; its workers are stopped."""
+    """Engine, with what was found in it, and weights after five updates; its workers are stopped."""
     torch.set_num_threads(1)
     model = make().train()
     if prepare is not None:
@@ -55,7 +56,7 @@ def trained(
         return engine, {name: value.clone() for name, value in model.state_dict().items()}
     finally:
         if isinstance(engine, Engine):
-            engine.found = shared_by(engine)
+            engine.found = (look or shared_by)(engine)
             engine.close()
 
 
@@ -69,6 +70,12 @@ def shared_by(engine: Engine) -> list[tuple[int, int]]:
             (len(kept), max((len(set().union(*(each.get(w, set()) for each in kept))) for w in widths), default=0))
         )
     return found
+
+
+def sizes_of_leaves(engine: Engine) -> list[dict[str, int]]:
+    """Bytes of the weights that micro-batches of the first stage hold, by name, for each of its micro-batches in flight."""
+    items = engine._runners[0].in_flight.values()
+    return [{n: leaf.untyped_storage().nbytes() for n, leaf in item.leaves.items()} for item in items]
 
 
 def saved_matrices(outputs: Any) -> dict[tuple[int, ...], set[int]]:
@@ -107,6 +114,36 @@ def test_micro_batches_of_a_version_share_a_copy(make: Any) -> None:
     layers = 2  # of the first stage
     matrices = 2 if make is llama else 1  # gate and up have one shape
     assert copies == layers * matrices
+
+
+@pytest.mark.parametrize("make", [llama, tied_gpt2])
+def test_what_has_a_copy_has_no_older_version_besides(make: Any) -> None:
+    """The leaves of the micro-batches in flight hold one number each, besides embeddings and norms."""
+    engine, found = trained(Engine, make, [2, 2, 1], look=sizes_of_leaves, schedule="pipelined")
+    _, expected = trained(Reference, make, [2, 2, 1], schedule="reference")
+    assert all(torch.equal(expected[name], value) for name, value in found.items())
+    parameters = dict(engine.partition.model.named_parameters())
+    first = engine.partition.stages[0]
+    copied = {f"{n}.weight" for n, m in first.named_modules() if type(m).__name__ in ("Linear", "Conv1D")}
+    assert len(engine.found) == 2
+    for sizes in engine.found:
+        for name, size in sizes.items():
+            small = name.removesuffix("bias") + "weight" in copied or name in copied
+            assert size == (4 if small else parameters[name].nbytes), name
+
+
+def test_predicted_weights_and_views_of_a_script_stay_as_they_are() -> None:
+    """Leaves that are no parameter's memory keep theirs; a view goes on being the parameter."""
+    views: list[torch.Tensor] = []
+
+    def prepare(model: nn.Module) -> None:
+        views.append(model.model.layers[0].mlp.up_proj.weight.data)
+
+    settings = {"compensations": choose("weight_prediction").compensations}
+    engine, found = trained(Engine, llama, [2, 2, 1], prepare, schedule="pipelined", **settings)
+    _, expected = trained(Reference, llama, [2, 2, 1], schedule="reference", **settings)
+    assert all(torch.equal(expected[name], value) for name, value in found.items())
+    assert torch.equal(views[0], found["model.layers.0.mlp.up_proj.weight"])
 
 
 @pytest.mark.slow

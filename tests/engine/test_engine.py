@@ -362,6 +362,24 @@ def test_settling_releases_activations() -> None:
         engine.close()
 
 
+def test_a_finished_run_keeps_no_gradients() -> None:
+    engine = small_engine(stages=4)
+    try:
+        feed(engine, 6)
+        engine.settle()  # a checkpoint at the end
+        engine.finish()
+        feed_again = small_engine(stages=4)
+        feed(feed_again, 6)
+        feed_again.finish()
+        for each in (engine, feed_again):
+            assert [len(r.in_flight) + len(r.settled) for r in each._runners.values()] == [0] * 4
+            with pytest.raises(EngineError, match="training has ended, .* save it before on_train_end"):
+                each.state_dict()
+        feed_again.close()
+    finally:
+        engine.close()
+
+
 def test_timeline_has_everything() -> None:
     timeline = Timeline(3)
     engine = small_engine(stages=4, timeline=timeline)

@@ -82,16 +82,69 @@ def test_a_divided_backward_by_hand() -> None:
 def test_a_stage_by_hand() -> None:
     facts = toy()
     first, last = facts.units[:3], facts.units[5:]
-    found = stage_memory(facts, first, 0, 4, MemoryOptions("pipelined", 2))
-    assert (found.weights, found.versions, found.gradients, found.optimizer) == (41, 2 * 41, 2 * 41, 2 * 41)
+    found = stage_memory(facts, first, 0, 4, MemoryOptions("pipelined", 3))
+    assert (found.weights, found.versions, found.gradients, found.optimizer) == (41, 41, 41, 2 * 41)
     assert found.activations == 4 * (3 + 100 + 101)
-    assert found.total == 7 * 41 + 4 * 204
+    assert (found.working, found.messages) == (0, 6 * 7)  # hidden states that were sent, and not asked about yet
+    assert found.total == 5 * 41 + 4 * 204 + 42
     found = stage_memory(facts, last, 3, 4, MemoryOptions("pipelined", 2, optimizer="sgd"))
     assert (found.weights, found.versions, found.optimizer) == (14 + 15 + 1, 0, 0)
-    assert found.gradients == 2 * 30 + 4 * 20  # the tied matrix's, waiting for the first stage
+    assert found.gradients == 30 + 4 * 20  # the tied matrix's, waiting for the first stage
     assert found.activations == 104 + 105 + 50
+    assert found.messages == 7 * 7  # gradients sent, and one received
     recomputed = stage_memory(facts, facts.units[3:5], 1, 4, MemoryOptions("pipelined", 2, recompute=True))
     assert recomputed.activations == 102 + 103 + 3 * 7  # one replayed, three inputs
+
+
+def test_working_memory_is_that_of_the_largest_part() -> None:
+    facts = toy()
+    units = [
+        replace(unit, working_bytes=size) for unit, size in zip(facts.units, (5, 9, 9, 9, 9, 9, 30, 0, 70), strict=True)
+    ]
+    facts = replace(facts, units=tuple(units))
+    options = MemoryOptions("pipelined", 2)
+    for stage, (start, stop, largest, messages) in enumerate(((0, 3, 9, 5), (3, 6, 9, 5 + 6), (6, 9, 70, 6))):
+        found = stage_memory(facts, facts.units[start:stop], stage, 3, options)
+        assert (found.working, found.messages) == (largest, messages * 7)
+    load = memory_load(facts, 3, options)  # which has it once in every stage, whatever its layers
+    for stage, (start, stop, layers) in enumerate(((0, 3, (0, 2)), (3, 6, (2, 5)), (6, 9, (5, 6)))):
+        whole = stage_memory(facts, facts.units[start:stop], stage, 3, options).total
+        largest = 30 - 9 if stage < 2 else 0
+        assert sum(load.layers[stage][slice(*layers)]) + load.fixed[stage] == whole + largest
+
+
+def test_copies_of_autocast_by_hand() -> None:
+    facts = toy()
+    units = [replace(unit, copied_bytes=4 if unit.kind == "layer" else 0) for unit in facts.units]
+    first = stage_memory(facts, units[:3], 0, 4, MemoryOptions("pipelined", 2))
+    assert first.versions == 3 * 8 + 2 * (41 - 16)  # copies of three versions; two older ones of what has none
+    replayed = stage_memory(facts, units[:3], 0, 4, MemoryOptions("pipelined", 2, recompute=True))
+    assert replayed.versions == 2 * 41 + 8  # a replay makes a copy of the old weights
+    assert stage_memory(facts, units[:3], 0, 4, MemoryOptions("1f1b", 2)).versions == 8
+
+
+def test_a_single_stage_keeps_what_scripts_see() -> None:
+    facts = toy()
+    assert stage_memory(facts, facts.units, 0, 1, MemoryOptions("pipelined", 2)).gradients == 2 * 96
+
+
+def test_gradients_come_while_other_things_go() -> None:
+    """Of the embedding, gradients are larger than activations; of a layer, they are not."""
+    facts = toy()
+
+    def gradients(stage: int, micro_batches: int, schedule: str = "pipelined") -> float:
+        units = facts.units[:3] if stage == 0 else facts.units[3:5]
+        return stage_memory(facts, units, stage, 4, MemoryOptions(schedule, micro_batches)).gradients
+
+    assert [gradients(0, m) for m in (1, 2, 3, 4)] == [20 - 3, 20 - 3, 41, 41]  # 3, 2, 1, 1 old versions
+    assert [gradients(2, m) for m in (1, 2, 3, 4)] == [
+        0,
+        0,
+        0,
+        0,
+    ]  # one tick late: the first backward is the last with old weights
+    assert [gradients(1, m) for m in (1, 2, 3, 4)] == [0, 25, 25, 25]
+    assert [gradients(0, m, "1f1b") for m in (1, 2)] == [20 - 3, 41]
 
 
 def test_weights_of_now_by_hand() -> None:

@@ -116,8 +116,8 @@ def giants(batch: int = 4) -> ModelFacts:
     [
         (24, MemoryOptions(), r"does not fit into 3 devices with micro-batches of 4 x 1 tokens: even the split with the most "
          r"even memory needs \d+\.\d GiB on device \d \(card\), where 24.0 GiB may be used. It would fit with"),
-        (60, MemoryOptions(), r"It would fit with .*recompute \(\d+\.\d GiB\)"),
-        (40, MemoryOptions(), r"It would fit with micro-batches of 1 row \(\d+\.\d GiB\)"),
+        (50, MemoryOptions(), r"It would fit with .*recompute \(\d+\.\d GiB\)"),
+        (30, MemoryOptions(), r"It would fit with micro-batches of 1 row \(\d+\.\d GiB\)"),
         (40, MemoryOptions(), r", or 4 devices with recompute"),
         (1, MemoryOptions(), "Nothing makes room on up to 64 such devices"),
     ],
@@ -129,7 +129,7 @@ def test_advice(memory: float, options: MemoryOptions, message: str) -> None:
 
 
 def test_what_is_advised_fits() -> None:
-    devices = [device("card", 1.0, 60 * 2**30)] * 3
+    devices = [device("card", 1.0, 50 * 2**30)] * 3
     plan_split(giants(), devices, MemoryOptions(recompute=True))
     plan_split(giants().for_batch(2), devices, MemoryOptions())
     devices = [device("card", 1.0, 40 * 2**30)] * 3
