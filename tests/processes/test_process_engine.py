@@ -49,6 +49,14 @@ def test_weights_of_now() -> None:
 
 
 @pytest.mark.slow
+def test_scaled_losses() -> None:
+    """Of which some overflow; every process decides on the scale by itself."""
+    looks = {3: "settle", 6: "state", 8: "synchronize"}
+    case = Case(3, updates=(2,) * 14, scale=2.0**19, interval=2, dropout=0.1, padded=True, clip=0.5)
+    check_all(2, [(case, schedule, looks) for schedule in SCHEDULES])
+
+
+@pytest.mark.slow
 def test_stages_that_share_a_device() -> None:
     """Five untied stages on four processes, and on two: neighbours hand over within a process."""
     cases = [Case(5, updates=(2,) * 4, tied=False, devices=devices) for devices in (4, 2)]
