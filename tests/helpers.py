@@ -192,6 +192,10 @@ class Run:
         partition = case.partition(self.model, colocate=self._at_once)
         self.optimizer = make_optimizer(case.optimizer, self.model)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda u: 1 / (1 + 0.1 * u))
+        scaling: dict[str, Any] = {}
+        if case.scale is not None:
+            scaling = {"autocast_dtype": torch.float16, "initial_loss_scale": case.scale}
+            scaling["loss_scale_interval"] = case.interval
         settings = EngineSettings(
             schedule=schedule,
             tied_gradient=case.tied_gradient,
@@ -204,9 +208,7 @@ class Run:
             micro_batches=max(case.updates),
             compensations=choose(case.compensation, case.compensation_args).compensations,
             weights=case.weights,
-            autocast_dtype=None if case.scale is None else torch.float16,
-            initial_loss_scale=case.scale,
-            loss_scale_interval=case.interval,
+            **scaling,
         )
         self.engine = self.make_engine(partition, settings)
         self.ticks: list[int] = []
