@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from .errors import UnsupportedOptionError
 from .optim import choose
 from .optim.advice import AUTOMATIC
@@ -16,8 +18,7 @@ if TYPE_CHECKING:
 
 # option -> (is it on?, what to do instead)
 _REFUSED: dict[str, tuple[Any, str]] = {
-    "fp16": (bool, "its loss scaling couples all stages in every step; use bf16=True"),
-    "fp16_full_eval": (bool, "it would overwrite the weights with half precision; use bf16=True"),
+    "fp16_full_eval": (bool, "it would overwrite the weights with half precision; use fp16=True"),
     "bf16_full_eval": (bool, "it would overwrite the weights with half precision; use bf16=True"),
     "auto_find_batch_size": (bool, "it restarts training after a failure; choose per_device_train_batch_size yourself"),
     "fsdp": (bool, "stages are placed whole; use more stages, or recompute=True to save memory"),
@@ -110,6 +111,7 @@ def check_combinations(args: OuroborosArguments) -> None:
             f"rules out; use clip_scope='stage', or schedule {' or '.join(GLOBAL)}"
         )
     _check_weights(args)
+    _check_scaling(args)
     _check_compensation(args)
     if args.timeline is not None and not schedule.uses_devices:
         raise UnsupportedOptionError(f"timeline records devices at work; schedule={args.schedule!r} has none to record")
@@ -128,6 +130,21 @@ def _check_weights(args: OuroborosArguments) -> None:
         raise UnsupportedOptionError(
             f"weights={args.weights!r} and tied_gradient='paper' are of two different update rules; use tied_gradient='joint', or "
             "leave weights at 'then'"
+        )
+
+
+def _check_scaling(args: OuroborosArguments) -> None:
+    if autocast_dtype(args) is not torch.float16:
+        return
+    if args.weights != "then":
+        raise UnsupportedOptionError(
+            f"weights={args.weights!r} keeps gradients of activations in checkpoints, which with fp16=True have the scale of their "
+            "micro-batch's loss; leave weights at 'then', or use bf16=True"
+        )
+    if args.fused_head == "on":
+        raise UnsupportedOptionError(
+            "fused_head='on' computes gradients in the forward, before the loss is scaled, which fp16=True needs; leave fused_head "
+            "at 'auto', or use bf16=True"
         )
 
 

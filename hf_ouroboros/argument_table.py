@@ -140,6 +140,7 @@ INHERITED: dict[str, Rule] = {
     "adam_beta2": Number(0.0, 1.0, below=True),
     "adam_epsilon": Number(0.0),
     "bf16": Flag(optional=True),
+    "fp16": Flag(optional=True),
     "use_cpu": Flag(optional=True),
     "ddp_timeout": Whole(1, 10**9),
 }

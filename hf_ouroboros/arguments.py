@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from .argument_checks import GLOBAL, HALVES, check_combinations, check_options
 from .argument_table import ARGUMENTS, words_of
+from .engine.loss_scale import INITIAL
 from .engine.settings import EngineSettings
 from .optim.choice import NAMES
 from .options import read_options
@@ -232,7 +233,7 @@ class OuroborosArguments(TrainingArguments):
 
     def engine_settings(self, num_workers: int) -> EngineSettings:
         """The engine's settings for a split that is meant for so many devices."""
-        on_cpu = self.device_names[0].startswith("cpu")
+        on_cpu, dtype = self.device_names[0].startswith("cpu"), autocast_dtype(self)
         return EngineSettings(
             schedule=self.schedule,
             tied_gradient=self.tied_gradient,
@@ -240,13 +241,14 @@ class OuroborosArguments(TrainingArguments):
             clip_scope=self.clip_scope,
             delay_warmup_steps=self.delay_warmup_steps,
             seed=self.seed,
-            autocast_dtype=autocast_dtype(self),
+            autocast_dtype=dtype,
             recompute=self.recompute,
             # The reference computes on one device, but with the threads that each of the devices would have:
             # kernels may sum in another order with another number of threads. A process of several has its own share.
             threads=max(1, torch.get_num_threads() // (1 if self.world_size > 1 else num_workers)) if on_cpu else None,
             micro_batches=self.gradient_accumulation_steps,
             weights=self.weights,
+            initial_loss_scale=INITIAL if dtype is torch.float16 else None,
         )
 
 

@@ -23,7 +23,7 @@ one ordinary backward per tick and a queue of gradients per stage are the whole 
 engine only change when things happen.
 
 That is the rule with weights of then. With weights="now" a gradient is taken at the weights that it is applied to, for inputs
-of d_k ticks ago: `reference_now.py`.
+of d_k ticks ago: `reference_now.py`. In float16 losses are scaled, and gradients that overflow are dropped: `reference_fp16.py`.
 """
 
 from __future__ import annotations
@@ -167,7 +167,11 @@ class Reference(AtOnce):
                 scopes.enter_context(silenced(self._owned[0].values()))
             if self._watches_backward(tick):
                 scopes.enter_context(NoDraws())
-            loss.backward()
+            loss.backward(self._one(loss))
+
+    def _one(self, loss: torch.Tensor) -> torch.Tensor | None:
+        """The gradient of the loss itself, with which a backward begins; None for one."""
+        return None
 
     def _watches_backward(self, tick: int) -> bool:
         """Whether a backward is watched for random numbers that are drawn in it."""
@@ -279,7 +283,7 @@ class Reference(AtOnce):
         with own_threads(self.settings.threads, self._device):
             if self.settings.compensations:
                 self._compensated_step()
-            else:
+            elif gradients or not self.settings.scales_losses:
                 self.optimizer.step()
         if self._exposed:
             for parameter, gradient in gradients:

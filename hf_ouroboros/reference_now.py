@@ -39,6 +39,7 @@ from .engine.streams import Segment
 from .partition import Boundary, Memory, select
 from .partition.ownership import parameter_places
 from .reference import Reference
+from .reference_fp16 import ReferenceScaled
 
 
 class ReferenceNow(Reference):
@@ -144,4 +145,6 @@ class ReferenceNow(Reference):
 
 def reference_of(settings: EngineSettings) -> type[Reference]:
     """The reference of a run's update rule."""
-    return ReferenceNow if settings.weights == "now" else Reference
+    if settings.weights == "now":
+        return ReferenceNow
+    return ReferenceScaled if settings.scales_losses else Reference

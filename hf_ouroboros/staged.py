@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from transformers.utils import ModelOutput
 
@@ -157,6 +158,18 @@ class StagedModel(nn.Module):
             yield
 
 
+class TellingOptimizer(AcceleratedOptimizer):
+    """Accelerate's face of a `StagedOptimizer`, which says whether the newest update has made a step, and not accelerate's scaler."""
+
+    @property
+    def step_was_skipped(self) -> bool:
+        """Asked by Trainer and by accelerate's schedulers: those of learning rates don't count an update without a step.
+
+        They do, as in stock, where the optimizer is one that torch's GradScaler lets find out by itself (a fused one).
+        """
+        return self.optimizer.step_was_skipped and not getattr(self.optimizer, "_step_supports_amp_scaling", False)
+
+
 def refuse_forward(model: nn.Module) -> None:
     """Makes calls of a model whose other parts are in other processes (generate, for example) a named error."""
 
@@ -238,6 +251,11 @@ class StagedOptimizer(torch.optim.Optimizer):
             self._attach()
         with unwatched():
             self.engine.step()
+
+    @property
+    def step_was_skipped(self) -> bool:
+        """Whether the newest update has made no step on any stage, as gradients have overflowed."""
+        return self.engine is not None and self.engine.step_was_skipped
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Nothing: gradients live in the workers."""

@@ -38,7 +38,7 @@ from .partition import StagePlan, split_model, torch_device
 from .partition.finite import check_finite
 from .partition.meta import is_encoder_decoder
 from .partition.trained import refresh
-from .precision import check_surroundings
+from .precision import check_surroundings, check_trained
 from .processes.meeting import refusing
 from .processes.processes import processes_of
 from .reference_now import reference_of
@@ -259,6 +259,7 @@ class OuroborosTrainer(
         )
         check_optimizer(staged.optimizer, self.model.parameters())
         check_trainable(staged.optimizer, self.model)
+        check_trained(self.model.named_parameters(), settings.autocast_dtype)
         self._partition = refresh(self._partition)  # as parameters are frozen now
         self._partition.carry_hooks()
         self._partition.compile_layers(compilation_of(self.args))

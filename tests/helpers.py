@@ -115,6 +115,8 @@ class Case:
         compensation: what is done about the delay besides the choice of the optimizer.
         compensation_args: its options.
         weights: of late backwards.
+        scale: of losses at first, in float16; None for float32.
+        interval: updates without an overflow after which it is doubled.
     """
 
     stages: int = 3
@@ -134,6 +136,8 @@ class Case:
     compensation: str = "none"
     compensation_args: str = ""
     weights: str = "then"
+    scale: float | None = None
+    interval: int = 2000
 
     def model(self) -> PreTrainedModel:
         """The model before it is split."""
@@ -176,15 +180,22 @@ class Run:
     """
 
     def __init__(self, case: Case, schedule: str, prepare: Callable[[GPT2LMHeadModel], None] | None = None):
-        warmup = 10**6 if schedule == "reference 1f1b" else case.warmup
-        schedule = schedule.split()[0]
+        warmup = 10**6 if schedule.startswith("reference ") else case.warmup
+        schedule, *rule = schedule.split()
+        self._at_once = schedule == "reference"
+        if rule and case.scale is not None:  # what is done about overflows goes by the schedule
+            schedule = rule[0]
         self.case = case
         self.model = case.model()
         if prepare is not None:
             prepare(self.model)
-        partition = case.partition(self.model, colocate=schedule == "reference")
+        partition = case.partition(self.model, colocate=self._at_once)
         self.optimizer = make_optimizer(case.optimizer, self.model)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda u: 1 / (1 + 0.1 * u))
+        scaling: dict[str, Any] = {}
+        if case.scale is not None:
+            scaling = {"autocast_dtype": torch.float16, "initial_loss_scale": case.scale}
+            scaling["loss_scale_interval"] = case.interval
         settings = EngineSettings(
             schedule=schedule,
             tied_gradient=case.tied_gradient,
@@ -197,15 +208,16 @@ class Run:
             micro_batches=max(case.updates),
             compensations=choose(case.compensation, case.compensation_args).compensations,
             weights=case.weights,
+            **scaling,
         )
         self.engine = self.make_engine(partition, settings)
         self.ticks: list[int] = []
         self.losses: list[float] = []
-        self.grad_norms: dict[int, float | None] = {}
+        self.grad_norms: dict[int, float | str | None] = {}
 
     def make_engine(self, partition: Partition, settings: EngineSettings) -> Engine | Reference:
         """The engine that the schedule asks for."""
-        kind = reference_of(settings) if settings.schedule == "reference" else Engine
+        kind = reference_of(settings) if self._at_once else Engine
         return kind(partition, self.optimizer, self.case.loss(), settings)
 
     def update(self, u: int, look: str | None = None) -> None:
@@ -226,7 +238,7 @@ class Run:
             self.engine.state_dict()
         if look in ("norm", "state"):
             self.engine.synchronize()
-            self.grad_norms[u] = self.engine.grad_norm
+            self.grad_norms[u] = self._norm()
         self.hear()
 
     def batch(self, batch: Batch) -> Batch:
@@ -239,11 +251,16 @@ class Run:
             self.ticks.append(finished.tick)
             self.losses.append(float(finished.loss))
 
+    def _norm(self) -> float | str | None:
+        """The gradient norm; what is no number as a word, so that it equals itself."""
+        norm = self.engine.grad_norm
+        return norm if norm is None or norm == norm else "nan"
+
     def finish(self) -> Run:
         """Waits for everything and stops the workers."""
         self.engine.synchronize()
         self.hear()
-        self.grad_norms[-1] = self.engine.grad_norm
+        self.grad_norms[-1] = self._norm()
         self.engine.close()
         return self
 

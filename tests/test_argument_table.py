@@ -49,6 +49,7 @@ WRONG: dict[str, list[Any]] = {
     "learning_rate": [None, True, "fast", -1.0, float("inf")],
     "adam_beta1": [None, True, 1.0, -0.1],
     "bf16": ["maybe", 2, [True]],
+    "fp16": ["maybe", 2, [True]],
 }
 
 

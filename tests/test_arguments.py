@@ -211,7 +211,6 @@ def test_from_a_subclass_of_training_arguments(tmp_path: Path) -> None:
 # ---- refusals ----
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"fp16": True}, r"fp16=True.*bf16=True"),
     ({"fp16_full_eval": True}, "fp16_full_eval"),
     ({"bf16_full_eval": True}, "bf16_full_eval"),
     ({"auto_find_batch_size": True}, "auto_find_batch_size.*per_device_train_batch_size"),
@@ -303,6 +302,7 @@ ALLOWED: list[dict[str, Any]] = [
     {"tied_gradient": "paper", "schedule": "reference"},
     {"max_grad_norm": 0.0},
     {"bf16": True},
+    {"fp16": True},
     {"devices": ["cpu:3", "cpu:1"]},
     {"num_stages": 1},
 ]
@@ -314,4 +314,5 @@ def test_allowed(tmp_path: Path, options: dict[str, Any]) -> None:
     settings = args.engine_settings(2)
     assert settings.schedule == args.schedule
     assert settings.max_grad_norm == (args.max_grad_norm or None)
-    assert settings.autocast_dtype == (torch.bfloat16 if args.bf16 else None)
+    assert settings.autocast_dtype == (torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None)
+    assert settings.initial_loss_scale == (65536.0 if args.fp16 else None)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, SupportsFloat
 
+from .loss_scale import LossScale
 from .settings import FinishedLoss, FinishedNorm
 
 AwaitStep = Callable[[int], None]
@@ -32,6 +34,8 @@ class Accounts:
         self._stop_asked = False
         self.complete = 0
         """Updates that all stages have closed, those before the run was resumed included."""
+        self.loss_scale: LossScale | None = None
+        """What is told of every update whether its gradients have overflowed; None where nobody wants to know."""
 
     # ---- what the engine does ----
 
@@ -71,6 +75,8 @@ class Accounts:
             self._add_norm(FinishedNorm(update, tuple(n for _, n in sorted(norms.items()) if n is not None)))
 
     def _add_norm(self, norm: FinishedNorm) -> None:
+        if self.loss_scale is not None:
+            norm = replace(norm, scale=self.loss_scale.hear(norm.update, norm.has_overflowed))
         self._norms.append(norm)
         self._newest, self.complete = norm, norm.update + 1
 

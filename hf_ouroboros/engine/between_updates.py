@@ -9,6 +9,7 @@ import torch
 
 from ..errors import EngineError
 from ..partition import Partition
+from .loss_scale import LossScale
 from .settings import EngineSettings
 from .state import RunState, starts_of
 from .streams import Memories, Streams, memories_on
@@ -17,11 +18,18 @@ Gradients = dict[str, torch.Tensor]
 
 
 class BetweenUpdates(ABC):
-    """The part of an engine, and of the reference, that knows what its run is between updates, besides weights and optimizer."""
+    """The part of an engine, and of the reference, that knows what its run is between updates, besides weights and optimizer.
+
+    Attributes:
+        loss_scale: of losses in float16; None without scaling.
+        step_was_skipped: whether the newest update of a synchronous schedule has made no step, as gradients have overflowed.
+    """
 
     partition: Partition
     settings: EngineSettings
     optimizer: torch.optim.Optimizer
+    loss_scale: LossScale | None = None
+    step_was_skipped: bool = False
     _streams: Streams
     _has_ended = False
 
@@ -29,6 +37,15 @@ class BetweenUpdates(ABC):
     @abstractmethod
     def update_open(self) -> bool:
         """Whether micro-batches were submitted since the last `step`."""
+
+    @property
+    @abstractmethod
+    def updates(self) -> int:
+        """Updates closed so far, those before the run was resumed included."""
+
+    @abstractmethod
+    def account_for(self, updates: int) -> None:
+        """Waits until losses and norms of so many updates can be collected."""
 
     @abstractmethod
     def synchronize(self) -> None:
@@ -57,6 +74,10 @@ class BetweenUpdates(ABC):
         if self.update_open:
             raise EngineError("the state of a run is defined between updates; call step() first")
         self.settle()
+        scale = None
+        if self.loss_scale is not None:
+            self.account_for(self.updates)
+            scale = self.loss_scale.state()
         return RunState(
             self.partition.plan.num_stages,
             self.settings.tied_gradient,
@@ -66,6 +87,7 @@ class BetweenUpdates(ABC):
             {k: dict(self._memories_of(k).groups) for k in self._own_stages()},
             self.settings.weights,
             starts_of(self.partition),
+            scale,
         )
 
     def load_state_dict(self, state: RunState) -> None:
@@ -80,6 +102,8 @@ class BetweenUpdates(ABC):
             self._take_pending(k, state.pending.get(k, {}))
             self._memories_of(k).groups = memories_on(self._device_of(k), state.memories.get(k, {}))
         self._streams.positions = dict(state.streams)
+        if self.loss_scale is not None:
+            self.loss_scale.resume(state.update, state.loss_scale)
         self._set_clocks(state.seed, state.tick, state.update, state.delay_start)
 
     # ---- what differs ----

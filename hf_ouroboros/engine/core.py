@@ -90,9 +90,11 @@ class Engine(AtRest):
             placement,
             *engine_costs([row.cost for row in plan.rows], settings.replayed_by is not None),
             settings.micro_batches,
-            exchange=settings.clip_scope == "global",
+            exchange=settings.shares_norms,
         )
         self._accounts = parts.accounts
+        self._accounts.loss_scale = self.loss_scale = settings.loss_scale(num_stages)
+        self._scale: float | None = None  # of the losses of the open update
         stages_of = stages_by_device(placement)
         self._workers = [
             Worker(
@@ -134,10 +136,13 @@ class Engine(AtRest):
         segment = self._streams.enter(batch) if self.partition.remembers else None
         if self.settings.predicts and not self.update_open:
             self._opened = self._clock.update, snapshot_hyperparameters(self.optimizer)
+        if self.loss_scale is not None and not self.update_open:
+            self.account_for(self.loss_scale.needed(self._clock.update))
+            self._scale = self.loss_scale.open(self._clock.update)
         ready, made = handed_over(batch, self._feeds_queues)
         tick, slots = self._clock.next_tick()
         delayed = not self.settings.is_synchronous(self._clock.update)
-        self._submitted[tick] = MicroBatch(ready, context, delayed, self._opened, segment, made)
+        self._submitted[tick] = MicroBatch(ready, context, delayed, self._opened, segment, made, self._scale)
         self._drained = False
         self._release(slots)
         self._accounts.open_tick(tick, batch)
@@ -160,6 +165,9 @@ class Engine(AtRest):
             for stage, norm in exposed.norms.items():
                 self._take(StepDone(stage, update, norm))
         self._accounts.close_update(update, self._await_step)
+        if self.loss_scale is not None and self.settings.record.is_synchronous:
+            self.account_for(update + 1)
+            self.step_was_skipped = self.loss_scale.has_overflowed(update)
         return update
 
     def collect(self) -> list[FinishedLoss]:

@@ -47,25 +47,29 @@ class ExposedUpdate:
                 runner.start_mean()
                 runner.finish_mean()
             self.norms: Norms = {stage: runner.norm() for stage, runner in sorted(runners.items())}
-            self._clip(share)
+            self._clip(share(-1, self.norms) if settings.shares_norms else self.norms)
         for runner in runners.values():
             runner.expose()
 
-    def _clip(self, share: Callable[[int, Norms], Norms]) -> None:
+    def _clip(self, known: Norms) -> None:
+        """Bounds gradients; drops those that have overflowed where losses are scaled.
+
+        Args:
+            known: norms of all stages that have to do with it.
+        """
         settings = self._settings
-        if settings.max_grad_norm is None:
-            return
-        if settings.clip_scope == "stage":
-            bound = settings.stage_norm_bound(self._num_stages)
-            whole = self.norms
-        else:
-            bound = settings.max_grad_norm
-            present = [n.to(self._device) for _, n in sorted(share(-1, self.norms).items()) if n is not None]
-            norm = torch.linalg.vector_norm(torch.stack(present)) if present else None
-            whole = dict.fromkeys(self.norms, norm)
+        present = [norm.to(self._device) for _, norm in sorted(known.items()) if norm is not None]
+        whole = torch.linalg.vector_norm(torch.stack(present)) if present else None
         for stage, runner in self._runners.items():
-            if self.norms[stage] is not None and (norm := whole[stage]) is not None:
-                runner.scale(norm, bound)
+            norm = self.norms[stage]
+            if norm is None or whole is None:
+                continue
+            if settings.scales_losses and not (whole if settings.drops_together else norm).isfinite():
+                runner.drop()
+            elif settings.clip_scope == "stage":
+                runner.scale(norm, settings.stage_norm_bound(self._num_stages))
+            elif settings.max_grad_norm is not None:
+                runner.scale(whole, settings.max_grad_norm)
 
     def step(self, optimizer: torch.optim.Optimizer, update: int) -> None:
         """Steps all stages with the gradients that their parameters have now.
@@ -77,6 +81,8 @@ class ExposedUpdate:
         settings = self._settings
         stages = {k: runner.exposed() for k, runner in sorted(self._runners.items())}
         self._gradients = [pair for pairs in stages.values() for pair in pairs]
+        if settings.scales_losses and not self._gradients:
+            return
         with own_threads(settings.threads, self._device):
             if not settings.compensations:
                 optimizer.step()

@@ -30,6 +30,7 @@ class InFlight:
     meeting: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)  # tied matrices, as the stage used them
     gradients: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)  # that a divided backward had at once
     shapes: Boundary = field(default_factory=dict, repr=False)  # of the output: empty tensors, of one dimension more
+    scale: float | None = None  # of the loss
 
     def forget_weights(self) -> None:
         """After a forward that will be replayed with other weights: lets go of those that it used."""
@@ -42,6 +43,12 @@ class InFlight:
             if leaf.requires_grad and leaf.grad is not None:
                 gradients[name], leaf.grad = leaf.grad, None
         return gradients
+
+    def unscale(self, gradients: Mapping[str, torch.Tensor]) -> None:
+        """Divides gradients of weights by the scale of the loss, a power of two."""
+        if self.scale is not None:
+            for gradient in gradients.values():
+                gradient.mul_(1 / self.scale)
 
     def upstream(self) -> Boundary | None:
         """After a backward: the gradient for the stage before; None on the first stage."""
@@ -85,14 +92,19 @@ def are_equal(one: Boundary | torch.Tensor, other: Boundary | torch.Tensor) -> b
 
 
 def roots_of(
-    output: Boundary | torch.Tensor, gradient: Boundary | None, device: torch.device
+    output: Boundary | torch.Tensor, gradient: Boundary | None, device: torch.device, scale: float | None = None
 ) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-    """Where a backward begins, and the gradients there: the loss, or whatever gradients have come for."""
+    """Where a backward begins, and the gradients there: the loss, scaled or not, or whatever gradients have come for."""
     if isinstance(output, torch.Tensor):
-        return ([output], [None]) if output.requires_grad else ([], [])
+        return ([output], [scaled_one(output, scale)]) if output.requires_grad else ([], [])
     given = to_device(gradient or {}, device)
     names = [name for name in output if name in given and output[name].requires_grad]
     return [output[name] for name in names], [given[name] for name in names]
+
+
+def scaled_one(loss: torch.Tensor, scale: float | None) -> torch.Tensor | None:
+    """The gradient with which the backward of a loss begins; None for that of its own."""
+    return None if scale is None else torch.full_like(loss, scale, requires_grad=False)
 
 
 class BufferCheck:

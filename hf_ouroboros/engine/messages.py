@@ -25,6 +25,7 @@ class MicroBatch:
         opened: that update, with its hyper-parameters when it opened, where forwards use predicted weights; else None.
         segment: its place in a stream; None for none.
         made: the events of `handed_over`.
+        scale: of its loss; None for none.
     """
 
     batch: Mapping[str, Any]
@@ -33,6 +34,7 @@ class MicroBatch:
     opened: tuple[int, Hyperparameters] | None
     segment: Segment | None
     made: Mapping[torch.device, torch.Event]
+    scale: float | None = None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 
 from ..optim import Compensation, StageUpdate
 from ..schedules import DEFAULT, SCHEDULES, Schedule
+from .loss_scale import INTERVAL, LossScale
 
 Hyperparameters = list[dict[str, Any]]
 """Per parameter group of the optimizer, everything but the parameters: learning rate, betas, ..."""
@@ -32,6 +33,8 @@ class EngineSettings:
         micro_batches: M, expected ticks per update: for the interleaving of stages, and for delays counted in updates.
         compensations: what is done about the delay besides the choice of the optimizer.
         weights: of a late backward: "then", those of its forward, or "now", the newest ones, for which it replays its forward.
+        initial_loss_scale: with which losses are scaled at first, in float16 (`loss_scale.py`); None for no scaling.
+        loss_scale_interval: updates without an overflow after which the scale is doubled.
     """
 
     schedule: str = DEFAULT
@@ -46,6 +49,8 @@ class EngineSettings:
     micro_batches: int = 1
     compensations: tuple[Compensation, ...] = ()
     weights: str = "then"
+    initial_loss_scale: float | None = None
+    loss_scale_interval: int = INTERVAL
 
     @property
     def record(self) -> Schedule:
@@ -66,6 +71,32 @@ class EngineSettings:
     def replayed_by(self) -> str | None:
         """The option for which all stages but the last replay forwards; None where they don't."""
         return "weights='now'" if self.replays_newest else "recompute=True" if self.recompute else None
+
+    @property
+    def scales_losses(self) -> bool:
+        """Whether losses are scaled, and gradients that have overflowed are dropped."""
+        return self.initial_loss_scale is not None
+
+    @property
+    def drops_together(self) -> bool:
+        """Whether gradients that overflow on one stage are dropped on all of them; else that stage alone makes no step."""
+        return self.scales_losses and (self.record.is_synchronous or self.clip_scope == "global")
+
+    @property
+    def shares_norms(self) -> bool:
+        """Whether all stages are told the gradient norms of all of them before they step."""
+        return self.clip_scope == "global" or self.drops_together
+
+    def loss_scale(self, num_stages: int) -> LossScale | None:
+        """The scale of losses at the beginning of a run; None for none."""
+        if self.initial_loss_scale is None:
+            return None
+        lag, span = 1, 0
+        if not self.record.is_synchronous:
+            # The report on an update is sent after so many updates, and has arrived one later.
+            lag = updates_behind(num_stages, self.micro_batches) + 2
+            span = math.ceil((num_stages - 1) / self.micro_batches)
+        return LossScale(self.initial_loss_scale, self.loss_scale_interval, lag, span)
 
     def is_synchronous(self, update: int) -> bool:
         """Whether an update is drained, so that its gradients have no delay."""
@@ -101,15 +132,22 @@ class FinishedNorm:
     Args:
         update: its number.
         stages: norm of each stage that had gradients, in stage order.
+        scale: that the losses of the update had; None without scaling.
     """
 
     update: int
     stages: tuple[SupportsFloat, ...]
+    scale: float | None = None
 
     @property
     def value(self) -> float:
         """Norm of the gradients of the whole model."""
         return math.sqrt(sum(float(norm) ** 2 for norm in self.stages))
+
+    @property
+    def has_overflowed(self) -> bool:
+        """Whether gradients of any stage were no finite numbers."""
+        return not all(math.isfinite(float(norm)) for norm in self.stages)
 
 
 def updates_behind(num_stages: int, micro_batches: int) -> int:

@@ -116,6 +116,7 @@ class StageRunner(StageUpdates):
         context: Any,
         received: Boundary | None,
         segment: Segment | None = None,
+        scale: float | None = None,
     ) -> Boundary | torch.Tensor:
         """Forward of a micro-batch.
 
@@ -125,6 +126,7 @@ class StageRunner(StageUpdates):
             context: handed to the loss function.
             received: output of the stage before; None on the first stage.
             segment: the micro-batch's place in a stream, whose memory it uses and renews; None for no memory.
+            scale: of its loss, by which gradients of weights are divided; None for none.
 
         Returns:
             What the next stage receives, detached, or the detached scalar loss on the last one.
@@ -142,7 +144,7 @@ class StageRunner(StageUpdates):
             }
         memory = self.memories.recall(segment)
         selected = known(select(self.stage, batch, self.device), batch)
-        item = InFlight(tick, selected, leaves, received, memory, copies=self._versions.copies)
+        item = InFlight(tick, selected, leaves, received, memory, copies=self._versions.copies, scale=scale)
         if self.stage.is_last:
             item.full_batch, item.context = batch, context
         self.in_flight[tick] = item
@@ -239,7 +241,7 @@ class StageRunner(StageUpdates):
             return {}, None if item.received is None else {}
         if item.output is None:
             item.output = self._replay(item)
-        outputs, output_gradients = roots_of(item.output, gradient, self.device)
+        outputs, output_gradients = roots_of(item.output, gradient, self.device, item.scale)
         tied = {} if (link := self._lends) is None else link.gradients.pop(tick, {})
         for name in tied.keys() & item.meeting.keys():
             outputs.append(item.meeting[name])
@@ -248,7 +250,7 @@ class StageRunner(StageUpdates):
             self._add_to_window(item.leaves)
         if outputs:
             averaging = closing and self.has_replicas
-            with self._averaging_meanwhile(tick, item.leaves) if averaging else contextlib.nullcontext():
+            with self._averaging_meanwhile(item) if averaging else contextlib.nullcontext():
                 self._backwards += 1
                 watched = self._backwards <= self.settings.micro_batches
                 weights = None
@@ -264,6 +266,7 @@ class StageRunner(StageUpdates):
                 gradients[name].add_(output_side)
             else:  # the embedding was not used, as with inputs_embeds
                 gradients[name] = output_side
+        item.unscale(gradients)
         return gradients, item.upstream()
 
     def input_gradient(self, tick: int, gradient: Boundary | None) -> Boundary | None:
@@ -305,7 +308,7 @@ class StageRunner(StageUpdates):
         inputs = [t for t in (item.received or {}).values() if t.requires_grad]
         if item.output is None or not inputs or self._reads.saw_hooks or calls_backward_hooks(self._modules):
             return None, []
-        outputs, gradients = roots_of(item.output, gradient, self.device)
+        outputs, gradients = roots_of(item.output, gradient, self.device, item.scale)
         return DividedBackward(outputs, inputs, [x for x in item.leaves.values() if x.requires_grad]), gradients
 
     def weight_gradients(self, tick: int, closing: bool = False) -> None:
@@ -321,11 +324,12 @@ class StageRunner(StageUpdates):
         averaging = closing and self.has_replicas
         if not averaging:
             self._add_to_window({name: leaf for name, leaf in item.leaves.items() if name not in item.gradients})
-        with self._averaging_meanwhile(tick, item.leaves) if averaging else contextlib.nullcontext():
+        with self._averaging_meanwhile(item) if averaging else contextlib.nullcontext():
             with self._reads.backward(item.leaves):
                 second_part(divided, watched)
         gradients = item.taken() | item.gradients
         self._give_back(tick, gradients)
+        item.unscale(gradients)
         self.accumulate({name: gradients[name] for name in item.leaves if name in gradients}, tick)
 
     def _give_back(self, tick: int, gradients: Gradients) -> None:

@@ -62,6 +62,8 @@ class StageUpdates:
         """Lets a backward add to the open update's gradients, as far as nothing else has to be done with its own before."""
         if self._num_stages == 1:
             return  # leaves are the parameters, whose gradients scripts see
+        if self.settings.scales_losses:
+            return  # a backward computes them in the scale of its own loss
         tied = () if self._link is None else self._link.names  # the other side's gradient is added first
         for name, leaf in leaves.items():
             if name in self.window and name not in tied and leaf.requires_grad:
@@ -70,19 +72,20 @@ class StageUpdates:
                     leaf.grad = self.window.pop(name)
 
     @contextlib.contextmanager
-    def _averaging_meanwhile(self, tick: int, leaves: Gradients) -> Iterator[None]:
+    def _averaging_meanwhile(self, item: InFlight) -> Iterator[None]:
         """Takes every gradient into the window, and hands it to the mean over replicas, as soon as it is complete."""
 
         def take(name: str, leaf: torch.Tensor) -> None:
             assert leaf.grad is not None and self._mean is not None
             gradient, leaf.grad = leaf.grad, None
-            self.accumulate({name: gradient}, tick)
+            item.unscale({name: gradient})
+            self.accumulate({name: gradient}, item.tick)
             self._mean.ready(name, self.window)
 
         tied = () if self._link is None else self._link.names  # complete only with the other side's gradient
         hooks = [
             leaf.register_post_accumulate_grad_hook(partial(take, name))
-            for name, leaf in leaves.items()
+            for name, leaf in item.leaves.items()
             if leaf.requires_grad and name not in tied
         ]
         try:
@@ -145,7 +148,14 @@ class StageUpdates:
     def add_output_side(self, tick: int) -> None:
         """Takes the tied matrices' output-side gradients of a tick at once, as the paper does."""
         if self._link is not None:
-            self.accumulate(self._link.gradients.pop(tick, {}), tick)
+            gradients = self._link.gradients.pop(tick, {})
+            if gradients:
+                self.in_flight[tick].unscale(gradients)
+            self.accumulate(gradients, tick)
+
+    def drop(self) -> None:
+        """Forgets the open update's gradients, which have overflowed somewhere: closing it will do nothing."""
+        self.window = {}
 
     def step(self, hyperparameters: Hyperparameters, update: int) -> None:
         """Closes an update: applies its gradients, or does nothing at all if there are none."""

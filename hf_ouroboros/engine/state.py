@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from ..errors import CheckpointError, CheckpointMismatchError
 from ..partition import Memory, Partition
 from ..partition.experts import find_experts
 from ..schedules import names_where
+from .loss_scale import ScaleState
 from .pending import due_next
 from .settings import EngineSettings
 
@@ -38,6 +39,7 @@ class RunState:
         memories: {stage: {group: what the stage remembers of the group's last segment}}.
         weights: of late backwards, "then" or "now".
         starts: first unit of every stage; what stages have received belongs there.
+        loss_scale: in float16; None without scaling.
     """
 
     num_stages: int
@@ -51,6 +53,7 @@ class RunState:
     memories: dict[int, dict[int, Memory]] = field(default_factory=dict, repr=False)
     weights: str = "then"
     starts: list[int] = field(default_factory=list)
+    loss_scale: ScaleState | None = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The pending gradients and memories by flat names, ready for safetensors."""
@@ -72,7 +75,9 @@ class RunState:
         numbers = {name: getattr(self, name) for name in NUMBERS}
         ticks = {str(stage): sorted(entries) for stage, entries in self.pending.items()}
         streams = {str(group): list(position) for group, position in self.streams.items()}
-        rule = {"weights": self.weights, "starts": list(self.starts)}
+        rule: dict[str, Any] = {"weights": self.weights, "starts": list(self.starts)}
+        if self.loss_scale is not None:
+            rule["loss_scale"] = asdict(self.loss_scale)
         return {"format": FORMAT, **numbers, **rule, "pending_ticks": ticks, "streams": streams}
 
     @classmethod
@@ -105,7 +110,16 @@ class RunState:
                         raise ValueError(f"{name} is {meta[name]!r}, not a whole number")
             weights, starts = str(meta.get("weights", "then")), [int(start) for start in meta.get("starts", ())]
             numbers = {name: meta[name] for name in NUMBERS}
-            return cls(**numbers, pending=pending, streams=streams, memories=memories, weights=weights, starts=starts)
+            scale = ScaleState.read(meta["loss_scale"]) if "loss_scale" in meta else None
+            return cls(
+                **numbers,
+                pending=pending,
+                streams=streams,
+                memories=memories,
+                weights=weights,
+                starts=starts,
+                loss_scale=scale,
+            )
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(f"Ouroboros state is damaged: {type(error).__name__}: {error}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 from collections import deque
@@ -183,7 +184,7 @@ class Worker(threading.Thread):
         start = self._queue.moment()
         if given.opened is not None:
             runner.predict(*given.opened)
-        output = runner.forward(tick, given.batch, given.context, received, given.segment)
+        output = runner.forward(tick, given.batch, given.context, received, given.segment, given.scale)
         self._record("forward", runner, tick, start)
         if isinstance(output, torch.Tensor):  # the loss, on the last stage
             self._events.put(FinishedLoss(tick, self._queue.reading(output)))
@@ -269,7 +270,7 @@ class Worker(threading.Thread):
 
         The device's other stage, if there is one, computes meanwhile.
         """
-        if self._settings.clip_scope == "global":
+        if self._settings.shares_norms:
             self._apply(runner, update)
             return
         runner.start_mean()
@@ -285,16 +286,24 @@ class Worker(threading.Thread):
 
     def _apply(self, runner: StageRunner, update: int) -> None:
         start = self._queue.moment()
-        if self._settings.clip_scope == "global":
-            norm = self._norms[runner.index]
-            if self._settings.max_grad_norm is not None and norm is not None:
-                assert self._shared_norm is not None
-                runner.scale(self._shared_norm, self._settings.max_grad_norm)
-        else:
-            norm = runner.clip(self._settings.stage_norm_bound(self._num_stages))
+        norm = self._norms[runner.index] if self._settings.shares_norms else runner.norm()
+        if norm is not None:
+            self._clip(runner, norm)
         runner.step(self._hyperparameters[runner.index].pop(update), update)
         self._record("step", runner, update, start)
         self._events.put(StepDone(runner.index, update, None if norm is None else self._queue.reading(norm)))
+
+    def _clip(self, runner: StageRunner, norm: torch.Tensor) -> None:
+        """Bounds a stage's gradients by their norm, or that of all stages; drops them if they, or those of others, overflowed."""
+        settings, whole = self._settings, self._shared_norm if self._settings.shares_norms else norm
+        assert whole is not None
+        decides = whole if settings.drops_together else norm
+        if settings.scales_losses and not math.isfinite(float(self._queue.reading(decides))):
+            runner.drop()
+        elif settings.clip_scope == "stage":
+            runner.scale(norm, settings.stage_norm_bound(self._num_stages))
+        elif settings.max_grad_norm is not None:
+            runner.scale(whole, settings.max_grad_norm)
 
     def _record(self, kind: str, runner: StageRunner, index: int, start: Moment) -> None:
         if self._timeline is not None:

@@ -9,6 +9,7 @@ import torch
 from ..engine.device_queue import has_queues
 from ..engine.streams import COLUMNS, SEGMENTS
 from ..partition.meta import target_labels
+from ..precision import without_scaler
 from .agreement import AgreementHooks
 from .touching import is_foreign
 
@@ -25,7 +26,8 @@ class BatchHooks(AgreementHooks):
 
     def create_accelerator_and_postprocess(self) -> None:
         """As in Trainer; where devices are processes, data and metrics follow the replicas."""
-        super().create_accelerator_and_postprocess()
+        with without_scaler(self.args):
+            super().create_accelerator_and_postprocess()
         self._agree("the creation of the trainer's accelerator")  # where all are, before a group is formed
         if not self._processes.alone:
             self.accelerator = self._processes.share_batches(self.accelerator)

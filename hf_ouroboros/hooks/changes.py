@@ -22,7 +22,7 @@ class ChangeHooks(SplitTrainer):
     def _options_of_split(self) -> dict[str, Any]:
         options = self.options
         names = ("device_names", "device_map", "num_stages", "max_memory", "schedule")
-        return {name: getattr(options, name) for name in names} | {"bf16": options.bf16}
+        return {name: getattr(options, name) for name in names} | {"bf16": options.bf16, "fp16": options.fp16}
 
     def _split_if_changed(self) -> None:
         """Makes new stages if the model, or what decides about the split, is not what it was.

@@ -55,6 +55,10 @@ class RunningEngine(Protocol):
     def step(self) -> int:
         """Closes the update after the newest micro-batch; returns its number."""
 
+    @property
+    def step_was_skipped(self) -> bool:
+        """Whether the newest update of a synchronous schedule has made no step, as gradients have overflowed."""
+
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Uses this optimizer from now on; again whenever its state was replaced."""
 

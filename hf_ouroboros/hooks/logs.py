@@ -41,6 +41,9 @@ class LogHooks(SplitTrainer):
         """When the engine was made."""
         self._ledger = LossLedger(self.state.global_step, self.args.logging_nan_inf_filter)
         self._nothing = torch.zeros(())
+        self._skipped: list[
+            int
+        ] = []  # updates since the last log in which stages have dropped gradients that had overflowed
         own = any(is_foreign(callback, "on_log") for callback in self.callback_handler.callbacks)
         self._logs_wait = own or is_foreign(self, "log") or self._rests_each_time
         self._step_is_own = is_foreign(self, "training_step")
@@ -51,6 +54,8 @@ class LogHooks(SplitTrainer):
             self._ledger.add_loss(loss.tick, loss.loss)
         for norm in self._running_engine.collect_norms():
             self._ledger.add_norm(norm.update, norm)
+            if norm.scale is not None and norm.has_overflowed:
+                self._skipped.append(norm.update)
 
     def _collect(self) -> list[FinishedLoss]:
         """Losses that have come since the last call."""
@@ -95,6 +100,10 @@ class LogHooks(SplitTrainer):
         if norm is not None:
             logs["grad_norm"] = norm.value
         logs["learning_rate"] = moment.learning_rate
+        if norm is not None and norm.scale is not None:
+            logs["loss_scale"] = norm.scale
+            logs["skipped_updates"] = sum(update < log.before for update in self._skipped)
+            self._skipped = [update for update in self._skipped if update >= log.before]
         with self._at(log.step, moment):
             self.log(logs, moment.start_time)
 

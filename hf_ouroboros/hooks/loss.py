@@ -18,6 +18,7 @@ from ..head_model import HeadModel
 from ..partition import ModelCall
 from ..partition.late_logits import LARGE_VOCABULARY, only_loss_wanted
 from ..partition.module_hooks import OURS
+from ..precision import autocast_dtype
 from .interfaces import SplitTrainer
 
 
@@ -101,6 +102,8 @@ def _refused_here(model: nn.Module) -> Iterator[None]:
 def has_late_logits(trainer: SplitTrainer) -> bool:
     """Whether the head is not to build logits where nobody looks at them."""
     if trainer.options.fused_head == "auto":
+        if autocast_dtype(trainer.options) is torch.float16:  # gradients have to be computed of the scaled loss
+            return False
         return trainer._partition.model.config.get_text_config().vocab_size >= LARGE_VOCABULARY
     return trainer.options.fused_head == "on"
 

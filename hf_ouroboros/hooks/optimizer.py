@@ -19,7 +19,7 @@ from ..optim.advice import automatic, warning, with_muon
 from ..optim.matrices import hidden_matrices
 from ..optim.nesterov import Nesterov
 from ..schedules import SCHEDULES
-from ..staged import StagedOptimizer
+from ..staged import StagedOptimizer, TellingOptimizer
 from .interfaces import SplitTrainer
 from .touching import is_foreign
 
@@ -157,6 +157,8 @@ class OptimizerHooks(SplitTrainer):
             raise UnsupportedOptionError(
                 f"max_grad_norm={now} was set while training, which began with {began}; set it before train()"
             )
+        if engine.settings.scales_losses and type(self.optimizer) is AcceleratedOptimizer:
+            self.optimizer.__class__ = TellingOptimizer
         if not self._shows_gradients and has_hooks(self._face.optimizer):
             self._look_at_optimizer()  # a callback has put them there
         if self._shows_gradients:

@@ -34,6 +34,7 @@ _HYPERPARAMETERS = (
     "max_steps",
     "label_smoothing_factor",
     "bf16",
+    "fp16",
 )
 
 __all__ = ["TAG", "collect_facts"]

@@ -50,6 +50,7 @@ CASES = {
     "recomputed": Case(tied=False, updates=(2, 2, 2), recompute=True, padded=True),
     "predicted": Case(tied=False, compensation="weight_prediction", updates=(2,) * 3),
     "muon": Case(tied=False, optimizer="muon", compensation="error_feedback", updates=(2,) * 3, clip=0.1),
+    "scaled": Case(tied=False, scale=2.0**18, updates=(2,) * 4, clip=0.5),
 }
 
 
@@ -68,6 +69,7 @@ SHARED, TWO = [FIRST] * 3, [FIRST, SECOND, FIRST]
         *((name, "pipelined", TWO) for name in CASES if name != "plain"),
         ("recomputed", "1f1b", SHARED),
         ("muon", "lockstep", SHARED),
+        ("scaled", "1f1b", SHARED),
     ],
 )
 def test_nothing_races(name: str, schedule: str, devices: list, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,7 @@ def test_a_divided_backward_is_the_whole(tmp_path: Path, model: str) -> None:
     "options",
     [
         {"bf16": True},
+        {"fp16": True},
         {"recompute": True},
         {"weights": "now"},
         {"num_stages": 4, "stages": 4, "delay_compensation": "weight_prediction"},
@@ -47,14 +48,14 @@ def test_a_divided_backward_is_the_whole(tmp_path: Path, model: str) -> None:
         {"delay_warmup_steps": 2, "optim": "adamw_torch_fused"},
         {"stages": 2, "gradient_accumulation_steps": 3},
     ],
-    ids=["bf16", "recompute", "weights of now", "prediction", "muon", "warm-up", "two stages"],
+    ids=["bf16", "fp16", "recompute", "weights of now", "prediction", "muon", "warm-up", "two stages"],
 )
 def test_options_agree_with_the_reference(tmp_path: Path, options: dict[str, Any]) -> None:
     options = dict(options)
     stages = options.pop("stages", 3)
     expected = run(tmp_path / "reference", "llama-tied", stages, schedule="reference", **options)
     found = run(tmp_path / "pipelined", "llama-tied", stages, **options)
-    assert distance(expected, found) <= (2e-2 if "bf16" in options else 1e-4)
+    assert distance(expected, found) <= (2e-2 if options.keys() & {"bf16", "fp16"} else 1e-4)
 
 
 def test_pure_bfloat16(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ class ProcessRun(Run):
         super().__init__(case, schedule)
 
     def make_engine(self, partition: Any, settings: Any) -> Engine:
-        specs = boundary_specs(partition, self.grid, self.grid.standing_group("row", "set-up"), None)
+        specs = boundary_specs(partition, self.grid, self.grid.standing_group("row", "set-up"), settings.autocast_dtype)
         self.partition = partition
         loss = self.case.loss(self.grid.replicas)  # as Trainer scales it: the mean of all is that of the whole batch
         parts = parts_of_process(self.grid, partition.plan, settings.micro_batches, specs)
@@ -78,7 +78,7 @@ def whole(parts: list[dict], devices: int) -> dict[str, Any]:
 
 def reference_result(case: Case, schedule: str, looks: dict) -> dict[str, Any]:
     """The same from the oracle."""
-    run = Run(case, "reference 1f1b" if SCHEDULES[schedule].is_synchronous else "reference").train(looks)
+    run = Run(case, f"reference {schedule}" if SCHEDULES[schedule].is_synchronous else "reference").train(looks)
     names = {id(p): n for n, p in run.model.named_parameters()}
     return {
         "weights": {n: p.detach() for n, p in run.model.named_parameters()},

@@ -49,6 +49,28 @@ def test_weights_of_now() -> None:
 
 
 @pytest.mark.slow
+def test_scaled_losses() -> None:
+    """Of which some overflow; every process decides on the scale by itself."""
+    looks = {3: "settle", 6: "state", 7: "synchronize"}
+    case = Case(3, updates=(2,) * 9, scale=2.0**19, interval=2, dropout=0.1, padded=True, clip=0.5)
+    check_all(2, [(case, schedule, looks) for schedule in (SCHEDULES if EVERY else SCHEDULES[::3])])
+
+
+@pytest.mark.slow
+def test_scaled_losses_of_replicas() -> None:
+    """What overflows in one replica is in the mean of all, so that all drop it."""
+    case = Case(2, updates=(2,) * 4, scale=2.0**10, clip=0.5, optimizer="sgd")
+    runs = [(case, schedule, {}) for schedule in ("pipelined", "1f1b")]
+    large = [(dataclasses.replace(case, scale=2.0**24), schedule, {}) for _, schedule, _ in runs]
+    *found, first, second = run_all(2, runs + large, replicas=2)
+    for result, run in zip(found, runs, strict=True):  # float16 rounds the halves of a batch otherwise than the whole
+        torch.testing.assert_close(result["weights"], reference_result(*run)["weights"], rtol=1e-2, atol=2e-3)
+    start = case.model().state_dict()
+    for result in (first, second):
+        assert all(torch.equal(value, start[name]) for name, value in result["weights"].items())
+
+
+@pytest.mark.slow
 def test_stages_that_share_a_device() -> None:
     """Five untied stages on four processes, and on two: neighbours hand over within a process."""
     cases = [Case(5, updates=(2,) * 4, tied=False, devices=devices) for devices in (4, 2)]

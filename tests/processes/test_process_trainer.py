@@ -15,6 +15,7 @@ from trainer_runs import (
     Stream,
     accuracy,
     fresh_model,
+    large_loss,
     made,
     most_likely,
     run_all,
@@ -143,6 +144,36 @@ def test_checkpoints_of_weights_of_now_cross_over(tmp_path: Path) -> None:
     for found in run_all(tmp_path, 3, [processes, resumed]):
         assert_equal(expected, found)
     resume = str(tmp_path / "processes" / "checkpoint-4")
+    assert_equal(expected, run_here(tmp_path, {**threads, "name": "back", "resume": resume}))
+
+
+@pytest.mark.slow
+def test_checkpoints_of_scaled_losses_cross_over(tmp_path: Path) -> None:
+    """All processes know the scale, and what has overflowed of which nothing was made yet; and the scheduler what was skipped."""
+    saving = {
+        "fp16": True,
+        "num_stages": 3,
+        "max_steps": 9,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "eval_strategy": "no",
+    }
+    given: dict[str, Any] = {"trainer": {"compute_loss_func": large_loss}}
+    threads = given | {"options": saving | split_options(3, 2), "name": "threads"}
+    synchronous = {"schedule": "1f1b", "optim": "adamw_torch", "max_steps": 4}
+    expected = run_here(tmp_path, threads)
+    other = run_here(tmp_path, threads | {"options": threads["options"] | synchronous, "name": "threads 1f1b"})
+    processes = given | {"options": saving, "name": "processes"}
+    resumed = given | {"options": saving, "name": "resumed", "resume": str(tmp_path / "threads" / "checkpoint-3")}
+    runs = [processes, resumed, given | {"options": saving | synchronous, "name": "processes 1f1b"}]
+    *found, last = run_all(tmp_path, 2, runs)
+    for result in found:
+        assert_equal(expected, result)
+    assert_equal(other, last)
+    assert other["scheduler"]["last_epoch"] < 4
+    reported = [entry["skipped_updates"] for entry in expected["log"] if "skipped_updates" in entry]
+    assert set(reported) == {0, 1} and found[0]["log"] == expected["log"]
+    resume = str(tmp_path / "processes" / "checkpoint-6")
     assert_equal(expected, run_here(tmp_path, {**threads, "name": "back", "resume": resume}))
 
 

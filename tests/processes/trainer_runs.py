@@ -136,3 +136,8 @@ def sum_of_losses(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = 
     logits = outputs.logits[:, :-1].flatten(0, 1)
     loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
     return loss / (num_items_in_batch if num_items_in_batch is not None else labels.numel())
+
+
+def large_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    """One whose gradients overflow in float16 with the first scale."""
+    return 8 * sum_of_losses(outputs, labels, num_items_in_batch)

@@ -77,8 +77,8 @@ def test_config_types_and_choices_are_checked(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_unsupported_options_fail_early() -> None:
-    with pytest.raises(UnsupportedOptionError, match="fp16"):
-        parse(["--fp16", "true"])
+    with pytest.raises(UnsupportedOptionError, match="fp16_full_eval"):
+        parse(["--fp16_full_eval", "true"])
     with pytest.raises(OptionError, match="an option of training can't be used"):
         parse(["--lr_scheduler_kwargs", "{x"])
 
