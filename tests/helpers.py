@@ -115,6 +115,7 @@ class Case:
         compensation: what is done about the delay besides the choice of the optimizer.
         compensation_args: its options.
         weights: of late backwards.
+        placement: device of every stage, with `counts`; None for the usual one.
     """
 
     stages: int = 3
@@ -134,6 +135,7 @@ class Case:
     compensation: str = "none"
     compensation_args: str = ""
     weights: str = "then"
+    placement: tuple[int, ...] | None = None
 
     def model(self) -> PreTrainedModel:
         """The model before it is split."""
@@ -150,7 +152,9 @@ class Case:
     def partition(self, model: PreTrainedModel, colocate: bool = False) -> Partition:
         """The model split as the case says."""
         count = self.devices or max(1, self.stages - self.tied)
-        counts = self.counts or (None if self.stages <= self.layers else (*[1] * self.layers, 0))
+        counts: Any = self.counts or (None if self.stages <= self.layers else (*[1] * self.layers, 0))
+        if self.placement is not None and self.counts is not None:
+            counts, count = list(zip(self.counts, self.placement, strict=True)), max(self.placement) + 1
         return split_model(
             model,
             cpu_devices(count),
