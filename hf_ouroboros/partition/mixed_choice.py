@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .balance import Load, NoSplitError, best_counts
-from .mixed import NEAR, WORTH, MixedSplit, mixed_splits, worth_it
+from .mixed import NEAR, WORTH, mixed_splits, worth_it
+from .sweeps import MixedSplit
 
 SHOWN = 4
 """Other numbers of stages that a reason names."""

@@ -12,7 +12,8 @@ from dataclasses import replace
 from ..errors import DeviceMapError
 from ..partition.balance import Load
 from ..partition.device_map import default_num_stages
-from ..partition.mixed import WORTH, MixedSplit, best_in_any_order, mixed_splits
+from ..partition.mixed import WORTH, best_in_any_order, mixed_splits
+from ..partition.sweeps import MixedSplit
 from .memory_model import MemoryOptions, memory_load
 from .planner import PlannedDevice, SplitPlan, assembled, plan_split, time_load
 from .unit_facts import ModelFacts

@@ -1,14 +1,15 @@
-"""Beats: what devices with any stages do over and over, in which order; found by list scheduling from costs.
+"""Beats: in which order a device with any stages does what comes again in every slot; found by list scheduling from costs.
 
-Every stage has its own order, forward and then backward-and-step of slot after slot, and a device goes through the stages' *halves* of slots in a beat that
-comes again with every slot. Four stages of equal length on two devices, K = 4 (F and B of the slot in the number):
+Every stage has its own order, forward F and then backward-and-step B of slot after slot. A device goes through these *half slots* of its stages in a beat. Six
+equal stages on three devices, one of several beats that never wait (slot after the point):
 
-    device 0, stages 0 and 2     F0.8  B2.7  B2.7  F2.8  B0.8  B0.8   F0.9 ...
-    device 1, stages 1 and 3     ...
+    device 0, stages 0 and 3     F0.9 B3.8 F3.9 B0.9 | F0.10 B3.9 F3.10 B0.10 | ...
+    device 1, stages 1 and 4     F1.9 B4.8 F4.9 B1.9 | ...
+    device 2, stages 2 and 5     F2.9 B5.8 F5.9 B2.9 | ...
 
-In simulated time, whenever a device is free it takes up the most urgent half that is ready; after a while the devices go at a steady pace,
-and what a device does from one forward of its first stage to the next is its beat. What is most urgent has no best answer, so several
-rules are tried, and a simulation decides which beats are the fastest together, and that they run without a deadlock.
+In simulated time, whenever a device is free it takes up the most urgent half slot that is ready. After a while the devices go at a steady
+pace, and what a device does from one forward of its first stage to the next is its beat. No rule of what is urgent is always the best, so there are
+several; whoever asks for beats simulates them, finds out which are the fastest and whether they run without a deadlock.
 """
 
 from __future__ import annotations

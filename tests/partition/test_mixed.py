@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from hf_ouroboros.partition.balance import Load, NoSplitError
 from hf_ouroboros.partition.device_map import default_num_stages, default_placement
-from hf_ouroboros.partition.mixed import NEAR, MixedSplit, mixed_splits, worth_it
+from hf_ouroboros.partition.mixed import NEAR, mixed_splits, worth_it
 from hf_ouroboros.partition.mixed_choice import Row, choose_mixed, least_full
+from hf_ouroboros.partition.sweeps import MixedSplit
 from hf_ouroboros.partition.unordered import unordered
 
 FREE = [float("inf")] * 8
@@ -163,3 +164,11 @@ def test_in_any_order(costs: list[int], devices: int, begun: int) -> None:
 
 def test_in_any_order_of_many() -> None:
     assert sorted(unordered([[1.0] * 100] * 4, [0.0] * 4)) == [d for d in range(4) for _ in range(25)]
+
+
+def test_the_picture() -> None:
+    """That of the module's docstring."""
+    split, _ = chosen([4.0, 1.0, 1.0, 4.0, 1.0, 1.0], 3, True)
+    assert (split.placement, split.counts, split.loads) == ((0, 2, 1, 2, 0), (1, 2, 1, 2, 0), (4.0, 4.0, 4.0))
+    split, _ = chosen([4.0, 1.0, 1.0, 4.0, 1.0, 1.0], 3, True, num_stages=4)
+    assert sorted(split.loads) == [2.0, 5.0, 5.0]
