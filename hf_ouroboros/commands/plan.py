@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     with _no_garbage_collection():
         from ..planning.memory_model import MemoryOptions
-        from ..planning.mixed_plan import mixed_plans
+        from ..planning.mixed_plan import FURTHER, mixed_plans
         from ..planning.planner import plan_split
         from ..planning.unit_facts import model_facts
         from .prediction import fewest_stages, ideal, predict
@@ -110,7 +110,8 @@ def run(arguments: argparse.Namespace) -> int:
             )
         dtype = data_type(arguments, config)
         facts = model_facts(config, arguments.batch, arguments.seq, dtype, arguments.lora_rank, arguments.quantization)
-    check_work(facts.layers, [(len(kinds), arguments.micro_batches)] * len(simulated()))
+    tried = FURTHER + 1 if arguments.device_map == "mixed" else 0
+    check_work(facts.layers, [(len(kinds), arguments.micro_batches)] * (len(simulated()) + tried))
     options = MemoryOptions(
         arguments.schedule, arguments.micro_batches, arguments.recompute, arguments.optimizer, arguments.weights
     )

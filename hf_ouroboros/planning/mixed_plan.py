@@ -44,6 +44,8 @@ def mixed_plans(
         refused = error
     if num_stages is not None:
         plan = _mixed_plan(facts, devices, options, num_stages, contiguous if num_stages == fewest else None)
+        if plan is None and num_stages == fewest and refused is not None:
+            raise refused
         if plan is None:
             raise DeviceMapError(
                 f"num_stages={num_stages}: no split of {facts.layers} layers into so many stages on {len(devices)} devices, neighbours on "
