@@ -115,11 +115,11 @@ def _reason(split: MixedSplit, found: Mapping[int, MixedSplit], asked: bool) -> 
     text = f"mixed: the busiest device has {split.heaviest / mean:.3f} times the mean work in {chosen} stages"
     if asked:
         return f"{text}, as many as asked for"
-    near = sorted((k for k in found if k != chosen), key=lambda k: (abs(k - chosen), k))[:SHOWN]
-    if not near:
+    others = sorted(found.keys() - {chosen}, key=lambda k: (k != min(found), abs(k - chosen), k))[:SHOWN]
+    if not others:
         return f"{text}; more would not save {WORTH:.0%} of it"
-    others = ", ".join(f"{found[k].heaviest / mean:.3f} in {k}" for k in sorted(near))
+    compared = ", ".join(f"{found[k].heaviest / mean:.3f} in {k}" for k in sorted(others))
     return (
-        f"{text} ({others}); one stage more is a tick more of delay and two messages more per micro-batch, and has to save "
+        f"{text} ({compared}); one stage more is a tick more of delay and two messages more per micro-batch, and has to save "
         f"{WORTH:.0%}, unless the best balance is {NEAR:.0%} away"
     )

@@ -11,6 +11,7 @@ import torch
 from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from ..errors import DeviceMapError, UnsupportedModelError
 from .compiled import Compilation
@@ -26,6 +27,8 @@ from .stage_plan import StagePlan, StageRow, torch_device
 from .stages import Stage, compose
 from .trained import copy_shared, refresh, shared_parameter_names
 from .units import StageSpan, Unit
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -181,6 +184,8 @@ def split_model(
         check_module_names(device_map, model)
     planned = planned_stages(device_map, units, devices, bool(tied_names), num_stages, max_memory)
     spans = planned.spans
+    if planned.reason:
+        logger.info(planned.reason)
     used = sorted({span.device for span in spans})
     num_workers = len(used)
     if own_device is not None and num_workers < len(devices):

@@ -26,6 +26,9 @@ STEADY = 2
 FURTHEST = 1
 """Slots, in K, that a stage may stay behind the newest one."""
 
+EFFORT = 2**15
+"""About how many times K * K there are to all rules together; one rule is always tried."""
+
 
 class Half(NamedTuple):
     """A half of what a stage does in a slot; even numbers are forwards, odd ones are backwards."""
@@ -83,7 +86,7 @@ def _rules(
     def backward(half: Half) -> tuple[float, ...]:
         return -(half.number % 2), -half.stage
 
-    return [early, late, even, oldest, backward]
+    return [early, late, even, oldest, backward][: max(1, EFFORT // stages**2)]
 
 
 class _Devices:

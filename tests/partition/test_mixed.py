@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import hf_ouroboros.planning
 from hf_ouroboros.partition.balance import Load, NoSplitError
 from hf_ouroboros.partition.device_map import default_num_stages, default_placement
 from hf_ouroboros.partition.mixed import NEAR, mixed_splits, worth_it
@@ -172,3 +174,15 @@ def test_the_picture() -> None:
     assert (split.placement, split.counts, split.loads) == ((0, 2, 1, 2, 0), (1, 2, 1, 2, 0), (4.0, 4.0, 4.0))
     split, _ = chosen([4.0, 1.0, 1.0, 4.0, 1.0, 1.0], 3, True, num_stages=4)
     assert sorted(split.loads) == [2.0, 5.0, 5.0]
+
+
+def test_the_examples_of_the_document() -> None:
+    """GPT-2, and layers of which every other one is a mixture."""
+    text = (Path(hf_ouroboros.planning.__file__).parent / "README.md").read_text(encoding="utf-8")
+    split, reason = chosen([12 * 768 * 768.0] * 12, 5, True, (0.0, 50257 * 768.0))
+    assert split.counts == (0, 3, 3, 3, 3, 0) and reason.partition("; one stage more")[0] in text
+    contiguous = 12 * 768 * 768 + 50257 * 768
+    assert contiguous / split.heaviest == pytest.approx(1.18, abs=0.005) and "18 % more work" in text
+    split, reason = chosen([1.0, 3.0] * 8, 5, False, (0.0, 2.0))
+    assert len(split.counts) == 7 and "1.029 times the mean work in 7 stages (1.176 in 5," in reason
+    assert "1.176 in 5 stages, 1.029 in 7" in text
