@@ -3,7 +3,7 @@
 Six layers of work 4 1 1 4 1 1 on three devices, embedding and head on device 0 (the device of every layer, and the devices' work):
 
     4 stages    0 0 1 1 2 2    5 5 2
-    5 stages    0 2 2 1 2 2    4 4 4
+    5 stages    0 1 1 2 1 1    4 4 4
 
 Many stages balance well; but each one delays the first stage's gradients by a tick more and sends two more messages per
 micro-batch. `worth_it` weighs one with the other.
@@ -74,7 +74,7 @@ def mixed_splits(
             )
         best = min((split.heaviest for split in found.values()), default=ceiling)
         if best >= ceiling * (1 - WORTH) or best <= floor * (1 + WORTH):
-            return {k: found[k] for k in sorted(found)}
+            return {k: sweeps.in_order(found[k]) for k in sorted(found)}
         ceiling = best
 
 

@@ -141,6 +141,18 @@ class Sweeps:
         fits = all(size <= limit for size, limit in zip(sizes, self._limits, strict=True))
         return fits and len(set(split.placement)) >= self._needed and len(split.placement) <= self._most
 
+    def in_order(self, split: MixedSplit) -> MixedSplit:
+        """The same, devices that are alike being taken in the order in which the row comes to them."""
+        alike: dict[int, list[int]] = {}
+        for device, kind in enumerate(self._kinds):
+            alike.setdefault(kind, []).append(device)
+        order = [*dict.fromkeys(split.placement), *(d for d in range(self._devices) if d not in split.placement)]
+        names = {device: alike[self._kinds[device]].pop(0) for device in order}
+        loads = [0.0] * self._devices
+        for device, name in names.items():
+            loads[name] = split.loads[device]
+        return MixedSplit(tuple(names[device] for device in split.placement), split.counts, tuple(loads))
+
     def below(self, bound: float) -> list[MixedSplit]:
         """The best splits that are found, by number of stages, with no device above a bound."""
         bound *= 1 + 1e-9

