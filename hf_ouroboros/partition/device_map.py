@@ -198,6 +198,10 @@ def _mixed(
         split, reason = choose_mixed(row, placement, count, limits, num_stages)
     except NoSplitError:
         needs = least_full(row, count, limits, num_stages)
+        if not needs:
+            raise DeviceMapError(
+                f"no split into num_stages={num_stages} was found with device_map='mixed'; leave it out to have the number chosen"
+            ) from None
         raise DeviceMapError(_too_full(needs, devices, limits, num_stages)) from None
     return _spans_from_counts(split.counts, units, split.placement), reason
 

@@ -96,7 +96,7 @@ def choose_mixed(
 
 
 def least_full(row: Row, devices: int, limits: Sequence[float], num_stages: int | None) -> dict[int, float]:
-    """Bytes on every device under the split that fills devices least, relative to what fits into them."""
+    """Bytes on every device under the split that fills devices least, relative to what fits into them; nothing if there is none."""
     if devices == 1 or num_stages == 1:
         return {0: sum(row.memory) + sum(row.end_bytes)}
     most = num_stages or min(len(row.time) + 2, 3 * devices + 8)
@@ -105,6 +105,8 @@ def least_full(row: Row, devices: int, limits: Sequence[float], num_stages: int 
         _load([size * s for size in row.memory], (row.end_bytes[0] * s, row.end_bytes[1] * s), most) for s in shares
     ]
     found = mixed_splits(loads, [most] if num_stages else list(range(2, most + 1)), row.tied)
+    if not found:
+        return {}
     best = min(found.values(), key=lambda split: split.heaviest)
     return {device: load / share for device, (load, share) in enumerate(zip(best.loads, shares, strict=True))}
 
