@@ -63,7 +63,7 @@ def test_stages_anywhere() -> None:
     round_robin = Case(6, (1, 3, 4), False, 0.1, clip=0.5, layers=6, counts=(1,) * 6, placement=(0, 1, 2, 0, 1, 2))
     mixed = Case(6, (2, 3, 2), True, layers=6, counts=(0, 2, 1, 1, 2, 0), placement=(0, 1, 2, 0, 2, 0))
     check_all(2, [(tied, schedule, {1: "state"}) for schedule in SCHEDULES])
-    check_all(3, [(round_robin, schedule, {1: "state"}) for schedule in SCHEDULES] + [(mixed, "pipelined", {})])
+    check_all(3, [(round_robin, schedule, {1: "state"}) for schedule in SCHEDULES[::3]] + [(mixed, "pipelined", {})])
 
 
 @pytest.mark.slow
