@@ -23,8 +23,8 @@ class DeviceMap(Rule):
     @property
     def what(self) -> str:
         return (
-            "auto, balanced, sequential, {module name prefix: device}, a list of layer counts, one of the latter two as "
-            "JSON, or a .json file"
+            "auto, mixed, balanced, sequential, {module name prefix: device}, a list of layer counts or of [layers, device], "
+            "one of the latter two as JSON, or a .json file"
         )
 
     def read(self, value: Any) -> Any:
@@ -38,8 +38,15 @@ class DeviceMap(Rule):
         if isinstance(value, Mapping):
             return {k: d if isinstance(d, list | tuple) else _device(d) for k, d in value.items()}
         if isinstance(value, Sequence) and not isinstance(value, str | bytes) and value:
-            return [Whole(0, LONG).read(count) for count in value]
+            return [_stage(stage) for stage in value]
         raise ValueError
+
+
+def _stage(value: Any) -> Any:
+    """A stage of a list: how many layers it has, or (layers, device)."""
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes) and len(value) == 2:
+        return [Whole(0, LONG).read(value[0]), _device(value[1])]
+    return Whole(0, LONG).read(value)
 
 
 @dataclass(frozen=True)

@@ -53,9 +53,9 @@ class OuroborosArguments(TrainingArguments):
     device_map: str = field(
         default="auto",
         metadata={
-            "help": "auto, balanced, sequential, a dict {module name prefix: device} or a list of layer counts per stage "
-            "(both as JSON on the command line), or a .json file that `hf-ouroboros plan` wrote. auto also honours "
-            "model.hf_device_map.",
+            "help": "auto, mixed (several stages per device where that balances better), balanced, sequential, a dict "
+            "{module name prefix: device}, a list of layer counts or of [layers, device] per stage (dict and list as JSON on the "
+            "command line), or a .json file that `hf-ouroboros plan` wrote. auto also honours model.hf_device_map.",
         },
     )
     max_memory: str | None = field(

@@ -117,6 +117,7 @@ class Case:
         weights: of late backwards.
         scale: of losses at first, in float16; None for float32.
         interval: updates without an overflow after which it is doubled.
+        placement: device of every stage, with `counts`; None for the usual one.
     """
 
     stages: int = 3
@@ -138,6 +139,7 @@ class Case:
     weights: str = "then"
     scale: float | None = None
     interval: int = 2000
+    placement: tuple[int, ...] | None = None
 
     def model(self) -> PreTrainedModel:
         """The model before it is split."""
@@ -154,7 +156,9 @@ class Case:
     def partition(self, model: PreTrainedModel, colocate: bool = False) -> Partition:
         """The model split as the case says."""
         count = self.devices or max(1, self.stages - self.tied)
-        counts = self.counts or (None if self.stages <= self.layers else (*[1] * self.layers, 0))
+        counts: Any = self.counts or (None if self.stages <= self.layers else (*[1] * self.layers, 0))
+        if self.placement is not None and self.counts is not None:
+            counts, count = list(zip(self.counts, self.placement, strict=True)), max(self.placement) + 1
         return split_model(
             model,
             cpu_devices(count),

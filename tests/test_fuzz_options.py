@@ -80,10 +80,12 @@ MODULES = ["", "wte", "wpe", "h", "h.0", "h.1", "h.2", "h.3", "ln_f", "lm_head",
 DEVICES = ["cpu:0", "cpu:1", "0", "1", 0, 1, 2, "disk", "cpu", None, "²"]
 MAPS = st.one_of(
     JSON,
-    st.sampled_from(["auto", "balanced", "sequential"]),
+    st.sampled_from(["auto", "balanced", "sequential", "mixed"]),
     st.dictionaries(st.sampled_from(MODULES), st.sampled_from(DEVICES), max_size=8),
     st.dictionaries(st.sampled_from([0, 1, "0", "cpu:1", "²"]), st.lists(st.integers(-1, 5), max_size=4), max_size=3),
     st.lists(st.integers(-1, 5), max_size=5),
+    st.lists(st.lists(st.one_of(st.integers(-1, 5), st.sampled_from(DEVICES)), min_size=1, max_size=3), max_size=5),
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 1)), max_size=6),
 )
 
 

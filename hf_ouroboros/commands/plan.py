@@ -63,6 +63,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--schedule", choices=ours(), default=DEFAULT)
     parser.add_argument("--num_stages", type=Whole(1, 2**12), default=None, help="K (default: as OuroborosTrainer)")
+    parser.add_argument(
+        "--device_map",
+        choices=["auto", "mixed"],
+        default="auto",
+        help="auto: a run of layers per device; mixed: also several per device, where the simulated speed is worth the stages",
+    )
     parser.add_argument("--optimizer", choices=["adamw", "momentum", "sgd"], default="adamw", help="for its memory")
     parser.add_argument(
         "--lora_rank",
@@ -99,9 +105,10 @@ def run(arguments: argparse.Namespace) -> int:
         )
     with _no_garbage_collection():
         from ..planning.memory_model import MemoryOptions
+        from ..planning.mixed_plan import FURTHER, mixed_plans
         from ..planning.planner import plan_split
         from ..planning.unit_facts import model_facts
-        from .prediction import ideal, predict
+        from .prediction import fewest_stages, ideal, predict
 
         kinds = _kinds(arguments)
         config = load_config(arguments)
@@ -119,12 +126,17 @@ def run(arguments: argparse.Namespace) -> int:
         _check_autocast(arguments, dtype, kinds)
         adapters = arguments.lora_rank, arguments.quantization
         facts = model_facts(config, arguments.batch, arguments.seq, dtype, *adapters, arguments.bf16)
-    check_work(facts.layers, [(len(kinds), arguments.micro_batches)] * len(schedules()))
+    tried = FURTHER + 1 if arguments.device_map == "mixed" else 0
+    check_work(facts.layers, [(len(kinds), arguments.micro_batches)] * (len(schedules()) + tried))
     options = MemoryOptions(
         arguments.schedule, arguments.micro_batches, arguments.recompute, arguments.optimizer, arguments.weights
     )
-    plan = plan_split(facts, _devices(arguments, kinds, config, facts), options, arguments.num_stages)
-    connections = links(arguments, arguments.link)
+    devices, connections = _devices(arguments, kinds, config, facts), links(arguments, arguments.link)
+    if arguments.device_map == "mixed":
+        plans = mixed_plans(facts, devices, options, arguments.num_stages)
+        plan, speeds = fewest_stages(plans, arguments.schedule, connections, arguments.data_parallel_replicas)
+    else:
+        plan, speeds = plan_split(facts, devices, options, arguments.num_stages), {}
     runs, left_out = {}, {}
     for schedule in schedules():
         try:
@@ -136,6 +148,8 @@ def run(arguments: argparse.Namespace) -> int:
     chosen = runs[arguments.schedule]
     print(_headline(plan))
     print(_delay(plan))
+    if speeds:
+        print(_weighed(plan, speeds))
     print("\n" + _stage_table(plan))
     print("\n" + _device_table(plan, chosen))
     print("\n" + _schedule_table(plan, runs, ideal(plan), arguments.data_parallel_replicas))
@@ -243,6 +257,15 @@ def _delay(plan: SplitPlan) -> str:
     return (
         text if micro_batches >= enough else f"{text}; M = {enough} or more is recommended, with smaller micro-batches"
     )
+
+
+def _weighed(plan: SplitPlan, speeds: dict[int, float]) -> str:
+    """What `--device_map mixed` has chosen, and why."""
+    from .prediction import SLOWER
+
+    chosen, best = len(plan.stages), max(speeds.values())
+    compared = ", ".join(f"{speed / best:.3f} with {stages}" for stages, speed in speeds.items())
+    return f"mixed: {chosen} stages, the fewest that are simulated within {SLOWER:.0%} of the fastest; of its speed: {compared} stages"
 
 
 def _stage_table(plan: SplitPlan) -> str:

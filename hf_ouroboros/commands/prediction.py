@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..planning.memory_model import MemoryOptions
@@ -141,3 +141,19 @@ def _bytes_of_all_layers(plan: SplitPlan) -> float:
 def ideal(plan: SplitPlan) -> float:
     """Speed-up of a plan if no device ever waited."""
     return ideal_speedup(plan.placement, stage_costs(plan), plan.options.micro_batches)
+
+
+SLOWER = 0.01
+"""How much slower than the fastest plan one with fewer stages may be."""
+
+
+def fewest_stages(
+    plans: Mapping[int, SplitPlan], schedule: str, links: Links, replicas: int = 1
+) -> tuple[SplitPlan, dict[int, float]]:
+    """Of plans by number of stages, the one with the fewest that is simulated about as fast as the fastest; and the speeds of all.
+
+    Stages more than needed delay gradients, keep activations and weights, and send messages; messages take the time that links say.
+    """
+    speeds = {k: 1 / predict(plans[k], schedule, links, replicas).seconds_per_tick for k in sorted(plans)}
+    chosen = min(k for k, speed in speeds.items() if speed >= max(speeds.values()) * (1 - SLOWER))
+    return plans[chosen], speeds

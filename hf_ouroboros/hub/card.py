@@ -94,6 +94,7 @@ class CardFacts:
     adapter: str | None = None
     trained_parameters: int | None = None
     encoder_decoder: bool = False
+    split_reason: str = ""
 
     @property
     def auto_class(self) -> str:
@@ -162,6 +163,7 @@ def _procedure(facts: CardFacts, delayed: bool) -> list[tuple[str, Any]]:
         ("Schedule", f"`{facts.schedule}` ({schedule_named(facts.schedule).summary})"),
         ("Stages (K)", facts.num_stages),
         ("Devices", facts.devices or None),
+        ("Split", facts.split_reason or None),
         ("Delay of each stage, in micro-batches", delays or None),
         ("Micro-batches per update (M)", facts.micro_batches_per_update),
         ("Updates without delay at the start", facts.delay_warmup_steps if delayed else None),

@@ -61,6 +61,7 @@ def collect_facts(trainer: SplitTrainer, **given: Any) -> CardFacts:
         "schedule": args.schedule,
         "num_stages": plan.num_stages,
         "devices": list(plan.devices),
+        "split_reason": plan.reason,
         "stages": [
             {
                 "stage": row.stage,

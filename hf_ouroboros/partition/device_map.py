@@ -1,13 +1,14 @@
 """Device map -> stages: which run of the model's units each stage holds, and which device runs it.
 
-A stage is a contiguous run of units in execution order. A device may hold the first and the last stage: the snake
-bites its tail, which is what tied embeddings need.
+A stage is a contiguous run of units in execution order. A device may hold several stages: the first and the last one, where the snake
+bites its tail, which is what tied embeddings need, and any others that a map puts there.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from accelerate.utils import convert_file_size_to_int
@@ -16,11 +17,25 @@ from ..errors import DeviceMapError, InputFileError
 from ..options import from_json, shown
 from ..user_files import read_text
 from .balance import Load, NoSplitError, best_counts
-from .mapping import device_index, expand_legacy, spans_from_mapping
+from .mapping import device_index, expand_legacy, placed_counts, spans_from_mapping
+from .mixed_choice import Row, choose_mixed, least_full
 from .units import StageSpan, Unit, count_layers, spans_of_runs
 
 MOST_BYTES = 2**26  # of a file with a device map
-PRESETS = ("auto", "balanced", "sequential")
+PRESETS = ("auto", "balanced", "sequential", "mixed")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Stages, and why they are as they are.
+
+    Args:
+        spans: what each stage holds, and where.
+        reason: what was weighed; empty where a map says it all.
+    """
+
+    spans: list[StageSpan]
+    reason: str = ""
 
 
 def default_num_stages(num_devices: int, tied: bool) -> int:
@@ -57,7 +72,7 @@ def parse_device_map(device_map: Any) -> Any:
             raise DeviceMapError(f"device_map is not valid JSON ({error}): {shown(device_map)}") from error
     raise DeviceMapError(
         f"device_map={shown(device_map)} is unknown; use one of {', '.join(PRESETS)}, a dict of module name prefixes "
-        "to devices, a list of layer counts per stage, or a .json file with one of these"
+        "to devices, a list of layer counts (or of [layers, device]) per stage, or a .json file with one of these"
     )
 
 
@@ -69,11 +84,23 @@ def plan_stages(
     num_stages: int | None = None,
     max_memory: Mapping[Any, int | str] | None = None,
 ) -> list[StageSpan]:
+    """The stages of any accepted device map; see `planned_stages`."""
+    return planned_stages(device_map, units, devices, tied, num_stages, max_memory).spans
+
+
+def planned_stages(
+    device_map: Any,
+    units: Sequence[Unit],
+    devices: Sequence[str],
+    tied: bool,
+    num_stages: int | None = None,
+    max_memory: Mapping[Any, int | str] | None = None,
+) -> Planned:
     """Turns any accepted device map into stages.
 
     Args:
-        device_map: "auto", "balanced", "sequential", {module name prefix: device}, the legacy
-            {device: [layer numbers]}, a list of layer counts per stage, or a .json file with one of these.
+        device_map: "auto", "balanced", "sequential", "mixed", {module name prefix: device}, the legacy
+            {device: [layer numbers]}, a list of layer counts or of [layers, device] per stage, or a .json file with one of these.
         units: the model's units in execution order.
         devices: device names, e.g. ["cuda:0", "cuda:1"] or ["cpu:0", "cpu:1"].
         tied: whether input and output embeddings are one matrix.
@@ -81,9 +108,10 @@ def plan_stages(
         max_memory: {device index or name: bytes or "10GB"} for parameters, as in accelerate.
 
     Raises:
-        DeviceMapError: the map has unknown names, gaps, non-contiguous stages, offload targets, more stages
-            than layers, tied embeddings on two devices, or does not fit into max_memory.
+        DeviceMapError: the map has unknown names, gaps, offload targets, more stages than layers, tied embeddings on two
+            devices, or does not fit into max_memory.
     """
+    reason = ""
     device_map = parse_device_map(device_map)
     if isinstance(device_map, Mapping):
         spans = spans_from_mapping(expand_legacy(device_map, units, tied), units, devices, num_stages)
@@ -91,7 +119,9 @@ def plan_stages(
         spans = _from_counts(list(device_map), units, devices, tied, num_stages)
     else:
         budgets = parse_max_memory(max_memory, devices)
-        if device_map == "sequential":
+        if device_map == "mixed":
+            spans, reason = _mixed(units, devices, tied, num_stages, budgets)
+        elif device_map == "sequential":
             spans = _sequential(units, devices, tied, budgets)
             if num_stages not in (None, len(spans)):
                 raise DeviceMapError(
@@ -106,7 +136,7 @@ def plan_stages(
             "(config.tie_word_embeddings=False)"
         )
     _check_memory(spans, units, devices, parse_max_memory(max_memory, devices))
-    return spans
+    return Planned(spans, reason)
 
 
 def parse_max_memory(max_memory: Mapping[Any, int | str] | None, devices: Sequence[str]) -> dict[int, int]:
@@ -145,6 +175,37 @@ def _balanced(
     return _spans_from_counts(counts, units, placement)
 
 
+def _mixed(
+    units: Sequence[Unit], devices: Sequence[str], tied: bool, num_stages: int | None, budgets: Mapping[int, int]
+) -> tuple[list[StageSpan], str]:
+    layers, count = count_layers(units), len(devices)
+    least, most = (3 if tied else 2, layers + 2) if count > 1 else (1, 1)
+    odd = tied and count == 2
+    if num_stages not in (None, 1) and (not least <= num_stages <= most or (odd and num_stages % 2 == 0)):
+        raise DeviceMapError(
+            f"num_stages={num_stages} does not go with device_map='mixed': neighbouring stages are on different devices, so this "
+            f"model{' with tied embeddings' if tied else ''} has {'an odd number from ' if odd else ''}{least} to {most} stages on "
+            f"{count} device{'s' if count > 1 else ''}, or 1; leave it out to have the number chosen"
+        )
+    fewest = min(default_num_stages(count, tied), layers + 1) if num_stages != 1 else 1
+    placement = default_placement(fewest, count, tied)
+    time, memory = _load(units, 2, [u.cost for u in units]), _load(units, 2, [u.parameter_bytes for u in units])
+    row = Row(
+        time.layers[0], memory.layers[0], (time.fixed[0], time.fixed[1]), (memory.fixed[0], memory.fixed[1]), tied
+    )
+    limits = [budgets.get(i, math.inf) for i in range(count)]
+    try:
+        split, reason = choose_mixed(row, placement, count, limits, num_stages)
+    except NoSplitError:
+        needs = least_full(row, count, limits, num_stages)
+        if not needs:
+            raise DeviceMapError(
+                f"no split into num_stages={num_stages} was found with device_map='mixed'; leave it out to have the number chosen"
+            ) from None
+        raise DeviceMapError(_too_full(needs, devices, limits, num_stages)) from None
+    return _spans_from_counts(split.counts, units, split.placement), reason
+
+
 def _too_small(
     units: Sequence[Unit], devices: Sequence[str], placement: Sequence[int], memory: Load, limits: Sequence[float]
 ) -> str:
@@ -158,10 +219,17 @@ def _too_small(
     needs = {
         d: sum(u.parameter_bytes for s in spans if s.device == d for u in units[s.start : s.stop]) for d in placement
     }
+    return _too_full(needs, devices, limits, len(placement))
+
+
+def _too_full(
+    needs: Mapping[int, float], devices: Sequence[str], limits: Sequence[float], num_stages: int | None
+) -> str:
     tight = max(needs, key=lambda d: needs[d] / max(limits[d], 1))
+    stages = "stages" if num_stages is None else f"{num_stages} stages"
     return (
-        f"max_memory is too small for {len(placement)} stages on {', '.join(devices)}: even the split that fills them least "
-        f"puts {needs[tight]} bytes of parameters on {devices[tight]}, where {limits[tight]} are allowed; raise max_memory "
+        f"max_memory is too small for {stages} on {', '.join(devices)}: even the split that fills them least "
+        f"puts {needs[tight]:.0f} bytes of parameters on {devices[tight]}, where {limits[tight]} are allowed; raise max_memory "
         "or add devices (`hf-ouroboros plan` counts activations and optimizer state, too)"
     )
 
@@ -180,6 +248,10 @@ def _from_counts(
     counts: list[Any], units: Sequence[Unit], devices: Sequence[str], tied: bool, num_stages: int | None
 ) -> list[StageSpan]:
     layers = count_layers(units)
+    if counts and all(isinstance(pair, (list, tuple)) for pair in counts):
+        counts, placement = placed_counts(counts, devices)
+    else:
+        placement = default_placement(len(counts), len(devices), tied)
     if not counts or any(isinstance(c, bool) or not isinstance(c, int) or c < 0 for c in counts):
         raise DeviceMapError(f"device_map={shown(counts)} must be a list of layer counts per stage, e.g. [3, 6, 3]")
     if 0 in counts[1:-1]:
@@ -190,7 +262,7 @@ def _from_counts(
         raise DeviceMapError(f"device_map={shown(counts)} adds up to {sum(counts)} layers, but the model has {layers}")
     if num_stages is not None and num_stages != len(counts):
         raise DeviceMapError(f"device_map={shown(counts)} has {len(counts)} stages, but num_stages={num_stages}")
-    return _spans_from_counts(counts, units, default_placement(len(counts), len(devices), tied))
+    return _spans_from_counts(counts, units, placement)
 
 
 def _spans_from_counts(counts: Sequence[int], units: Sequence[Unit], placement: Sequence[int]) -> list[StageSpan]:

@@ -18,8 +18,7 @@ def spans_from_mapping(
     """Stages from {module name prefix: device}, the longest prefix winning and "" standing for everything.
 
     Raises:
-        DeviceMapError: unknown names or devices, gaps, a unit on two devices, or a device that gets more than one run
-            of units, unless it gets the first and the last stage or `num_stages` says that this is meant.
+        DeviceMapError: unknown names or devices, gaps, a unit on two devices, or another number of stages than `num_stages`.
     """
     names = [name for unit in units for name in unit.modules]
     for key in mapping:
@@ -46,17 +45,23 @@ def spans_from_mapping(
     spans = spans_of_runs(assigned)
     if num_stages is not None and num_stages != len(spans):
         raise DeviceMapError(f"device_map makes {len(spans)} stages, but num_stages={num_stages}")
-    seen: dict[int, int] = {}
-    for span in spans:
-        earlier = seen.setdefault(span.device, span.index)
-        snake = earlier == 0 and span.index == len(spans) - 1
-        if earlier != span.index and not snake and num_stages is None:
-            raise DeviceMapError(
-                f"device_map is not contiguous: {devices[span.device]} gets stage {earlier} and again stage "
-                f"{span.index} ({units[span.start].modules[0]}, ...). Only the first and the last stage share a device; "
-                f"if you mean {len(spans)} interleaved stages, say num_stages={len(spans)}"
-            )
     return spans
+
+
+def placed_counts(pairs: Sequence[Any], devices: Sequence[str]) -> tuple[list[Any], list[int]]:
+    """Layers and device of every stage, from [layers, device] per stage.
+
+    Raises:
+        DeviceMapError: no pairs, or unknown devices.
+    """
+    if wrong := [pair for pair in pairs if len(pair) != 2]:
+        raise DeviceMapError(
+            f"device_map has {shown(wrong[0])} as a stage; give [layers, device] for every stage, e.g. [[3, 0], [6, 1], [3, 0]]"
+        )
+    where = "device_map[{}]"
+    return [pair[0] for pair in pairs], [
+        device_index(pair[1], devices, where.format(k)) for k, pair in enumerate(pairs)
+    ]
 
 
 def check_module_names(mapping: Mapping[Any, Any], model: nn.Module) -> None:

@@ -11,10 +11,11 @@ import torch
 from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from ..errors import DeviceMapError, UnsupportedModelError
 from .compiled import Compilation
-from .device_map import parse_device_map, plan_stages
+from .device_map import parse_device_map, plan_stages, planned_stages
 from .families import find_family
 from .mapping import check_module_names
 from .meta import call_options, logits_of
@@ -26,6 +27,8 @@ from .stage_plan import StagePlan, StageRow, torch_device
 from .stages import Stage, compose
 from .trained import copy_shared, refresh, shared_parameter_names
 from .units import StageSpan, Unit
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -179,7 +182,10 @@ def split_model(
     device_map = parse_device_map(device_map)
     if isinstance(device_map, Mapping):
         check_module_names(device_map, model)
-    spans = plan_stages(device_map, units, devices, bool(tied_names), num_stages, max_memory)
+    planned = planned_stages(device_map, units, devices, bool(tied_names), num_stages, max_memory)
+    spans = planned.spans
+    if planned.reason:
+        logger.info(planned.reason)
     used = sorted({span.device for span in spans})
     num_workers = len(used)
     if own_device is not None and num_workers < len(devices):
@@ -244,7 +250,7 @@ def split_model(
                 sum(unit.cost for unit in units[span.start : span.stop]),
             )
         )
-    plan = StagePlan(tuple(rows), tuple(devices[d] for d in used), bool(tied_names), num_workers)
+    plan = StagePlan(tuple(rows), tuple(devices[d] for d in used), bool(tied_names), num_workers, planned.reason)
     if expected is not None and own_device is None:
         compare(expected, _sample_stages(model, training, stages), model)
     for stage in stages:

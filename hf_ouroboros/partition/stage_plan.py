@@ -50,12 +50,14 @@ class StagePlan:
         devices: the devices in use, in worker order.
         tied: whether first and last stage share a matrix.
         num_workers: devices that the split is meant for; more than `devices` where all stages were put on one.
+        reason: why it is split like this, in a sentence, where that was weighed; else empty.
     """
 
     rows: tuple[StageRow, ...]
     devices: tuple[str, ...]
     tied: bool
     num_workers: int
+    reason: str = ""
 
     @property
     def num_stages(self) -> int:
@@ -117,7 +119,7 @@ class StagePlan:
         if frozen:
             count = sum(row.parameters - row.frozen for row in self.rows)
             text += f"\ntrained: {count:,}; the others are frozen"
-        return text
+        return f"{text}\n{self.reason}" if self.reason else text
 
 
 def torch_device(name: str) -> torch.device:

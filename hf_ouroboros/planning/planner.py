@@ -128,16 +128,16 @@ def plan_split(
     try:
         counts = best_counts(
             placement,
-            _time_load(facts, devices, placement, options),
+            time_load(facts, devices, placement, options),
             memory_load(facts, stages, options),
             [device.memory for device in devices],
         )
     except NoSplitError:
         raise DeviceMapError(_what_would_fit(facts, devices, options, num_stages)) from None
-    return _assemble(facts, devices, placement, counts, options)
+    return assembled(facts, devices, placement, counts, options)
 
 
-def _time_load(
+def time_load(
     facts: ModelFacts, devices: Sequence[PlannedDevice], placement: Sequence[int], options: MemoryOptions
 ) -> Load:
     """Seconds per micro-batch of every unit in every stage."""
@@ -155,13 +155,14 @@ def _time_load(
     return Load(rows, fixed)
 
 
-def _assemble(
+def assembled(
     facts: ModelFacts,
     devices: Sequence[PlannedDevice],
     placement: Sequence[int],
     counts: Sequence[int],
     options: MemoryOptions,
 ) -> SplitPlan:
+    """The plan of a split into so many layers per stage, each on its device."""
     position = next(i for i, unit in enumerate(facts.units) if unit.kind == "layer")
     stages = []
     for k, (device, count) in enumerate(zip(placement, counts, strict=True)):
@@ -266,6 +267,6 @@ def _fullest(
         [[size / r for size in row] for row, r in zip(memory.layers, room, strict=True)],
         [size / r for size, r in zip(memory.fixed, room, strict=True)],
     )
-    plan = _assemble(facts, devices, placement, best_counts(placement, relative), options)
+    plan = assembled(facts, devices, placement, best_counts(placement, relative), options)
     device = max(set(placement), key=lambda d: plan.bytes_on(d) / devices[d].memory)
     return device, plan.bytes_on(device)

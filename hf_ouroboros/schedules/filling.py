@@ -15,13 +15,13 @@ update ends early. A device goes through its part of it as the ticks come in.
 
 from __future__ import annotations
 
-import heapq
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
 from .clock import Pause, Slot
+from .in_time import work_in_time
 from .instructions import (
     Backward,
     Exchange,
@@ -126,22 +126,8 @@ class _Devices:
 
     def run(self) -> list[list[Item]]:
         """Every device's order."""
-        plans: dict[int, tuple[float, Item]] = {}
-        waiting: list[tuple[float, int]] = []
-        changed = set(range(len(self.orders)))
-        while True:
-            for device in sorted(changed):
-                plans.pop(device, None)
-                if (plan := self._plan(device)) is not None:
-                    plans[device] = plan
-                    heapq.heappush(waiting, (plan[0], device))
-            if not plans:
-                return self.orders
-            # What is first in time cannot be overtaken by what is not known yet.
-            start, device = heapq.heappop(waiting)
-            changed = set()
-            if device in plans and plans[device][0] == start:
-                changed = self._do(device, start, plans[device][1])
+        work_in_time(len(self.orders), self._plan, self._do)
+        return self.orders
 
     def _plan(self, device: int) -> tuple[float, Item] | None:
         """When the device can go on, and with what; None if nothing is known to come."""

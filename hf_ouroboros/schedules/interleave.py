@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
+from .beats import found_beats
 from .clock import Clock, Pause, Slot
 from .instructions import Backward, Forward, Instruction, Program
-from .programs import dataflow_program, lockstep_program, stages_by_device
+from .programs import Beat, beat_program, lockstep_program, stages_by_device
 from .replay import Deadlock, Task, prepare, run
 
 
@@ -39,24 +41,28 @@ def dataflow_programs(
     stages_of = stages_by_device(placement)
     duration = _durations(forward_costs, backward_costs)
     slots = sample_slots(num_stages, micro_batches, drained)
-    prepared: dict[tuple[int, ...], tuple[Program, list[Task]]] = {}  # most devices do the same under all offsets
+    prepared: dict[tuple[tuple[int, int], ...], tuple[Program, list[Task]]] = {}  # most devices often do the same
 
-    def program_and_tasks(device: int, offsets: list[int]) -> tuple[Program, list[Task]]:
-        if (key := (device, *offsets)) not in prepared:
-            program = dataflow_program(stages_of[device], offsets, num_stages, exchange)
+    def program_and_tasks(device: int, beat: Beat) -> tuple[Program, list[Task]]:
+        if (key := tuple(beat)) not in prepared:
+            program = beat_program(beat, num_stages, exchange)
             prepared[key] = program, prepare(program(slots), device, placement, duration)
         return prepared[key]
 
+    spread = (
+        [_late_first(offsets, stages) for stages in stages_of]
+        for offsets in candidate_offsets(num_stages, most=max(len(stages) for stages in stages_of))
+    )
+    listed = () if _has_simple_devices(stages_of) else found_beats(placement, forward_costs, backward_costs)
     best: tuple[float, list[Program]] | None = None
-    for offsets in candidate_offsets(num_stages, most=max(len(stages) for stages in stages_of)):
-        chosen = [program_and_tasks(device, _relative(offsets, stages)) for device, stages in enumerate(stages_of)]
-        programs = [program for program, _ in chosen]
+    for beats in itertools.chain(spread, listed):
+        chosen = [program_and_tasks(device, beat) for device, beat in enumerate(beats)]
         try:
             span = max(ends[-1] for ends in run([tasks for _, tasks in chosen]))
         except Deadlock:
             continue
         if best is None or span < best[0] * (1 - 1e-9):
-            best = span, programs
+            best = span, [program for program, _ in chosen]
     if best is None:
         raise Deadlock(f"no interleaving of the stages {stages_of} runs without a deadlock")
     return best[1]
@@ -86,10 +92,16 @@ def engine_costs(stage_costs: Sequence[float], recompute: bool) -> tuple[list[fl
     return forward, [2 * cost + again for cost, again in zip(forward, replayed, strict=True)]
 
 
-def _relative(offsets: Sequence[int], stages: Sequence[int]) -> list[int]:
-    """Offsets within one device: only what its stages stay behind each other matters."""
+def _late_first(offsets: Sequence[int], stages: Sequence[int]) -> Beat:
+    """The beat of a device whose late stages come first; only what its stages stay behind each other matters."""
     base = 0 if 0 in stages else min((offsets[k] for k in stages), default=0)
-    return [offsets[k] - base for k in stages]
+    return [(k, offsets[k] - base) for k in reversed(stages)]
+
+
+def _has_simple_devices(stages_of: Sequence[Sequence[int]]) -> bool:
+    """Whether devices have a stage each, but for one that may have the first and the last one, too: offsets are enough for these."""
+    last = sum(map(len, stages_of)) - 1
+    return all(len(stages) == 1 or list(stages) == [0, last] for stages in stages_of)
 
 
 def candidate_offsets(num_stages: int, most: int) -> list[list[int]]:

@@ -18,6 +18,9 @@ from .instructions import (
     Step,
 )
 
+Beat = list[tuple[int, int]]
+"""What a device does in every slot, in this order: (stage, how many half slots it then stays behind the newest slot)."""
+
 
 def _halves(stage: int, slot: Slot, num_stages: int) -> tuple[list[Instruction], list[Instruction]]:
     """What a stage does in a slot: its forward, and its backward with the step after it."""
@@ -40,15 +43,26 @@ def dataflow_program(stages: Sequence[int], offsets: Sequence[int], num_stages: 
         num_stages: K.
         exchange: whether norms are exchanged before every step (global clipping).
     """
-    order = sorted(zip(stages, offsets, strict=True), reverse=True)
+    return beat_program(sorted(zip(stages, offsets, strict=True), reverse=True), num_stages, exchange)
+
+
+def beat_program(beat: Beat, num_stages: int, exchange: bool = False) -> Program:
+    """The same, in any order of half slots.
+
+    Args:
+        beat: what is done in every slot.
+        num_stages: K.
+        exchange: as in `dataflow_program`.
+    """
+    stages = sorted({stage for stage, _ in beat}, reverse=True)
 
     def catch_up(waiting: dict[int, deque[list[Instruction]]]) -> Iterator[Instruction]:
         # As if empty slots followed: the order that the simulation found free of deadlocks goes on to the end.
         ahead = 0
         while any(waiting.values()):
             ahead += 2
-            for stage, offset in order:
-                while len(waiting[stage]) > max(offset - ahead, 0):
+            for stage, behind in beat:
+                while len(waiting[stage]) > max(behind - ahead, 0):
                     yield from waiting[stage].popleft()
 
     def program(slots: Iterable[Slot | Pause]) -> Iterator[Instruction]:
@@ -57,20 +71,20 @@ def dataflow_program(stages: Sequence[int], offsets: Sequence[int], num_stages: 
             if isinstance(slot, Pause):
                 yield from catch_up(waiting)
                 if slot.settle:
-                    yield from (Settle(stage) for stage, _ in order)
+                    yield from (Settle(stage) for stage in stages)
                 yield Report()
                 continue
             update = slot.update if exchange else None
-            for stage, _ in order:
+            for stage in stages:
                 forward, rest = _halves(stage, slot, num_stages)
                 waiting[stage].extend((forward, rest if update is None else rest[:-1]))
             if update is not None:
                 yield from catch_up(waiting)
                 yield Exchange(update)
-                yield from (Step(stage, update) for stage, _ in order)
+                yield from (Step(stage, update) for stage in stages)
                 continue
-            for stage, offset in order:
-                while len(waiting[stage]) > offset:
+            for stage, behind in beat:
+                while len(waiting[stage]) > behind:
                     yield from waiting[stage].popleft()
 
     return program

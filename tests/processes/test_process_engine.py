@@ -79,6 +79,16 @@ def test_stages_that_share_a_device() -> None:
 
 
 @pytest.mark.slow
+def test_stages_anywhere() -> None:
+    """Several stages per process, neighbours together or not, the ends of a tied model in one."""
+    tied = Case(5, (2, 1, 3), True, 0.1, layers=6, counts=(0, 2, 1, 3, 0), placement=(0, 1, 1, 0, 0))
+    round_robin = Case(6, (1, 3, 4), False, 0.1, clip=0.5, layers=6, counts=(1,) * 6, placement=(0, 1, 2, 0, 1, 2))
+    mixed = Case(6, (2, 3, 2), True, layers=6, counts=(0, 2, 1, 1, 2, 0), placement=(0, 1, 2, 0, 2, 0))
+    check_all(2, [(tied, schedule, {1: "state"}) for schedule in SCHEDULES])
+    check_all(3, [(round_robin, schedule, {1: "state"}) for schedule in SCHEDULES[::3]] + [(mixed, "pipelined", {})])
+
+
+@pytest.mark.slow
 def test_global_clipping_and_the_papers_tied_gradient() -> None:
     cases = [
         (Case(4, updates=(2,) * 4, clip=0.3, scope="global"), "lockstep", {}),
