@@ -25,7 +25,7 @@ class Places:
         self._places = []
         for name in names:
             owner, _, own = name.rpartition(".")
-            self._places.append((name, module.get_submodule(owner)._parameters, own))
+            self._places.append((name, module.get_submodule(owner), own))
 
     @contextmanager
     def holding(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
@@ -34,11 +34,14 @@ class Places:
         Args:
             tensors: one for each of the names.
         """
-        before = [parameters[own] for _, parameters, own in self._places]
+        before = [owner._parameters[own] for _, owner, own in self._places]
         try:
-            for name, parameters, own in self._places:
-                parameters[own] = tensors[name]  # type: ignore[assignment]  # as functional_call does
+            for name, owner, own in self._places:
+                owner._parameters[own] = tensors[name]  # type: ignore[assignment]  # as functional_call does
             yield
         finally:
-            for (_, parameters, own), parameter in zip(self._places, before, strict=True):
-                parameters[own] = parameter
+            for (_, owner, own), parameter in zip(self._places, before, strict=True):
+                if own in owner._parameters:
+                    owner._parameters[own] = parameter
+                else:  # the forward has made it a plain attribute, as PEFT does where an adapter adds to a parameter
+                    setattr(owner, own, parameter)

@@ -44,3 +44,22 @@ def test_of_the_module_itself() -> None:
     module = nn.Linear(2, 2)
     with Places(module, ["weight"]).holding({"weight": torch.zeros(2, 2)}):
         assert torch.equal(module(torch.ones(1, 2))[0], module.bias)
+
+
+def test_a_forward_that_makes_a_parameter_an_attribute() -> None:
+    """As PEFT's does, where an adapter adds to a parameter: it parametrizes the layer and takes that back."""
+
+    class Taking(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            weight = self.weight
+            del self.weight
+            self.weight = weight * 1  # type: ignore[assignment]
+            return super().forward(input)
+
+    module = Taking(2, 2)
+    before = dict(module.named_parameters())
+    places = Places(module, before)
+    for _ in range(2):
+        with places.holding({name: torch.zeros_like(p) for name, p in before.items()}):
+            module(torch.ones(1, 2))
+        assert all(module.get_parameter(name) is p for name, p in before.items()) and "weight" not in module.__dict__
