@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections import Counter
 
 # Read by the libraries when they are imported, so they have to be set before.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -29,6 +30,23 @@ def _quiet() -> None:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a sweep over combinations, `sampled(n)`, every n-th is run, or all with HF_OUROBOROS_EVERY_CASE=1."""
+    if os.environ.get("HF_OUROBOROS_EVERY_CASE"):
+        return
+    seen: Counter[str] = Counter()
+    left_out = []
+    for item in items:
+        if (mark := item.get_closest_marker("sampled")) is not None:
+            sweep = item.nodeid.partition("[")[0]
+            if seen[sweep] % mark.args[0]:
+                left_out.append(item)
+            seen[sweep] += 1
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
 
 
 def pytest_collection_finish() -> None:

@@ -192,6 +192,7 @@ def uninterrupted(case: Case) -> Run:
 
 
 @pytest.mark.slow
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("at", range(8))
 @pytest.mark.parametrize("second", ["lockstep", "pipelined", "reference"])
 def test_resume_at_every_update(at: int, second: str) -> None:

@@ -44,6 +44,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.slow
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("stages", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize(("micro_batches", "groups"), [(1, 1), (2, 2), (2, 1), (4, 2)])
 def test_every_schedule_equals_the_reference(stages: int, micro_batches: int, groups: int) -> None:
@@ -65,6 +66,7 @@ def test_every_schedule_equals_the_reference(stages: int, micro_batches: int, gr
 
 
 @pytest.mark.slow
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_kind_of_model(kind: str, tied: bool) -> None:

@@ -72,6 +72,7 @@ def assert_loads_alike(path: str, owned: Owned, **kwargs: Any) -> PreTrainedMode
 
 
 @pytest.mark.slow
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("owned", OWNED.values(), ids=OWNED)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("layout", ["single", "sharded", "base", "bin"])
