@@ -31,7 +31,8 @@ def draw_speedups(contenders: list[Contender], results: list[list[Run]], num_dev
         error = [[spread.median - spread.least], [spread.greatest - spread.median]]
         axes.barh(row, spread.median, color=_color(contender), xerr=error, error_kw={"ecolor": "0.25", "capsize": 3})
         farthest = max(farthest, spread.greatest)
-        axes.text(spread.greatest + 0.03, row, f"{spread.median:.2f}", va="center", fontsize=9)
+        over_line = {"boxstyle": "square,pad=0.15", "facecolor": "white", "edgecolor": "none"}
+        axes.text(spread.greatest + 0.03, row, f"{spread.median:.2f}", va="center", fontsize=9, bbox=over_line)
     axes.axvline(num_devices, color="0.3", linestyle="--", linewidth=1)
     axes.text(num_devices - 0.02, -0.7, f"ideal: {num_devices}", ha="right", va="center", fontsize=9, color="0.3")
     axes.set_yticks(range(len(contenders)), [in_lines(contender.label) for contender in contenders])
