@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING
 from ..errors import DeviceMapError, UnsupportedOptionError
 from ..options import Place, Whole
 from ..schedules import DEFAULT, SCHEDULES
-from ..simulate.peers import PEERS
-from ..simulate.sharded import FSDP
 from ..simulate.simulator import ours
 from ..user_files import check_writable, written_together
 from .options import (
@@ -27,7 +25,7 @@ from .options import (
     load_config,
     schedules,
 )
-from .tables import byte_unit, milliseconds, size, table
+from .plan_report import delay, device_table, headline, schedule_table, stage_table, weighed
 
 if TYPE_CHECKING:
     import torch
@@ -146,13 +144,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.schedule not in runs:
         raise UnsupportedOptionError(f"--schedule {arguments.schedule}: {left_out[arguments.schedule]}")
     chosen = runs[arguments.schedule]
-    print(_headline(plan))
-    print(_delay(plan))
+    print(headline(plan))
+    print(delay(plan))
     if speeds:
-        print(_weighed(plan, speeds))
-    print("\n" + _stage_table(plan))
-    print("\n" + _device_table(plan, chosen))
-    print("\n" + _schedule_table(plan, runs, ideal(plan), arguments.data_parallel_replicas))
+        print(weighed(plan, speeds))
+    print("\n" + stage_table(plan))
+    print("\n" + device_table(plan, chosen))
+    print("\n" + schedule_table(plan, runs, ideal(plan), arguments.data_parallel_replicas))
     for schedule, reason in left_out.items():
         print(f"{schedule}: not simulated, {reason}")
     with written_together(*files) as (new_map, new_picture):
@@ -223,128 +221,6 @@ def _devices(
     if not here:
         return [estimated(facts, kind) for kind in kinds if not isinstance(kind, str)]
     return measured(config, facts, here, CACHE, again=arguments.measure_again)
-
-
-def _headline(plan: SplitPlan) -> str:
-    facts = plan.facts
-    tied = "tied" if facts.tied else "untied"
-    active = "" if facts.active_parameters == facts.parameters else f" ({facts.active_parameters:,} per token)"
-    text = (
-        f"{facts.name}: {facts.parameters:,} parameters{active}, {facts.layers} layers, {tied} embeddings; micro-batches of "
-        f"{facts.batch} x {facts.time} tokens, {str(facts.dtype).removeprefix('torch.')}{', autocast' if facts.autocast else ''}, "
-        f"M = {plan.options.micro_batches}, {plan.options.optimizer}{', recompute' if plan.options.recompute else ''}"
-        f"{', weights of now' if plan.options.replays_newest else ''}"
-    )
-    if any(unit.trained < unit.parameter_bytes for unit in facts.units):
-        text += f"\nonly adapters are trained: {sum(unit.trained for unit in facts.units) / 2**20:,.1f} MiB"
-    if unpacked := sum(unit.unpacked_bytes for unit in facts.units):
-        whole = sum(unit.parameter_bytes for unit in facts.units) / 2**30
-        text += f"\nmatrices are packed: all weights are {whole:,.2f} GiB; those matrices alone were {unpacked / 2**30:,.2f} GiB"
-    used = max(plan.placement) + 1
-    if used < len(plan.devices):
-        text += f"\nonly {used} of {len(plan.devices)} devices are used: more have no layers of their own"
-    return text if facts.untrainable is None else f"{text}\nPLANNED ONLY, training not supported: {facts.untrainable}"
-
-
-def _delay(plan: SplitPlan) -> str:
-    from ..optim.advice import recommended_micro_batches
-
-    if SCHEDULES[plan.options.schedule].is_synchronous:
-        return "no gradient is late"
-    stages, micro_batches = len(plan.stages), plan.options.micro_batches
-    text = f"the first stage's gradients are {(stages - 1) / micro_batches:.2g} updates late"
-    enough = recommended_micro_batches(stages)
-    return (
-        text if micro_batches >= enough else f"{text}; M = {enough} or more is recommended, with smaller micro-batches"
-    )
-
-
-def _weighed(plan: SplitPlan, speeds: dict[int, float]) -> str:
-    """What `--device_map mixed` has chosen, and why."""
-    from .prediction import SLOWER
-
-    chosen, best = len(plan.stages), max(speeds.values())
-    compared = ", ".join(f"{speed / best:.3f} with {stages}" for stages, speed in speeds.items())
-    return f"mixed: {chosen} stages, the fewest that are simulated within {SLOWER:.0%} of the fastest; of its speed: {compared} stages"
-
-
-def _stage_table(plan: SplitPlan) -> str:
-    rows = []
-    for stage in plan.stages:
-        names = [name for unit in stage.units for name in unit.modules]
-        rows.append(
-            (
-                stage.stage,
-                f"{stage.device}: {plan.devices[stage.device].name}",
-                stage.delay,
-                stage.layers,
-                f"{sum(unit.parameters for unit in stage.units):,}",
-                milliseconds(stage.forward),
-                milliseconds(stage.backward),
-                milliseconds(stage.step),
-                names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}",
-            )
-        )
-    header = ("stage", "device", "delay", "layers", "parameters", "forward ms", "backward ms", "step ms", "modules")
-    return table(header, rows, left=(1, 8))
-
-
-def _device_table(plan: SplitPlan, chosen: Simulation) -> str:
-    devices = range(max(plan.placement) + 1)
-    name, unit = byte_unit(max(plan.bytes_on(device) for device in devices))
-    rows = []
-    for device in devices:
-        memory = [stage.memory for stage in plan.stages if stage.device == device]
-        parts = [
-            sum(getattr(m, part) for m in memory)
-            for part in ("weights", "versions", "gradients", "optimizer", "activations", "working", "messages", "total")
-        ]
-        limit = plan.devices[device].memory
-        rows.append(
-            (
-                f"{device}: {plan.devices[device].name}",
-                *(size(part, unit) for part in parts),
-                "-" if limit == float("inf") else f"{limit / 2**30:.1f} GiB",
-                f"{chosen.busy_shares[device]:.0%}",
-            )
-        )
-    header = (
-        f"{name} on",
-        "weights",
-        "old versions",
-        "gradients",
-        "optimizer",
-        "activations",
-        "working",
-        "messages",
-        "all",
-        "may use",
-        "busy",
-    )
-    return table(header, rows)
-
-
-def _schedule_table(plan: SplitPlan, runs: dict[str, Simulation], ideal: float, replicas: int) -> str:
-    tokens = plan.facts.batch * plan.facts.time * replicas
-    naive = runs.get("naive")  # not if there are more devices than layers
-    name, unit = byte_unit(max(max(found.bytes_in_flight) for found in runs.values()))
-    rows = []
-    for schedule, found in runs.items():
-        rows.append(
-            (
-                schedule,
-                f"{tokens / found.seconds_per_tick:,.0f}",
-                f"{naive.seconds_per_tick / found.seconds_per_tick:.2f}" if naive is not None else "-",
-                f"{min(found.busy_shares):.0%} - {max(found.busy_shares):.0%}",
-                milliseconds(found.fill_seconds),
-                size(max(found.bytes_in_flight), unit),
-            )
-        )
-    header = ("schedule", "tokens/s", "over naive", "devices busy", "fill ms", f"activations {name}")
-    return (
-        f"{table(header, rows)}\nThis split could reach {ideal:.2f} times one device's speed if no device ever waited. "
-        f"{', '.join(PEERS)}\nare other software's, each with its own split; {FSDP} shares out every layer instead."
-    )
 
 
 def _picture(plan: SplitPlan, chosen: Simulation, path: Path) -> None:

@@ -47,29 +47,23 @@ class ExposedUpdate:
                 runner.start_mean()
                 runner.finish_mean()
             self.norms: Norms = {stage: runner.norm() for stage, runner in sorted(runners.items())}
-            self._clip(share(-1, self.norms) if settings.shares_norms else self.norms)
+            self._bound(share(-1, self.norms) if settings.shares_norms else self.norms)
         for runner in runners.values():
             runner.expose()
 
-    def _clip(self, known: Norms) -> None:
-        """Bounds gradients; drops those that have overflowed where losses are scaled.
+    def _bound(self, known: Norms) -> None:
+        """Bounds and drops gradients as workers do.
 
         Args:
-            known: norms of all stages that have to do with it.
+            known: norms of all stages, where stages share them; else of these.
         """
-        settings = self._settings
         present = [norm.to(self._device) for _, norm in sorted(known.items()) if norm is not None]
-        whole = torch.linalg.vector_norm(torch.stack(present)) if present else None
+        if not present:
+            return
+        whole = torch.linalg.vector_norm(torch.stack(present))
         for stage, runner in self._runners.items():
-            norm = self.norms[stage]
-            if norm is None or whole is None:
-                continue
-            if settings.scales_losses and not (whole if settings.drops_together else norm).isfinite():
-                runner.drop()
-            elif settings.clip_scope == "stage":
-                runner.scale(norm, settings.stage_norm_bound(self._num_stages))
-            elif settings.max_grad_norm is not None:
-                runner.scale(whole, settings.max_grad_norm)
+            if (norm := self.norms[stage]) is not None:
+                runner.bound(norm, whole)
 
     def step(self, optimizer: torch.optim.Optimizer, update: int) -> None:
         """Steps all stages with the gradients that their parameters have now.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
+from typing import SupportsFloat
 
 import torch
 from torch import nn
@@ -127,12 +129,24 @@ class StageUpdates:
         if self._mean is not None:
             self._mean.wait()
 
-    def clip(self, bound: float) -> torch.Tensor | None:
-        """Norm of the open update's gradients, which are then scaled to at most `bound`; None without any."""
-        norm = self.norm()
-        if norm is not None:
-            self.scale(norm, bound)
-        return norm
+    def bound(
+        self, norm: torch.Tensor, whole: torch.Tensor, read: Callable[[torch.Tensor], SupportsFloat] = float
+    ) -> None:
+        """Bounds the open update's gradients; drops them if they, or others that are dropped with them, have overflowed.
+
+        Args:
+            norm: of this stage's gradients.
+            whole: of those of all stages, where stages share their norms; else not used.
+            read: gives the number that a norm is.
+        """
+        settings = self.settings
+        decides = whole if settings.drops_together else norm
+        if settings.scales_losses and not math.isfinite(float(read(decides))):
+            self.drop()
+        elif settings.clip_scope == "stage":
+            self.scale(norm, settings.stage_norm_bound(self._num_stages))
+        elif settings.max_grad_norm is not None:
+            self.scale(whole, settings.max_grad_norm)
 
     def norm(self) -> torch.Tensor | None:
         """Euclidean norm of the open update's gradients; None if there are none."""

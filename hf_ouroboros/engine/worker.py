@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import queue
 import threading
 from collections import deque
@@ -288,22 +287,12 @@ class Worker(threading.Thread):
         start = self._queue.moment()
         norm = self._norms[runner.index] if self._settings.shares_norms else runner.norm()
         if norm is not None:
-            self._clip(runner, norm)
+            whole = self._shared_norm if self._settings.shares_norms else norm
+            assert whole is not None
+            runner.bound(norm, whole, self._queue.reading)
         runner.step(self._hyperparameters[runner.index].pop(update), update)
         self._record("step", runner, update, start)
         self._events.put(StepDone(runner.index, update, None if norm is None else self._queue.reading(norm)))
-
-    def _clip(self, runner: StageRunner, norm: torch.Tensor) -> None:
-        """Bounds a stage's gradients by their norm, or that of all stages; drops them if they, or those of others, overflowed."""
-        settings, whole = self._settings, self._shared_norm if self._settings.shares_norms else norm
-        assert whole is not None
-        decides = whole if settings.drops_together else norm
-        if settings.scales_losses and not math.isfinite(float(self._queue.reading(decides))):
-            runner.drop()
-        elif settings.clip_scope == "stage":
-            runner.scale(norm, settings.stage_norm_bound(self._num_stages))
-        elif settings.max_grad_norm is not None:
-            runner.scale(whole, settings.max_grad_norm)
 
     def _record(self, kind: str, runner: StageRunner, index: int, start: Moment) -> None:
         if self._timeline is not None:

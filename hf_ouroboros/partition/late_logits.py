@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -36,46 +36,36 @@ _RESHAPING = frozenset({torch.Tensor.view, torch.Tensor.reshape, torch.Tensor.fl
 
 
 @contextmanager
-def only_loss_wanted(wanted: bool = True) -> Iterator[None]:
-    """Within this context, in this thread, nobody looks at the logits of a head that is able to give late ones."""
-    before = getattr(_of_this_thread, "late", False)
-    _of_this_thread.late = wanted
+def _set_here(name: str, value: bool) -> Iterator[None]:
+    """Within this context, in this thread."""
+    before = getattr(_of_this_thread, name, False)
+    setattr(_of_this_thread, name, value)
     try:
         yield
     finally:
-        _of_this_thread.late = before
+        setattr(_of_this_thread, name, before)
+
+
+def only_loss_wanted(wanted: bool = True) -> AbstractContextManager[None]:
+    """Within this context, in this thread, nobody looks at the logits of a head that is able to give late ones."""
+    return _set_here("late", wanted)
 
 
 @contextmanager
 def late_logits_wanted(wanted: bool = True) -> Iterator[None]:
     """Within this context, in this thread, somebody makes do with late logits, which the model's output then has."""
-    before = getattr(_of_this_thread, "kept", False)
-    _of_this_thread.kept = wanted
-    try:
-        with only_loss_wanted(wanted):
-            yield
-    finally:
-        _of_this_thread.kept = before
+    with _set_here("kept", wanted), only_loss_wanted(wanted):
+        yield
 
 
-@contextmanager
-def only_counted() -> Iterator[None]:
+def only_counted() -> AbstractContextManager[None]:
     """Within this context, in this thread, the loss of late logits leaves its gradients out: as much work as a plain forward."""
-    _of_this_thread.counted = True
-    try:
-        yield
-    finally:
-        _of_this_thread.counted = False
+    return _set_here("counted", True)
 
 
-@contextmanager
-def only_one_chunk() -> Iterator[None]:
+def only_one_chunk() -> AbstractContextManager[None]:
     """Within this context, in this thread, the loss of late logits needs what it always needs, and takes the time of a chunk."""
-    _of_this_thread.one_chunk = True
-    try:
-        yield
-    finally:
-        _of_this_thread.one_chunk = False
+    return _set_here("one_chunk", True)
 
 
 def with_late_logits(head: nn.Module) -> None:
