@@ -70,7 +70,8 @@ def most_alive(model: PreTrainedModel, stage: int, micro_batches: int, **setting
                 runner.accumulate(found)
                 del found, gradient, _
             if (tick + 1) % micro_batches == 0:
-                runner.clip(1.0)
+                if (norm := runner.norm()) is not None:
+                    runner.scale(norm, 1.0)
                 runner.step(snapshot_hyperparameters(optimizer), tick // micro_batches)
     return living.peak
 
