@@ -144,7 +144,9 @@ class TiedLink:
     """What first and last stage tell each other about the matrices that they share; they share a device, too.
 
     `weights[t]` are the versions that stage 0 used at tick t, for the last stage's forward of tick t.
-    `gradients[t]` are the output side's gradients of tick t, for stage 0's backward of tick t.
+    `gradients[t]` are the output side's gradients of tick t, for stage 0's backward of tick t. With delays those of K-1 ticks wait
+    here, one by one: the update that will apply them is K-1 ticks ahead, and may close after any of these ticks (at the end of an
+    epoch, with other data, or resumed with another M), so that no two of them are known to belong to the same sum.
 
     Args:
         names: names of the matrices, as stage 0 owns them.
