@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections import Counter
+from types import SimpleNamespace
 
 # Read by the libraries when they are imported, so they have to be set before.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,7 +17,11 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import torch
 from hypothesis import settings
+
+# At every seed torch keeps, for accelerators that are not started, the stack with its lines of source: a deep one in tests.
+torch.cuda.traceback = SimpleNamespace(format_stack=list)
 
 # The same examples in every run: a test that turns red was turned red by a change. Others are found with
 # pytest --hypothesis-profile=search

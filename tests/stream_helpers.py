@@ -85,7 +85,7 @@ class StreamCase(Case):
     groups: int = 1
     epoch: int = 100
     rows: int = 2
-    config: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def model(self) -> TransfoXLLMHeadModel:
         return tiny_xl(self.dropout, self.layers, **{"tie_word_embeddings": self.tied, **self.config})

@@ -510,9 +510,9 @@ def test_model_init_resumes(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_training_twice(tmp_path: Path) -> None:
     """The second train() goes on with weights and optimizer of the first, as in stock."""
-    expected = stock(tmp_path)
-    found = ouroboros(tmp_path, {"model": tiny_model(dropout=0.0)}, **ONE)
-    pair = [ouroboros(tmp_path, schedule=schedule) for schedule in ("reference", "pipelined")]
+    expected = stock(tmp_path, max_steps=3)
+    found = ouroboros(tmp_path, {"model": tiny_model(dropout=0.0)}, max_steps=3, **ONE)
+    pair = [ouroboros(tmp_path, max_steps=3, schedule=schedule) for schedule in ("reference", "pipelined")]
     for trainer in (expected, found, *pair):
         trainer.train()
         trainer.train()

@@ -37,7 +37,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("tied", [True, False])
 def test_schedules_agree(tmp_path: Path, stages: int, tied: bool, calls: list[int]) -> None:
     def run(schedule: str, **options: object) -> object:
-        options = {"num_stages": stages, "devices": ["cpu:0", "cpu:1", "cpu:2"][:stages], **options}
+        options = {"num_stages": stages, "devices": ["cpu:0", "cpu:1", "cpu:2"][:stages], "max_steps": 4, **options}
         return trained(tmp_path / schedule, {"model": tiny_model(tied)}, schedule=schedule, **options)
 
     expected = run("reference", fused_head="on")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from trainer_helpers import assert_same, ouroboros, split_options, stock, tiny_model
+from trainer_helpers import EVERY, assert_same, ouroboros, split_options, stock, tiny_model
 from transformers import Trainer, TrainerCallback
 from transformers.optimization import Adafactor, AdafactorSchedule
 
@@ -305,20 +305,21 @@ def differences(expected: Any, found: Any) -> list[Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", CASES.values(), ids=CASES.keys())
-def test_what_a_script_does_counts(tmp_path: Path, make: Callable[[nn.Module], Made]) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_what_a_script_does_counts(tmp_path: Path, case: str) -> None:
+    """Every third case also with one stage and in lockstep."""
     groups = [
         [
             (False, {}),
-            (True, {"schedule": "1f1b", **split_options(1, 1)}),
             (True, {"schedule": "1f1b", **split_options(3, 2)}),
+            (True, {"schedule": "1f1b", **split_options(1, 1)}),
         ],
         [(True, {"schedule": s, **split_options(3, 2)}) for s in ("reference", "pipelined", "lockstep")],
     ]
     for group in groups:
         runs = []
-        for ours, options in group:
-            runs.append(built(make, ours, tmp_path, **options))
+        for ours, options in group if EVERY or list(CASES).index(case) % 3 == 0 else group[:2]:
+            runs.append(built(CASES[case], ours, tmp_path, **options))
             runs[-1].train()
         for run in runs[1:]:
             assert differences(outcome(runs[0]), outcome(run)) == []

@@ -7,7 +7,9 @@ tokens go through its weights. What was found is kept for models of the same con
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar, cast
 
 import torch
@@ -28,12 +30,35 @@ FIRST_ARGUMENTS = ((0, 0), (1, "hidden_states"), (1, "x"), (1, "hidden"))
 _KNOWN: dict[str, Anatomy | UnsupportedModelError] = {}
 
 
+# (a model that is not changed for a while, its anatomy once it has been asked for)
+_unchanged: ContextVar[tuple[PreTrainedModel, list[Anatomy]] | None] = ContextVar("unchanged", default=None)
+
+
+@contextmanager
+def unchanged(model: PreTrainedModel) -> Iterator[None]:
+    """Within this context nobody changes a model, whose architecture need not be looked at again for every layer."""
+    token = _unchanged.set((model, []))
+    try:
+        yield
+    finally:
+        _unchanged.reset(token)
+
+
 def find_anatomy(model: PreTrainedModel) -> Anatomy:
     """The anatomy of a model, with or without weights.
 
     Raises:
         UnsupportedModelError: the model is no row of layers that can be cut; the message says why.
     """
+    found = _unchanged.get()
+    if found is None or found[0] is not model:
+        return _find_anatomy(model)
+    if not found[1]:
+        found[1].append(_find_anatomy(model))
+    return found[1][0]
+
+
+def _find_anatomy(model: PreTrainedModel) -> Anatomy:
     key = architecture_of(model)
     if key not in _KNOWN:
         try:

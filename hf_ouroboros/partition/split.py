@@ -16,6 +16,7 @@ from transformers.utils import logging
 from ..errors import DeviceMapError, UnsupportedModelError
 from .compiled import Compilation
 from .device_map import parse_device_map, plan_stages, planned_stages
+from .dissection import unchanged
 from .families import find_family
 from .mapping import check_module_names
 from .meta import call_options, logits_of
@@ -211,7 +212,8 @@ def split_model(
         del model.hf_device_map
 
     def build() -> tuple[Stage, ...]:
-        return tuple(family.make_stage(model, units, span, len(spans)).eval() for span in spans)
+        with unchanged(model):
+            return tuple(family.make_stage(model, units, span, len(spans)).eval() for span in spans)
 
     stages = build()
     carry_hooks(model, stages, units, spans)

@@ -48,8 +48,10 @@ class Watch:
         self._doing = doing
         self._store = self._open_store()
         self._armed = threading.Event()
+        self._over = threading.Event()  # the opposite, for which the thread waits between two looks
         self._raised = threading.Event()
         self._seen: dict[int, tuple[str, float]] = {}  # rank -> (what was posted, when it last changed)
+        self._gone: list[int] = []  # ranks that this process has found to be silent
         self._guarded = 0  # how often; an error that a script has dealt with does not count in the next one
         self._posts = 0
         self._last: tuple[str, float] = "", 0.0  # what this process is doing, since when
@@ -84,7 +86,9 @@ class Watch:
         self._guarded += 1
         self.failure = None
         self._seen.clear()
+        self._gone = []
         self._raised.clear()
+        self._over.clear()
         self._armed.set()
         thread = threading.Thread(target=self._run, name="ouroboros watch", daemon=True)
         thread.start()
@@ -98,6 +102,7 @@ class Watch:
             raise cause from error
         finally:
             self._armed.clear()
+            self._over.set()
             thread.join(2 * INTERVAL + 1)
 
     def check(self) -> None:
@@ -155,6 +160,7 @@ class Watch:
             self._store.check([self._failure_key])
         except RuntimeError:
             silent = [0]
+        self._gone = silent
         culprit = silent[0] if silent else self._blocking_rank()
         text = "is gone (killed, or its connection broke)" if silent else "does not answer"
         self._post_failure({"rank": culprit, "text": self._account(culprit, f"{text}. {_describe(error)}")})
@@ -200,7 +206,7 @@ class Watch:
             if self.failure is not None:
                 self._end_if_stuck()
                 return
-            time.sleep(INTERVAL)
+            self._over.wait(INTERVAL)
 
     def _post(self) -> None:
         doing, waits_for = self._doing()
@@ -241,12 +247,12 @@ class Watch:
             self.failure = RankFailedError(kept["text"])
 
     def _linger(self) -> None:
-        """The board, on rank 0, stays until the others have read it; not for long, as one of them may be dead."""
+        """The board, on rank 0, stays until the others have read it, but those that are gone; and not for long."""
         if self._grid.rank:
             return
-        keys = [f"read {self._guarded} {rank}" for rank in range(1, self._grid.world_size)]
+        keys = [f"read {self._guarded} {rank}" for rank in range(1, self._grid.world_size) if rank not in self._gone]
         deadline = time.monotonic() + LINGER
-        while time.monotonic() < deadline and not self._store.check(keys):
+        while keys and time.monotonic() < deadline and not self._store.check(keys):
             time.sleep(INTERVAL / 2)
 
     def _end_if_stuck(self) -> None:

@@ -26,6 +26,7 @@ def test_pipelined_is_the_reference(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", CASES)
 def test_without_delay_it_is_stock_trainer(case: str, tmp_path: Path) -> None:
     expected = stock(tmp_path / "stock", {"model": wrapped(case)}, max_steps=2, max_grad_norm=0.0)

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import Case, Run
+from helpers import Case, Run, oracle
 from stream_races import RacingBackend
 
 from hf_ouroboros.engine import core, device_queue, parts
@@ -45,12 +45,12 @@ class Racing(Run):
 
 
 CASES = {
-    "plain": Case(tied=False, dropout=0.1, updates=(2, 2, 1, 2)),
-    "weights of now": Case(tied=False, updates=(2, 1, 2), padded=True, dropout=0.1, weights="now"),
-    "recomputed": Case(tied=False, updates=(2, 2, 2), recompute=True, padded=True),
-    "predicted": Case(tied=False, compensation="weight_prediction", updates=(2,) * 3),
-    "muon": Case(tied=False, optimizer="muon", compensation="error_feedback", updates=(2,) * 3, clip=0.1),
-    "scaled": Case(tied=False, scale=2.0**18, updates=(2,) * 4, clip=0.5),
+    "plain": Case(tied=False, layers=4, dropout=0.1, updates=(2, 2, 1, 2)),
+    "weights of now": Case(tied=False, layers=4, updates=(2, 1, 2), padded=True, dropout=0.1, weights="now"),
+    "recomputed": Case(tied=False, layers=4, updates=(2, 2, 2), recompute=True, padded=True),
+    "predicted": Case(tied=False, layers=4, compensation="weight_prediction", updates=(2,) * 3),
+    "muon": Case(tied=False, layers=4, optimizer="muon", compensation="error_feedback", updates=(2,) * 3, clip=0.1),
+    "scaled": Case(tied=False, layers=4, scale=2.0**18, updates=(2,) * 4, clip=0.5),
 }
 
 
@@ -74,7 +74,7 @@ SHARED, TWO = [FIRST] * 3, [FIRST, SECOND, FIRST]
 )
 def test_nothing_races(name: str, schedule: str, devices: list, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[name]
-    expected = Run(case, "reference 1f1b" if SCHEDULES[schedule].is_synchronous else "reference").train({1: "state"})
+    expected = oracle(case, "reference 1f1b" if SCHEDULES[schedule].is_synchronous else "reference", {1: "state"})
     found = Racing(case, schedule, devices, monkeypatch)
     found.train({1: "state"})
     assert found.backend.races == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import itertools
 import signal
@@ -13,7 +12,18 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import attach_align_device_hook_on_blocks
-from helpers import Case, Run, assert_same_run, causal_loss, clone, cpu_devices, differences, make_batch, tiny_gpt2
+from helpers import (
+    Case,
+    Run,
+    assert_same_run,
+    causal_loss,
+    clone,
+    cpu_devices,
+    differences,
+    make_batch,
+    oracle,
+    tiny_gpt2,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from trainer_helpers import EVERY
@@ -72,11 +82,11 @@ def possible(case: Case) -> list[str]:
 
 def assert_equal_to_reference(case: Case, schedule: str, looks: Mapping[int, str] | None = None) -> None:
     rule = "reference 1f1b" if schedule == "1f1b" else "reference"
-    assert_same_run(Run(case, rule).train(looks), Run(case, schedule).train(looks))
+    assert_same_run(oracle(case, rule, looks), Run(case, schedule).train(looks))
 
 
 @pytest.mark.slow
-@settings(max_examples=24, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=24 if EVERY else 16, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cases(), st.dictionaries(st.integers(0, 5), st.sampled_from(LOOKS), max_size=3), st.data())
 def test_equal_to_the_reference(case: Case, looks: dict[int, str], data: st.DataObject) -> None:
     assert_equal_to_reference(case, data.draw(st.sampled_from(possible(case))), looks)
@@ -108,7 +118,7 @@ def test_regressions(case: Case, schedule: str) -> None:
 @pytest.mark.parametrize("schedule", ["lockstep", "pipelined", "1f1b"])
 def test_looking_changes_nothing(schedule: str, look: str) -> None:
     case = Case(stages=4, updates=(2, 1, 3, 2, 1), dropout=0.2, recompute=look == "settle")
-    plain = Run(case, schedule).train()
+    plain = oracle(case, schedule)
     looked = Run(case, schedule).train(dict.fromkeys(range(5), look))
     looked.grad_norms = {-1: looked.grad_norms[-1]}
     assert_same_run(plain, looked)
@@ -162,7 +172,7 @@ def test_pause_soon_after_the_start(schedule: str, stages: int, devices: int, up
 
 
 @pytest.mark.slow
-@settings(max_examples=14, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=14 if EVERY else 10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cases(), st.data())
 def test_resumed_equals_uninterrupted(case: Case, data: st.DataObject) -> None:
     """Interrupted anywhere, written out as JSON and safetensors, continued under any schedule."""
@@ -185,12 +195,6 @@ def test_resumed_equals_uninterrupted(case: Case, data: st.DataObject) -> None:
     assert_same_run(whole, resumed)
 
 
-@functools.cache
-def uninterrupted(case: Case) -> Run:
-    """The oracle's run, once for all tests of a case."""
-    return Run(case, "reference").train()
-
-
 @pytest.mark.slow
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("at", range(8))
@@ -204,7 +208,7 @@ def test_resume_at_every_update(at: int, second: str) -> None:
         checkpoint = begun.checkpoint()
     finally:
         begun.engine.close()
-    whole = uninterrupted(case)
+    whole = oracle(case)
     resumed = Run(case, second).resume(checkpoint).train(updates=range(at, 7))
     begun.hear()
     assert differences(whole.model.state_dict(), resumed.model.state_dict()) == []
@@ -299,12 +303,12 @@ def test_run_ahead_is_bounded(stages: int, schedule: str) -> None:
 
         runner.forward = watched
     try:
-        feed(engine, 30, ticks=3)
+        feed(engine, 12, ticks=3)
         engine.synchronize()
     finally:
         engine.close()
-    assert len(seen) == 90 and max(seen) <= stages + 1
-    drained_after = 3 if schedule == "1f1b" else 90
+    assert len(seen) == 36 and max(seen) <= stages + 1
+    drained_after = 3 if schedule == "1f1b" else 36
     assert all(most[k] == min(stages - k, drained_after) for k in range(stages))
 
 

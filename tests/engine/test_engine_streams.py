@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load
 from stream_helpers import CUT, CUT_ONE_TABLE, StreamCase, stream_batch, tiny_xl
+from trainer_helpers import EVERY
 
 from hf_ouroboros.engine.state import RunState
 from hf_ouroboros.errors import CheckpointError, StreamError
@@ -105,7 +106,7 @@ def cases(draw: st.DrawFn) -> StreamCase:
 
 
 @pytest.mark.slow
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20 if EVERY else 12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(cases(), st.sampled_from(["lockstep", "pipelined"]), st.integers(0, 5), st.sampled_from(["settle", "state"]))
 def test_any_run_looked_at_or_not(case: StreamCase, schedule: str, update: int, look: str) -> None:
     expected = Run(case, "reference").train({update: look})

@@ -135,9 +135,9 @@ def assert_equal_to_reference(case: Case, schedule: str, looks: dict[int, str] |
 
 CASES = [
     scaled(3, clip=0.2),
-    scaled(4, (2,) * 16),
+    scaled(4),
     scaled(3, dropout=0.2, padded=True, tied=False),
-    scaled(4, (3, 1, 2, 3, 2, 1) * 3, optimizer="nadam", recompute=True, dropout=0.1),
+    scaled(4, (3, 1, 2, 3, 2, 1) * 2, optimizer="nadam", recompute=True, dropout=0.1),
     scaled(2, (1,) * 24, warmup=2),
     scaled(1),
     scaled(3, clip=0.3, scope="global"),

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import Case, Run, assert_same_run, differences, tiny_gpt2
+from helpers import Case, Run, assert_same_run, differences, oracle, tiny_gpt2
 from trainer_helpers import EVERY
 
 # compensation and optimizer; options behind a colon
@@ -39,6 +39,7 @@ SHAPES = {
     "untied, clipped": Case(4, updates=(1,) * 7, tied=False, clip=0.5, dropout=0.1),
     "ragged, padded": Case(3, updates=(2, 2, 1, 2, 2), clip=0.5, padded=True),
     "warm-up, recompute": Case(4, updates=(3, 3, 3, 3, 2), warmup=2, recompute=True, dropout=0.1),
+    "warm-up, two ticks": Case(3, updates=(2,) * 6, warmup=2, recompute=True, dropout=0.1),
     "warm-up, one tick": Case(4, updates=(1,) * 9, warmup=3),
     "two stages": Case(2, updates=(1,) * 5, devices=1),
 }
@@ -70,8 +71,9 @@ PAIRS = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "shape"), PAIRS)
 def test_schedules_agree(kind: str, shape: str) -> None:
-    expected = Run(case(kind, shape), "reference").train(LOOKS)
-    for schedule in ("pipelined", "lockstep"):
+    expected = oracle(case(kind, shape), looks=LOOKS)
+    both = EVERY or PAIRS.index((kind, shape)) % 3 == 0
+    for schedule in ("pipelined", "lockstep") if both else ("pipelined",):
         assert_same_run(expected, Run(case(kind, shape), schedule).train(LOOKS))
 
 
@@ -82,7 +84,7 @@ def test_they_do_something(kind: str) -> None:
     compensation, optimizer = KINDS[kind]
     plain = dataclasses.replace(SHAPES["tied"], stages=4, optimizer="adamw" if compensation == "none" else optimizer)
     mine = compensated(plain, kind)
-    expected, found = (Run(c, "reference").train() for c in (plain, mine))
+    expected, found = oracle(plain), oracle(mine)
     assert differences(expected.model.state_dict(), found.model.state_dict())
 
 
@@ -91,7 +93,7 @@ def test_they_do_something(kind: str) -> None:
 def test_without_delay_they_do_nothing(kind: str) -> None:
     plain = Case(3, updates=(2, 1, 2, 2), optimizer=KINDS[kind][1])
     mine = compensated(plain, kind)
-    expected = Run(plain, "1f1b").train()
+    expected = oracle(plain, "1f1b")
     for schedule in ("1f1b", "reference 1f1b"):
         found = Run(mine, schedule).train()
         assert found.losses == expected.losses
@@ -119,7 +121,7 @@ def test_prediction_with_the_papers_tied_gradient_and_global_clipping(tied_gradi
 @pytest.mark.parametrize("kind", list(KINDS) if EVERY else list(KINDS)[::2])
 def test_a_resumed_run_equals_itself(kind: str) -> None:
     """Written by one schedule, taken up by another, in the warm-up and after it."""
-    mine = case(kind, "warm-up, one tick" if "gap" in kind or "feedback" in kind else "warm-up, recompute")
+    mine = case(kind, "warm-up, one tick" if "gap" in kind or "feedback" in kind else "warm-up, two ticks")
     total = len(mine.updates)
     whole = Run(mine, "reference").train()
     for stop, writer, reader in ((1, "pipelined", "reference"), (4, "reference", "pipelined")):

@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from helpers import Case, Run, clone
+from helpers import Case, Run, clone, oracle
 from rig import in_processes
 
 from hf_ouroboros.engine.core import Engine
@@ -77,8 +77,11 @@ def whole(parts: list[dict], devices: int) -> dict[str, Any]:
 
 
 def reference_result(case: Case, schedule: str, looks: dict) -> dict[str, Any]:
-    """The same from the oracle."""
-    run = Run(case, f"reference {schedule}" if SCHEDULES[schedule].is_synchronous else "reference").train(looks)
+    """The same from the oracle, which knows of schedules only whether they delay."""
+    rule = "reference"
+    if SCHEDULES[schedule].is_synchronous:
+        rule = f"reference {'1f1b' if case.scale is None else schedule}"
+    run = oracle(case, rule, looks)
     names = {id(p): n for n, p in run.model.named_parameters()}
     return {
         "weights": {n: p.detach() for n, p in run.model.named_parameters()},

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 
 NAME = "strict"
+DEADLOCK = 20.0
+"""Seconds after which a meeting is taken for a deadlock."""
 
 
 class StrictWork(dist._Work):
@@ -83,7 +85,7 @@ class StrictGroup(dist.ProcessGroup):
 
     def _meet(self, peer: int) -> None:
         self._store.set(f"{self._own} is here for {peer}", "")
-        limit = time.monotonic() + 20
+        limit = time.monotonic() + DEADLOCK
         while not self._store.check([f"{peer} is here for {self._own}"]):
             if time.monotonic() > limit:
                 raise RuntimeError(f"DEADLOCK: {self._own} waits for {peer} at the first message of a communicator")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,14 @@ def resuming(rank: int, folder: str, checkpoint: str) -> None:
     made(folder, {"options": OPTIONS}).train(resume_from_checkpoint=checkpoint)
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run over processes."""
+    folder = tmp_path_factory.mktemp("saved")
+    in_processes(2, on_shared_disk, str(folder))
+    return folder
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
@@ -63,8 +72,8 @@ def truncate(path: Path) -> None:
 @pytest.mark.parametrize(
     "damaged", ["model-00002-of-00002.safetensors", "optimizer-00001-of-00002.pt", "ouroboros_state.json"]
 )
-def test_a_damaged_checkpoint_names_the_one_before(tmp_path: Path, damaged: str) -> None:
-    in_processes(2, on_shared_disk, str(tmp_path))
+def test_a_damaged_checkpoint_names_the_one_before(tmp_path: Path, saved: Path, damaged: str) -> None:
+    shutil.copytree(saved / "out", tmp_path / "out")
     truncate(tmp_path / "out" / "checkpoint-4" / damaged)
     ends = ends_of(2, resuming, str(tmp_path), str(tmp_path / "out" / "checkpoint-4"))
     assert all(isinstance(end, Ended) for end in ends)
@@ -85,9 +94,9 @@ def resuming_here(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_damaged_for_one_process_only(tmp_path: Path) -> None:
+def test_damaged_for_one_process_only(tmp_path: Path, saved: Path) -> None:
     """A shard that holds nothing of the main process: both say the same."""
-    in_processes(2, on_shared_disk, str(tmp_path))
+    shutil.copytree(saved / "out", tmp_path / "out")
     (tmp_path / "out" / "checkpoint-4" / "ouroboros_state-replica0-device1.safetensors").unlink()
     ends = ends_of(2, resuming, str(tmp_path), str(tmp_path / "out" / "checkpoint-4"))
     for end in ends:

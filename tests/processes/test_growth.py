@@ -22,13 +22,13 @@ from hf_ouroboros.engine.losses import LossFunction
 from hf_ouroboros.memory_use import peak_memory
 
 MIB = 2**20
-WIDTH, ROWS, TIME = 64, 8, 64
-MESSAGE = ROWS * TIME * WIDTH * 4  # bytes of a hidden state
+WIDTH, ROWS, TIME = 16, 64, 16  # a large hidden state that costs little to compute
+MESSAGE = ROWS * TIME * WIDTH * 4  # its bytes
 
 
 @dataclass(frozen=True)
-class WideCase(Case):
-    """A model so wide that a message which is kept for ever would show in a process's size."""
+class LargeCase(Case):
+    """Batches so large that a message which is kept for ever would show in a process's size."""
 
     def model(self) -> GPT2LMHeadModel:
         """The model before it is split."""
@@ -91,18 +91,18 @@ def train_often(rank: int, world_size: int, case: Case, engines: int) -> list[di
     [(2, 3, "1f1b"), (3, 4, "pipelined"), *([(2, 3, "pipelined")] if EVERY else [])],
 )
 def test_500_updates_over_processes_do_not_grow(world_size: int, stages: int, schedule: str) -> None:
-    case = WideCase(stages=stages, layers=4, devices=world_size, updates=(1,) * 500)
+    case = LargeCase(stages=stages, layers=stages - 1, devices=world_size, updates=(1,) * 500, optimizer="plain sgd")
     for rank, (early, late) in enumerate(in_processes(world_size, train_long, world_size, case, schedule, 100)):
         growth = {key: late[key] - early[key] for key in early}
         assert (growth["threads"], growth["descriptors"]) == (0, 0), (rank, growth)
         assert growth["tensors"] <= 10 and growth["tensor bytes"] <= 4 * MESSAGE, (rank, growth)
         # Kept messages would make 400 of them; the allocator may keep a few MiB for itself.
-        assert growth["resident"] < 16 * MIB < 400 * MESSAGE / 3, (rank, growth)
+        assert growth["resident"] < 8 * MIB < 400 * MESSAGE / 3, (rank, growth)
 
 
 @pytest.mark.slow
 def test_engines_over_processes_do_not_grow() -> None:
-    case = WideCase(stages=3, layers=4, devices=2, updates=(1,) * 4)
+    case = LargeCase(stages=3, layers=4, devices=2, updates=(1,) * 4)
     for rank, found in enumerate(in_processes(2, train_often, 2, case, 4)):
         for key in ("threads", "descriptors", "tensors", "tensor bytes"):
             assert found[-1][key] == found[1][key], (rank, key, found)
@@ -121,6 +121,6 @@ def train_trainers(rank: int, folder: str, trainers: int) -> list[dict[str, int]
 
 @pytest.mark.slow
 def test_trainers_over_processes_do_not_grow(tmp_path: Path) -> None:
-    for rank, found in enumerate(in_processes(2, train_trainers, str(tmp_path), 4)):
+    for rank, found in enumerate(in_processes(2, train_trainers, str(tmp_path), 3)):
         for key in ("threads", "descriptors", "tensors", "tensor bytes"):
             assert found[-1][key] == found[1][key], (rank, key, found)

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ...errors import UnsupportedModelError
-from ..dissection import find_anatomy
+from ..dissection import find_anatomy, unchanged
 from ..experts import active_cost
 from ..shadow_stage import ShadowStage
 from ..stages import Stage
@@ -39,6 +39,11 @@ class DecoderFamily(Family[PreTrainedModel, PretrainedConfig]):
                 "moment of a backward; train with rope_type 'linear', 'yarn' or 'llama3'"
             )
         find_anatomy(model)
+
+    def units(self, model: PreTrainedModel) -> list[Unit]:
+        """The model's units in execution order, with cost (multiply-adds per token) and bytes."""
+        with unchanged(model):
+            return super().units(model)
 
     def embedding(self, model: PreTrainedModel) -> tuple[str, ...]:
         """Names of the embedding modules."""
