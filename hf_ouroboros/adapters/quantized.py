@@ -10,6 +10,7 @@ from torch import nn
 from ..errors import UnsupportedModelError
 from ..partition.packed import packed_linears
 from ..partition.packed_loading import check_method
+from ..partition.packed_tensors import TORCHAO, is_own_kind, make_lean, objection
 from .wrapping import base_of, is_adapted
 
 # Libraries whose tensors are parameters, where a model was quantized without Transformers.
@@ -24,17 +25,25 @@ def check_quantized(model: Any) -> None:
         model: wrapped by PEFT, or any other.
 
     Raises:
-        UnsupportedModelError: another kind than bitsandbytes' 4-bit and 8-bit, no adapters, or packed for inference.
+        UnsupportedModelError: another kind than bitsandbytes' 4-bit and 8-bit and torchao's int8 of weights, no adapters, or
+            packed for inference.
     """
     base = base_of(model)
+    library = None
     if (method := getattr(base, "quantization_method", None)) is not None and getattr(base, "is_quantized", True):
-        check_method(method)
-    for name, parameter in base.named_parameters():
-        if (library := type(parameter).__module__.partition(".")[0]) in OTHERS:
-            check_method(f"{library}, the parameter {name}")
-    _check_kinds(base)
+        library = check_method(method)
     packed = dict(packed_linears(base))
+    known = {id(module.weight) for module in packed.values()}
+    for name, parameter in base.named_parameters():
+        if (other := type(parameter).__module__.partition(".")[0]) in OTHERS and id(parameter) not in known:
+            check_method(f"{other}'s {type(parameter).__name__}, the parameter {name}")
+    _check_kinds(base)
     if not packed:
+        if library == TORCHAO:
+            raise UnsupportedModelError(
+                f"torchao has packed nothing of this {type(base).__name__}: Transformers lets it pack nn.Linear modules only; "
+                "load the model with BitsAndBytesConfig(load_in_8bit=True), or without quantization_config"
+            )
         return
     if not is_adapted(model):
         raise UnsupportedModelError(
@@ -42,15 +51,24 @@ def check_quantized(model: Any) -> None:
         )
     for name, module in packed.items():
         _check_linear(name, module)
+        if is_own_kind(module.weight):
+            make_lean(module)
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # Its evaluation would repack the weights for good, and no backward could use them.
             module.support_avx512bf16_for_cpu = False
 
 
 def _check_linear(name: str, module: nn.Module) -> None:
-    weight = module.weight
+    weight: Any = module.weight
     if weight.requires_grad:
         raise UnsupportedModelError(f"{name}.weight is packed and can't be trained; freeze it, only {ADAPT}")
+    if is_own_kind(weight):
+        if (found := objection(weight)) is not None:
+            raise UnsupportedModelError(
+                f"the matrix {name}.weight of torchao {found}; load the model with TorchAoConfig(Int8WeightOnlyConfig()), "
+                "without more options"
+            )
+        return
     if weight.is_meta or not hasattr(module, "quant_state"):
         return
     state = getattr(weight, "quant_state", None) or module.quant_state
