@@ -53,8 +53,8 @@ class AutoStagedModelForCausalLM:
             args: what the model will be trained with: devices, device_map, num_stages, replicas.
             frozen: whether nothing of it will be trained, only adapters on top of it (`get_peft_model`): tied embeddings then
                 may be on two devices.
-            kwargs: as for the `from_pretrained` of transformers' own Auto class; with a `BitsAndBytesConfig`, or a
-                `TorchAoConfig` of weights as int8, as `quantization_config` every process packs its own matrices, one after
+            kwargs: as for the `from_pretrained` of transformers' own Auto class; with a `BitsAndBytesConfig`, a
+                `TorchAoConfig` or `QuantoConfig` of weights as int8, as `quantization_config` every process packs its own matrices, one after
                 the other. A checkpoint that was saved packed stays as it is.
 
         Raises:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..partition.packed import packed_linears
 from ..partition.packed_loading import check_method
-from ..partition.packed_tensors import TORCHAO, is_own_kind, make_lean, objection
+from ..partition.packed_tensors import QUANTO, TORCHAO, is_own_kind, make_lean, objection
 from .wrapping import base_of, is_adapted
 
 # Libraries whose tensors are parameters, where a model was quantized without Transformers.
@@ -18,15 +19,16 @@ OTHERS = ("torchao", "optimum", "hqq", "gptqmodel", "awq")
 ADAPT = 'adapters on top of it can be trained: get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))'
 
 
-def check_quantized(model: Any) -> None:
+def check_quantized(model: Any, autocast: torch.dtype | None = None) -> None:
     """Refuses quantized models that can't be trained in stages, and readies those that can.
 
     Args:
         model: wrapped by PEFT, or any other.
+        autocast: what forwards are run with; None for nothing.
 
     Raises:
-        UnsupportedModelError: another kind than bitsandbytes' 4-bit and 8-bit and torchao's int8 of weights, no adapters, or
-            packed for inference.
+        UnsupportedModelError: another kind than bitsandbytes' 4-bit and 8-bit and int8 weights of torchao and quanto, no
+            adapters, packed for inference, or quanto's with another dtype than autocast's.
     """
     base = base_of(model)
     library = None
@@ -39,9 +41,9 @@ def check_quantized(model: Any) -> None:
             check_method(f"{other}'s {type(parameter).__name__}, the parameter {name}")
     _check_kinds(base)
     if not packed:
-        if library == TORCHAO:
+        if library in (TORCHAO, QUANTO):
             raise UnsupportedModelError(
-                f"torchao has packed nothing of this {type(base).__name__}: Transformers lets it pack nn.Linear modules only; "
+                f"{library} has packed nothing of this {type(base).__name__}: Transformers lets it pack nn.Linear modules only; "
                 "load the model with BitsAndBytesConfig(load_in_8bit=True), or without quantization_config"
             )
         return
@@ -52,6 +54,7 @@ def check_quantized(model: Any) -> None:
     for name, module in packed.items():
         _check_linear(name, module)
         if is_own_kind(module.weight):
+            _check_dtype(name, module.weight, autocast)
             make_lean(module)
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # Its evaluation would repack the weights for good, and no backward could use them.
@@ -65,8 +68,8 @@ def _check_linear(name: str, module: nn.Module) -> None:
     if is_own_kind(weight):
         if (found := objection(weight)) is not None:
             raise UnsupportedModelError(
-                f"the matrix {name}.weight of torchao {found}; load the model with TorchAoConfig(Int8WeightOnlyConfig()), "
-                "without more options"
+                f"the packed matrix {name}.weight {found}; load the model with TorchAoConfig(Int8WeightOnlyConfig()), without "
+                "more options, or QuantoConfig(weights='int8')"
             )
         return
     if weight.is_meta or not hasattr(module, "quant_state"):
@@ -81,6 +84,14 @@ def _check_linear(name: str, module: nn.Module) -> None:
         raise UnsupportedModelError(
             f"the weights of {name} were repacked for inference on this CPU, by a forward in evaluation mode before the "
             "trainer was made, and have no backward any more; load the model anew, and evaluate with trainer.evaluate()"
+        )
+
+
+def _check_dtype(name: str, weight: torch.Tensor, autocast: torch.dtype | None) -> None:
+    if autocast is not None and hasattr(weight, "qtype") and weight.dtype != autocast:
+        raise UnsupportedModelError(
+            f"{name}.weight was packed by quanto out of {weight.dtype}, and has no product with what autocast computes in "
+            f"{autocast} (bf16, fp16); load the model with dtype={autocast}, or leave bf16 and fp16 off"
         )
 
 

@@ -1,8 +1,8 @@
-"""Packed matrices: linear modules of bitsandbytes, whose weights are not what their shapes say, and of torchao.
+"""Packed matrices: linear modules of bitsandbytes, whose weights are not what their shapes say, of torchao, of quanto.
 
     nf4, fp4    Params4bit [elements / 2, 1], uint8    scales in `quant_state`, which the weight and its module know
     int8        Int8Params [out, in], int8             scales at the weight; at the module's `state` after its first forward
-    torchao     Int8Tensor [out, in], floating         `packed_tensors.py`
+    torchao, quanto    tensors of their own kind       `packed_tensors.py`
 
 A packed matrix is frozen, so it has one version, and stages compute with the very object. Its costs are those of the matrix
 that it stands for. bitsandbytes is asked only where somebody has imported it.
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .packed_tensors import is_own_kind, tensors_of
+from .packed_tensors import MODULES, is_own_kind, tensors_of
 from .packed_tensors import place as place_own_kind
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def packed_bytes(elements: int, rows: int, bits: int, nested: bool = False) -> i
 
 def packed_linears(module: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
     """The packed linear modules inside a module, by name."""
-    if not {"bitsandbytes", "torchao"} & sys.modules.keys():
+    if not {"bitsandbytes", *MODULES} & sys.modules.keys():
         return iter(())
     return ((name, cast("PackedLinear", part)) for name, part in module.named_modules() if is_packed(part))
 
@@ -136,7 +136,7 @@ def values(module: PackedLinear) -> list[torch.Tensor]:
 
 
 def place(module: nn.Module, device: torch.device) -> None:
-    """Lets the scales of bitsandbytes' matrices follow their weights, which are on the device already; moves torchao's."""
+    """Lets the scales of bitsandbytes' matrices follow their weights, which are on the device already; moves others."""
     for _, part in packed_linears(module):
         weight = part.weight
         if is_own_kind(weight):

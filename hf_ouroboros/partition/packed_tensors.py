@@ -1,8 +1,10 @@
-"""Packed matrices that are tensors of a kind of their own: torchao's int8, of weights only.
+"""Packed matrices that are tensors of a kind of their own: int8, of weights only, by torchao and by quanto.
 
-The weight of a plain linear module says the shape and dtype of the matrix that it stands for, and holds its rows as int8
-`qdata` [out, in] with a `scale` and a `zero_point` per row, or of the whole. Without values it is such a tensor of tensors on
-the meta device. torchao is asked only where somebody has imported it.
+    torchao    Int8Tensor            `qdata` [out, in], `scale` and `zero_point` of a row or of the whole    in a plain nn.Linear
+    quanto     WeightQBytesTensor    `_data` [out, in], `_scale` of a row                                    in a QLinear
+
+Such a weight says the shape and dtype of the matrix that it stands for. Without values it is a tensor of its kind, of tensors on
+the meta device. Libraries are asked only where somebody has imported them.
 """
 
 from __future__ import annotations
@@ -13,20 +15,28 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-TORCHAO = "torchao"
+TORCHAO, QUANTO = "torchao", "quanto"
+MODULES = ("torchao.quantization", "optimum.quanto")
+TENSORS = {"Int8Tensor": ("qdata", "scale", "zero_point"), "WeightQBytesTensor": ("_data", "_scale")}
 
 
 def is_own_kind(tensor: Any) -> bool:
-    """Whether this is a matrix that torchao has packed as int8, with or without values."""
-    kind: Any = getattr(sys.modules.get("torchao.quantization"), "Int8Tensor", None)
-    return kind is not None and type(tensor) is kind
+    """Whether this is a matrix that torchao or quanto has packed with a byte per element, with or without values."""
+    name = type(tensor).__name__
+    return name in TENSORS and any(type(tensor) is getattr(sys.modules.get(m), name, None) for m in MODULES)
 
 
 def objection(weight: torch.Tensor) -> str | None:
     """What of a packed matrix stages were not compared with; None for nothing."""
     matrix: Any = weight
-    if getattr(matrix, "act_quant_kwargs", None) is not None or getattr(matrix, "act_pre_scale", None) is not None:
+    if any(getattr(matrix, of, None) is not None for of in ("act_quant_kwargs", "act_pre_scale", "activation_qtype")):
         return "rounds its input, too, through which no gradient flows to the stages and adapters below"
+    if hasattr(matrix, "qtype"):
+        return (
+            None
+            if matrix.qtype.name == "qint8" and matrix.axis == 0
+            else f"is of the kind {matrix.qtype.name}, not int8"
+        )
     if matrix.dim() != 2 or matrix.block_size[-1] != matrix.shape[-1]:
         return "has scales for groups within a row, not for whole rows"
     return None
@@ -34,8 +44,8 @@ def objection(weight: torch.Tensor) -> str | None:
 
 def tensors_of(weight: torch.Tensor) -> list[torch.Tensor]:
     """The plain tensors that a packed matrix consists of: its rows, then their scales and zeros."""
-    matrix: Any = weight
-    return [tensor for tensor in (matrix.qdata, matrix.scale, matrix.zero_point) if tensor is not None]
+    found = [getattr(weight, name) for name in TENSORS[type(weight).__name__]]
+    return [tensor for tensor in found if tensor is not None]
 
 
 def emptied(parameter: nn.Parameter) -> nn.Parameter:
