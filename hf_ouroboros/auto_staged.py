@@ -53,9 +53,9 @@ class AutoStagedModelForCausalLM:
             args: what the model will be trained with: devices, device_map, num_stages, replicas.
             frozen: whether nothing of it will be trained, only adapters on top of it (`get_peft_model`): tied embeddings then
                 may be on two devices.
-            kwargs: as for the `from_pretrained` of transformers' own Auto class; with a `BitsAndBytesConfig` as
-                `quantization_config` every process packs its own matrices, one after the other. A checkpoint that was saved
-                packed stays as it is.
+            kwargs: as for the `from_pretrained` of transformers' own Auto class; with a `BitsAndBytesConfig`, a
+                `TorchAoConfig` or `QuantoConfig` of weights as int8, as `quantization_config` every process packs its own matrices, one after
+                the other. A checkpoint that was saved packed stays as it is.
 
         Raises:
             UnsupportedModelError, DeviceMapError: the model can't be split as `args` say, or is quantized in another way.
@@ -70,7 +70,9 @@ class AutoStagedModelForCausalLM:
             config, kwargs = AutoConfig.from_pretrained(model_name_or_path, return_unused_kwargs=True, **kwargs)
         saved, quantization = getattr(config, "quantization_config", None), kwargs.pop("quantization_config", None)
         if saved is not None:
-            owned = cls._ownership(config, args, frozen, Packing(saved))
+            stored = Packing(saved)
+            stored.check_saved(model_name_or_path)
+            owned = cls._ownership(config, args, frozen, stored)
             model = load_owned_packed(model_name_or_path, owned, cls._auto, quantization, config=config, **kwargs)
             return _kept(model, frozen)
         packing = None if quantization is None else Packing(quantization)

@@ -38,7 +38,7 @@ from .partition import StagePlan, split_model, torch_device
 from .partition.finite import check_finite
 from .partition.meta import is_encoder_decoder
 from .partition.trained import refresh
-from .precision import check_surroundings, check_trained
+from .precision import autocast_dtype, check_surroundings, check_trained
 from .processes.meeting import refusing
 from .processes.processes import processes_of
 from .reference_now import reference_of
@@ -154,7 +154,7 @@ class OuroborosTrainer(
     def _split(self, model: nn.Module, args: OuroborosArguments) -> None:
         self._agree_on_model(model, args)
         check_adapters(model, processes=not self._processes.alone)
-        check_quantized(model)
+        check_quantized(model, autocast_dtype(args))
         if not self._processes.alone:
             check_finite(model)  # in one process, the comparison of logits finds out
         inner: PreTrainedModel = base_of(model)  # a module of another kind is refused now

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointMismatchError
-from ..partition.packed import packed_linears, scales
+from ..partition.packed import packed_linears, values
 from .wrapping import is_adapted
 
 SAMPLES = 16
@@ -35,11 +35,11 @@ def frozen_digests(model: Any) -> dict[str, str]:
     if not is_adapted(model):
         return {}
     found = {}
-    packed = {id(module.weight): scales(module) for _, module in packed_linears(model)}
+    packed = {id(module.weight): values(module) for _, module in packed_linears(model)}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad and not parameter.is_meta:
             digest = hashlib.sha256()
-            for tensor in (parameter.detach(), *packed.get(id(parameter), ())):
+            for tensor in packed.get(id(parameter), [parameter.detach()]):
                 flat = tensor.reshape(-1)
                 digest.update(flat[:: max(1, len(flat) // SAMPLES)].double().cpu().numpy().tobytes())
             found[name] = digest.hexdigest()[:12]

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from .packed import forget_foreign
+from .packed_tensors import emptied, is_own_kind
 
 Owned = Callable[[str], bool]
 
@@ -64,8 +65,11 @@ def release_foreign(model: nn.Module, owned: Owned) -> tuple[str, ...]:
         if parameter.is_meta or any(owned(name) for name in names):
             continue
         parameter.grad = None
-        empty = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
-        empty.__dict__.update(parameter.__dict__)  # what others noted on it, e.g. transformers' _is_hf_initialized
+        if is_own_kind(parameter):
+            empty = emptied(parameter)
+        else:
+            empty = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
+            empty.__dict__.update(parameter.__dict__)  # what others noted on it, e.g. transformers' _is_hf_initialized
         try:
             torch.utils.swap_tensors(parameter, empty)
         except RuntimeError:

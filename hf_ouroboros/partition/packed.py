@@ -1,7 +1,8 @@
-"""Packed matrices: linear modules of bitsandbytes, whose weights are not what their shapes say.
+"""Packed matrices: linear modules of bitsandbytes, whose weights are not what their shapes say, of torchao, of quanto.
 
     nf4, fp4    Params4bit [elements / 2, 1], uint8    scales in `quant_state`, which the weight and its module know
     int8        Int8Params [out, in], int8             scales at the weight; at the module's `state` after its first forward
+    torchao, quanto    tensors of their own kind       `packed_tensors.py`
 
 A packed matrix is frozen, so it has one version, and stages compute with the very object. Its costs are those of the matrix
 that it stands for. bitsandbytes is asked only where somebody has imported it.
@@ -17,6 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from .packed_tensors import MODULES, is_own_kind, tensors_of
+from .packed_tensors import place as place_own_kind
 
 if TYPE_CHECKING:
 
@@ -59,7 +63,7 @@ def packed_bytes(elements: int, rows: int, bits: int, nested: bool = False) -> i
 
 def packed_linears(module: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
     """The packed linear modules inside a module, by name."""
-    if "bitsandbytes" not in sys.modules:
+    if not {"bitsandbytes", *MODULES} & sys.modules.keys():
         return iter(())
     return ((name, cast("PackedLinear", part)) for name, part in module.named_modules() if is_packed(part))
 
@@ -67,6 +71,8 @@ def packed_linears(module: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
 def is_packed(module: nn.Module) -> bool:
     """Whether this is a linear module with a packed weight, which a stand-in for another stage's does not have."""
     kinds = _kinds()
+    if isinstance(module, nn.Linear) and is_own_kind(module._parameters.get("weight")):
+        return True
     if not kinds or not isinstance(module, kinds) or module._parameters.get("weight") is None:
         return False
     return _bits(module) == 4 or not cast("PackedLinear", module).state.has_fp16_weights
@@ -83,6 +89,10 @@ def sizes(parameters: Iterable[nn.Parameter], module: nn.Module) -> dict[int, Si
     for _, part in packed_linears(module):
         if id(part.weight) in found:
             elements = part.in_features * part.out_features
+            if is_own_kind(part.weight):
+                size = sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(part.weight))
+                found[id(part.weight)] = Size(elements, size)
+                continue
             nested = bool(getattr(part.weight, "compress_statistics", False))
             size = packed_bytes(elements, part.out_features, _bits(part), nested)
             found[id(part.weight)] = Size(elements, size)
@@ -107,7 +117,10 @@ def unpacked(module: nn.Module) -> Unpacked:
 def scales(module: PackedLinear) -> list[torch.Tensor]:
     """The scales of a packed linear module, wherever they are by now; empty where its values are not here."""
     weight = module.weight
-    if _bits(module) == 8:
+    found: list[torch.Tensor | None]
+    if is_own_kind(weight):
+        found = [*tensors_of(weight)[1:]]
+    elif _bits(module) == 8:
         found = [getattr(weight, "SCB", None), module.state.SCB]
     else:
         state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
@@ -116,10 +129,19 @@ def scales(module: PackedLinear) -> list[torch.Tensor]:
     return [tensor for tensor in found if tensor is not None and not tensor.is_meta]
 
 
+def values(module: PackedLinear) -> list[torch.Tensor]:
+    """The tensors that a packed linear module's matrix consists of: the packed bits, then their scales."""
+    weight = module.weight
+    return [tensors_of(weight)[0] if is_own_kind(weight) else weight.detach(), *scales(module)]
+
+
 def place(module: nn.Module, device: torch.device) -> None:
-    """Lets the scales of packed matrices follow their weights, which are on the device already."""
+    """Lets the scales of bitsandbytes' matrices follow their weights, which are on the device already; moves others."""
     for _, part in packed_linears(module):
         weight = part.weight
+        if is_own_kind(weight):
+            place_own_kind(weight, device)
+            continue
         if _bits(part) == 4:
             if (state := getattr(weight, "quant_state", None)) is not None:
                 state.to(device)
@@ -137,7 +159,7 @@ def forget_foreign(module: nn.Module) -> None:
     """Drops what is left of packed matrices whose weights are on the meta device, which then have their packed shapes."""
     for _, part in packed_linears(module):
         weight = part.weight
-        if not weight.is_meta:
+        if not weight.is_meta or is_own_kind(weight):
             continue
         notes = {key: value for key, value in vars(weight).items() if key not in _OF_VALUES}
         bitsandbytes = sys.modules["bitsandbytes"]

@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 
 from ..errors import UnsupportedModelError
 from . import packed
+from .packed_tensors import is_own_kind
 from .units import StageSpan, Unit
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ class Stage(nn.Module, ABC):
     def place(self, device: torch.device) -> None:
         """Moves the stage's parameters and buffers to a device."""
         for parameter in self.parameters():
-            if parameter.device != device:
+            if parameter.device != device and not is_own_kind(parameter):
                 parameter.data = parameter.data.to(device)
         packed.place(self, device)
         for module in self.modules():

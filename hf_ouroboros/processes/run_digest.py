@@ -21,6 +21,7 @@ from transformers import TrainingArguments
 
 from .. import __version__
 from ..adapters.describing import adapter_options
+from ..partition.packed_tensors import is_own_kind, tensors_of
 from .handshake import options_to_compare
 
 SAMPLES = 16
@@ -121,6 +122,8 @@ def weights(model: nn.Module) -> dict[str, Any]:
 def _of_tensor(tensor: torch.Tensor) -> str:
     if tensor.is_meta:
         return f"{list(tensor.shape)} {tensor.dtype}"
+    if is_own_kind(tensor):
+        return " ".join(map(_of_tensor, tensors_of(tensor)))
     flat = tensor.detach().reshape(-1)
     chosen = flat[:: max(1, len(flat) // SAMPLES)][: SAMPLES + 1]
     return hashlib.sha256(repr(chosen.double().tolist()).encode()).hexdigest()[:12]

@@ -227,7 +227,7 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises((UnsupportedModelError, UnsupportedOptionError), match="(?s)train"):
         trained(tmp_path, {"model": model}, max_steps=1, **split_options(3, 2))
     model = AutoModelForCausalLM.from_pretrained(saved(case, folder))
-    for method in ("gptq", "awq", "torchao", "quanto"):
+    for method in ("gptq", "awq", "hqq"):
         model.quantization_method, model.is_quantized = method, True
         refused(model, f"quantization by '{method}'")
     with pytest.raises(UnsupportedModelError, match="quantization by 'gptq'"):
