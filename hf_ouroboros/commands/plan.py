@@ -78,7 +78,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--quantization",
         choices=["nf4", "int8"],
         default=None,
-        help="pack the matrices below the adapters: nf4 with double quantization, or int8 (bitsandbytes; torchao's and quanto's are as large)",
+        help="pack the matrices below the adapters: nf4 with double quantization (bitsandbytes), or int8 (also torchao, quanto)",
     )
     parser.add_argument(
         "--data_parallel_replicas", type=Whole(1, 2**20), default=1, help="R, each on devices of its own"
