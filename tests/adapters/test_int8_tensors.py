@@ -57,6 +57,7 @@ def test_pipelined_is_the_reference(library: str, case: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_without_delay_it_is_stock_trainer(library: str, case: str, tmp_path: Path) -> None:
     folder = tmp_path / "base"
@@ -86,7 +87,7 @@ def test_a_packed_head(library: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.slow
-@pytest.mark.parametrize("given", [{"recompute": True}, {"bf16": True}, {"delay_compensation": "auto"}], ids=str)
+@pytest.mark.parametrize("given", [{"recompute": True, "delay_compensation": "auto"}, {"bf16": True}], ids=str)
 def test_other_ways_to_run_are_the_reference(library: str, given: dict[str, Any], tmp_path: Path) -> None:
     """With dropout in the adapters, evaluations in between, and as PEFT prepares a model for it."""
     given = {**RUN, "eval_strategy": "steps", "eval_steps": 1, **given}
