@@ -14,7 +14,7 @@ from trainer_helpers import EVERY, run_python
 EXHAUSTIVE = bool(os.environ.get("OUROBOROS_EXHAUSTIVE"))
 
 SCRIPT = """
-import os, shutil, signal, sys, traceback
+import gc, os, shutil, signal, sys, traceback
 from pathlib import Path
 import torch, safetensors.torch
 from trainer_helpers import differing, outcome, trained
@@ -91,6 +91,8 @@ def resume():
     assert not differences, differences
     assert not [p for p in folder.iterdir() if p.name.startswith((".", "_"))], list(folder.iterdir())
 
+gc.collect()
+gc.freeze()  # accelerate collects after every `train()`, and a forked process that looks at objects copies their memory
 exchange = placing._exchange
 for kind, way, first in cases:
     placing._exchange = exchange if way == "exchange" else lambda first, second: False

@@ -19,6 +19,7 @@ from hf_ouroboros.processes.launch import check_launch, check_started
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "recipes" / "accelerate_configs"
+PYTHON = Path(sys.executable).name
 RECIPE = str(ROOT / "recipes" / "pretrain_lm.py")
 SMALL = (
     "--max_train_bytes 20000 --sample_tokens 0 --max_steps 6 --eval_steps 3 --disable_tqdm true --block_size 32 "
@@ -41,39 +42,46 @@ def losses(folder: Path) -> list[float]:
 
 @pytest.mark.slow
 def test_launchers_give_the_same_run(tmp_path: Path) -> None:
-    """Threads in one process, torchrun, and accelerate with the packaged configuration: the same losses and files."""
-    commands = {
-        "threads": (Path(sys.executable).name,),
-        "torchrun": ("torchrun", "--standalone", "--nproc_per_node", "2"),
-        "accelerate": ("accelerate", "launch", "--config_file", str(CONFIGS / "cpu_2_processes.yaml"))
-        + ("--main_process_port", "0"),
-    }
-    for name, command in commands.items():
-        done = launch(*command, RECIPE, *SMALL, "--output_dir", str(tmp_path / name))
+    """Threads in one process, torchrun, and accelerate with the packaged configuration: the same losses and files.
+
+    torchrun's processes push: the parts of both arrive as one model, and load by its name.
+    """
+    pushing = ["--push_to_hub", "true", "--hub_model_id", "tester/parts", "--hub_strategy", "every_save"]
+    pushing += ["--save_strategy", "steps", "--save_steps", "3"]
+    config = str(CONFIGS / "cpu_2_processes.yaml")
+    with running_hub() as hub:
+        of_hub = hub.env(tmp_path / "home")
+        runs = {
+            "threads": launch(PYTHON, *command(tmp_path / "threads")),
+            "torchrun": launch(
+                *("torchrun", "--standalone", "--nproc_per_node", "2", *command(tmp_path / "torchrun"), *pushing),
+                within=of_hub,
+            ),
+            "accelerate": launch(
+                *("accelerate", "launch", "--config_file", config, "--main_process_port", "0"),
+                *command(tmp_path / "accelerate"),
+            ),
+        }
+        for name, done in runs.items():
+            assert done.returncode == 0, done.stderr
+            assert done.stdout.count("parameters in 3 stages") == 1, done.stdout  # the main process's words only
+            assert done.stdout.count("tokens per second") == 1
+            AutoModelForCausalLM.from_pretrained(tmp_path / name)
+            files = {path.name for path in (tmp_path / name).iterdir()}
+            assert {"README.md", "timeline.png", "timeline.json"} <= files
+        pushed = hub.files("tester/parts").keys()
+        assert {"README.md", "model-00001-of-00002.safetensors", "model.safetensors.index.json"} <= pushed
+        load = "from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained('tester/parts')"
+        done = launch(PYTHON, "-c", load, within=of_hub)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("parameters in 3 stages") == 1, done.stdout  # the main process's words only
-        assert done.stdout.count("tokens per second") == 1
-        AutoModelForCausalLM.from_pretrained(tmp_path / name)
-        assert {"README.md", "timeline.png", "timeline.json"} <= {path.name for path in (tmp_path / name).iterdir()}
     expected = losses(tmp_path / "threads")
     assert len(expected) == 2
     assert losses(tmp_path / "torchrun") == losses(tmp_path / "accelerate") == expected
 
 
-@pytest.mark.slow
-def test_pushes(tmp_path: Path) -> None:
-    """The parts of all processes arrive as one model, and load by its name."""
-    options = ["--push_to_hub", "true", "--hub_model_id", "tester/parts", "--hub_strategy", "every_save"]
-    options += ["--save_strategy", "steps", "--save_steps", "3", "--output_dir", str(tmp_path / "out")]
-    with running_hub() as hub:
-        environment = hub.env(tmp_path / "home")
-        done = launch("torchrun", "--standalone", "--nproc_per_node", "2", RECIPE, *SMALL, *options, within=environment)
-        assert done.returncode == 0, done.stderr
-        files = hub.files("tester/parts")
-        assert {"README.md", "model-00001-of-00002.safetensors", "model.safetensors.index.json"} <= files.keys()
-        load = "from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained('tester/parts')"
-        done = launch(Path(sys.executable).name, "-c", load, within=environment)
-        assert done.returncode == 0, done.stderr
+def command(folder: Path) -> list[str]:
+    """The recipe and its options, for a folder of results."""
+    return [RECIPE, *SMALL, "--output_dir", str(folder)]
 
 
 @pytest.mark.slow
@@ -81,8 +89,8 @@ def test_replicas_of_the_hybrid_configuration(tmp_path: Path) -> None:
     """The packaged configuration is for GPUs; on CPUs its processes find each other all the same."""
     config = str(CONFIGS / "hybrid_2x2.yaml")
     launcher = ("accelerate", "launch", "--config_file", config, "--main_process_port", "0")
-    options = ["--data_parallel_replicas", "2", "--per_device_train_batch_size", "2", "--output_dir", str(tmp_path)]
-    done = launch(*launcher, RECIPE, *SMALL, *options)
+    options = ["--data_parallel_replicas", "2", "--per_device_train_batch_size", "2"]
+    done = launch(*launcher, *command(tmp_path), *options)
     assert done.returncode == 0, done.stderr
     assert "parameters per device: cpu:0" in done.stdout and "cpu:2" not in done.stdout
     assert len(losses(tmp_path)) == 2
