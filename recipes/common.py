@@ -28,7 +28,7 @@ from hf_ouroboros.data import BYTE_VOCAB_SIZE, Corpus, default_corpus, ends_line
 from hf_ouroboros.data.errors import DataError
 from hf_ouroboros.schedules import SCHEDULES
 
-CORPUS_BYTES = 720_000  # of the offline corpus, for training; sets the length of the default run
+CORPUS_BYTES = 450_000  # of the offline corpus, for training; sets the length of the default run
 VALIDATION_SHARE = 0.05
 
 Script = TypeVar("Script")

@@ -1,6 +1,6 @@
 """Pretrains a causal language model from scratch, or continues a checkpoint, with delayed gradients.
 
-    python recipes/pretrain_lm.py                                   # offline default, about two minutes on two CPU cores
+    python recipes/pretrain_lm.py                                   # offline default, a minute and a half on two CPU cores
     python recipes/pretrain_lm.py --model_type qwen3                # the same with another architecture
     python recipes/pretrain_lm.py --model_type transfo-xl           # with a Transformer-XL and its memory
     python recipes/pretrain_lm.py --config recipes/configs/gpt2_small_4gpu.yaml --train_file text.txt
