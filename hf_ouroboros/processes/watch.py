@@ -47,8 +47,8 @@ class Watch:
         self._group = group
         self._doing = doing
         self._store = self._open_store()
-        self._armed = threading.Event()
-        self._over = threading.Event()  # the opposite, for which the thread waits between two looks
+        self._over = threading.Event()  # nothing is guarded; the thread waits for it between two looks
+        self._over.set()
         self._raised = threading.Event()
         self._seen: dict[int, tuple[str, float]] = {}  # rank -> (what was posted, when it last changed)
         self._gone: list[int] = []  # ranks that this process has found to be silent
@@ -80,7 +80,7 @@ class Watch:
         Raises:
             RankFailedError: another process failed.
         """
-        if self._armed.is_set():  # inside of another one
+        if not self._over.is_set():  # inside of another one
             yield
             return
         self._guarded += 1
@@ -89,7 +89,6 @@ class Watch:
         self._gone = []
         self._raised.clear()
         self._over.clear()
-        self._armed.set()
         thread = threading.Thread(target=self._run, name="ouroboros watch", daemon=True)
         thread.start()
         try:
@@ -101,7 +100,6 @@ class Watch:
                 raise
             raise cause from error
         finally:
-            self._armed.clear()
             self._over.set()
             thread.join(2 * INTERVAL + 1)
 
@@ -192,13 +190,13 @@ class Watch:
         return f"failure {self._guarded}"
 
     def _run(self) -> None:
-        while self._armed.is_set():
+        while not self._over.is_set():
             try:
                 self._post()
                 self._look()
                 self._look_for_silence()
             except RuntimeError as error:  # the board, that is rank 0, is gone
-                if not self._armed.is_set():
+                if self._over.is_set():
                     return
                 self.failure = self.failure or RankFailedError(
                     self._account(0, f"is gone (killed, or its connection broke). {_describe(error)}")
@@ -257,7 +255,7 @@ class Watch:
 
     def _end_if_stuck(self) -> None:
         """Ends a process whose main thread waits, in a library, for something that will never come."""
-        if not self._raised.wait(GRACE) and self._armed.is_set():
+        if not self._raised.wait(GRACE) and not self._over.is_set():
             print(f"hf_ouroboros, rank {self._grid.rank}: {self.failure}", file=sys.stderr, flush=True)
             os._exit(1)
 
