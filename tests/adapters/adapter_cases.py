@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,14 +70,25 @@ def config(case: str, **options: Any) -> Any:
     return getattr(peft, name)(**{**own, "task_type": "CAUSAL_LM", **options})
 
 
-def wrapped(case: str, **options: Any) -> Any:
-    """The model with its adapter, none of whose parameters are as they were initialised: LoRA's B is not zero."""
-    model, generator = base(case), torch.Generator().manual_seed(1)
+def saved(case: str, folder: Path) -> Path:
+    """The model without its adapter, in a folder."""
+    if not folder.exists():
+        base(case).save_pretrained(folder)
+    return folder
+
+
+def adapted(model: Any, case: str, **options: Any) -> Any:
+    """A model with its adapter, none of whose parameters are as they were initialised: LoRA's B is not zero."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         model = peft.get_peft_model(model, config(case, **options))
-    stir(model, generator)
+    stir(model, torch.Generator().manual_seed(1))
     return model
+
+
+def wrapped(case: str, **options: Any) -> Any:
+    """The model with its adapter."""
+    return adapted(base(case), case, **options)
 
 
 @torch.no_grad()

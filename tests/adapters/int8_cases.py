@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from adapter_cases import base, config, peft, stir
+from adapter_cases import adapted, saved
 from transformers import AutoModelForCausalLM, QuantoConfig, TorchAoConfig
 
 INSTALLED = {
@@ -42,13 +41,6 @@ def quantization(library: str, **options: Any) -> Any:
     return TorchAoConfig(torchao_config("Int8WeightOnly"), **options)
 
 
-def saved(case: str, folder: Path) -> Path:
-    """The unquantized model, in a folder."""
-    if not folder.exists():
-        base(case).save_pretrained(folder)
-    return folder
-
-
 def packed(case: str, folder: Path, how: Any, **options: Any) -> Any:
     """The quantized model without adapters, as a script loads it.
 
@@ -57,15 +49,6 @@ def packed(case: str, folder: Path, how: Any, **options: Any) -> Any:
     """
     how = quantization(how) if isinstance(how, str) else how
     return AutoModelForCausalLM.from_pretrained(saved(case, folder), quantization_config=how, **options)
-
-
-def adapted(model: Any, case: str, **options: Any) -> Any:
-    """The model with its adapter, whose weights are none of those that it begins with."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        model = peft.get_peft_model(model, config(case, **options))
-    stir(model, torch.Generator().manual_seed(1))
-    return model
 
 
 def wrapped(case: str, folder: Path, how: Any, **options: Any) -> Any:

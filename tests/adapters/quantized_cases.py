@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_cases import base, config, peft, stir
+from adapter_cases import adapted, saved
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 pytest.importorskip("bitsandbytes", reason="needs the extra `bnb`: pip install -e '.[bnb]'")
@@ -28,13 +28,6 @@ def quantization(kind: str, **options: Any) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(**KINDS[kind], **options)
 
 
-def saved(case: str, folder: Path) -> Path:
-    """The unquantized model, in a folder."""
-    if not folder.exists():
-        base(case).save_pretrained(folder)
-    return folder
-
-
 def packed(case: str, kind: str, folder: Path, **options: Any) -> Any:
     """The quantized model without adapters, as a script loads it."""
     model = AutoModelForCausalLM.from_pretrained(saved(case, folder), quantization_config=quantization(kind, **options))
@@ -46,15 +39,6 @@ def packed(case: str, kind: str, folder: Path, **options: Any) -> Any:
     return model
 
 
-def adapted(model: Any, case: str, **options: Any) -> Any:
-    """The model with its adapter, whose weights are none of those that it begins with."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        model = peft.get_peft_model(model, config(case, **OPTIONS.get(case, {}), **options))
-    stir(model, torch.Generator().manual_seed(1))
-    return model
-
-
 def wrapped(case: str, kind: str, folder: Path, **options: Any) -> Any:
     """A quantized model with adapters."""
-    return adapted(packed(case, kind, folder), case, **options)
+    return adapted(packed(case, kind, folder), case, **OPTIONS.get(case, {}), **options)

@@ -171,7 +171,7 @@ def test_facts_do_not_depend_on_the_order_of_sets(
 ) -> None:
     """Every process that a launcher starts has an order of its own; those of these tests are forked and share one.
 
-    This process has another order than their server, unless both were told which.
+    A Python that is started has another order than this process, which is asserted.
     """
     monkeypatch.setattr(sys, "argv", ["-c", str(tmp_path)])
     exec(FACTS, {})
