@@ -11,6 +11,7 @@ size of the last, and the recursion runs over the stages between them.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,8 +48,9 @@ def best_counts(
 ) -> list[int]:
     """Splits the layers into contiguous stages so that the busiest device's time is minimal.
 
-    Exact when every device holds one stage, or one device holds the first and the last one; where devices hold more
-    stages than that, stages instead of devices are balanced (and kept within the limits).
+    Exact when every device holds one stage, or one device holds the first and the last one. Where devices hold more stages than
+    that, stages are balanced first, those of one device to equal parts of its work, and then layers go from stage to stage as long
+    as that makes the busiest device less busy.
 
     Args:
         placement: device of each stage; its length is the number of stages K.
@@ -67,6 +69,8 @@ def best_counts(
     stages, layers = len(placement), len(time.layers[0])
     if stages > layers + 1:
         raise ValueError(f"{stages} stages need at least {stages - 1} layers, not {layers}")
+    if not _are_simple(placement):
+        return _counts_of_many(placement, time, memory, limits)
     room = [np.inf if memory is None or limits is None else limits[d] for d in placement]
 
     def matrix(stage: int, load: Load | None) -> np.ndarray:
@@ -111,3 +115,52 @@ def best_counts(
         cuts.append(int(options.argmin()))
     bounds = [0, *reversed(cuts), layers]
     return [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def _are_simple(placement: Sequence[int]) -> bool:
+    """Whether devices have a stage each, but for one that may have the first and the last one."""
+    inner = placement[1:-1] if placement[0] == placement[-1] else placement[1:]
+    return len({placement[0], *inner}) == 1 + len(inner)
+
+
+def _counts_of_many(
+    placement: Sequence[int], time: Load, memory: Load | None, limits: Sequence[float] | None
+) -> list[int]:
+    """`best_counts` where devices hold several stages."""
+    shares = [placement.count(device) for device in placement]
+    layers = [[value * n for value in row] for row, n in zip(time.layers, shares, strict=True)]
+    alone = Load(layers, [value * n for value, n in zip(time.fixed, shares, strict=True)])
+    counts = best_counts(range(len(placement)), alone)
+
+    def of_stages(load: Load, counts: Sequence[int]) -> list[float]:
+        bounds = [0, *itertools.accumulate(counts)]
+        spans = zip(load.layers, bounds[:-1], bounds[1:], strict=True)
+        return [fixed + sum(row[a:b]) for fixed, (row, a, b) in zip(load.fixed, spans, strict=True)]
+
+    def of_devices(stages: Sequence[float]) -> list[float]:
+        return [
+            sum(x for x, d in zip(stages, placement, strict=True) if d == device) for device in sorted(set(placement))
+        ]
+
+    def badness(counts: Sequence[int]) -> tuple[float, float, float]:
+        work, full = of_stages(time, counts), 0.0
+        if memory is not None and limits is not None:
+            sizes = of_devices(of_stages(memory, counts))
+            full = sum(max(0.0, size - limits[device]) for device, size in enumerate(sizes))
+        return full, max(of_devices(work)), max(work)
+
+    last = len(placement) - 1
+    while True:
+        moved = [
+            [count + (stage == to) - (stage == giver) for stage, count in enumerate(counts)]
+            for giver in range(last + 1)
+            for to in range(last + 1)
+            if giver != to and counts[giver] > (giver != last)
+        ]
+        best = min(moved, key=badness, default=counts)
+        if badness(best) >= badness(counts):
+            break
+        counts = best
+    if badness(counts)[0]:
+        raise NoSplitError("no contiguous split was found that fits into the devices")
+    return counts

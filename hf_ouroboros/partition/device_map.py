@@ -44,13 +44,20 @@ def default_num_stages(num_devices: int, tied: bool) -> int:
 
 
 def default_placement(num_stages: int, num_devices: int, tied: bool) -> list[int]:
-    """The device of every stage: in order, the last stage back on device 0 where it has to be or may be."""
+    """The device of every stage: in order, the last stage back on device 0 where it has to be or may be.
+
+    With more stages than that there and back again, as a V, however often: so work reaches every device early in an update, and
+    device 0 has both ends.
+    """
     if num_stages == 1:
         return [0]
     if not tied and num_devices >= num_stages:
         return list(range(num_stages))
-    used = min(num_devices, num_stages - 1)
-    return [k * used // (num_stages - 1) for k in range(num_stages - 1)] + [0]
+    there = list(range(min(num_devices, num_stages - 1)))
+    cycle = there if num_stages == len(there) + 1 else [*there, *reversed(there)]
+    return [cycle[k % len(cycle)] for k in range(num_stages - 1)] + [
+        0 if tied else cycle[(num_stages - 1) % len(cycle)]
+    ]
 
 
 def parse_device_map(device_map: Any) -> Any:

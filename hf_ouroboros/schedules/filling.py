@@ -11,11 +11,16 @@ first stage's backward is not divided: nobody waits for it):
 The order is found once, for an update of M ticks: whenever a device is free, it takes up the most urgent of what is ready. That is one
 order in time for all devices together, so no waiting in a circle can come of it, and neither of what is left of it when an
 update ends early. A device goes through its part of it as the ticks come in.
+
+Several are found, with other rules and lengths of the parts, and tried in some updates in which nothing takes quite as long as it
+should: of orders that are alike on paper, some make everybody wait for whoever is late.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
+import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import IntEnum
 from typing import NamedTuple
@@ -46,6 +51,16 @@ SMALL, FINE = 512, 4
 
 WORTH = 0.01
 """Share of the time for which more micro-batches are kept."""
+
+WEIGHTS = (1.0, 0.8)
+"""Gradients of weights, in forwards, with which orders are found: as many products, but none of what a forward does besides. They
+are tried with the last one, which is what layers of a GPT-2 and of a Llama of width 256 take on a CPU."""
+
+UNEVEN = 0.1
+"""By which share parts take longer than they should, on average, while orders are tried."""
+
+TRIED = 32
+"""Ticks over which they are tried, in whole updates."""
 
 
 class Part(IntEnum):
@@ -246,6 +261,10 @@ def _instruction(item: Item, tick: int) -> Instruction:
     return InputGradient(item.stage, tick) if item.stage else Backward(0, tick)
 
 
+Orders = list[list[Item]]
+"""Of all devices, for an update."""
+
+
 def filling_programs(
     placement: Sequence[int],
     forward_costs: Sequence[float],
@@ -253,34 +272,76 @@ def filling_programs(
     micro_batches: int,
     exchange: bool,
 ) -> list[Program]:
-    """The programs of all devices; see `device_programs`. Gradients of weights take a forward's time."""
-    num_stages, stages_of = len(placement), stages_by_device(placement)
-    costs = [_costs(k, *pair) for k, pair in enumerate(zip(forward_costs, backward_costs, strict=True))]
-    ticks = min(micro_batches, max(1, LONGEST // num_stages))
-    slots = run_slots(num_stages, ticks, 2, synchronous=True)
+    """The programs of all devices; see `device_programs`."""
+    ticks = min(micro_batches, max(1, LONGEST // len(placement)))
+    orders = _best_orders(tuple(placement), tuple(forward_costs), tuple(backward_costs), ticks, exchange)
+    return _programs(placement, orders, ticks, exchange)
 
-    def duration(instruction: Instruction) -> float:
-        match instruction:
-            case Forward(stage):
-                return costs[stage].forward
-            case Backward(stage):
-                return costs[stage].inputs
-            case WeightGradient(stage):
-                return costs[stage].weights
-        return 0.0
 
-    found: list[tuple[float, list[Program]]] = []
-    for limits, rule in itertools.product(_limits(num_stages, ticks), RULES):
-        orders = _Devices(placement, costs, ticks, limits, rule).run()
-        programs = [
-            filling_program(stages, order, ticks, exchange) for stages, order in zip(stages_of, orders, strict=True)
-        ]
-        tasks = [prepare(program(slots), d, placement, duration) for d, program in enumerate(programs)]
-        found.append((max(ends[-1] for ends in run(tasks)), programs))
+def _programs(placement: Sequence[int], orders: Orders, ticks: int, exchange: bool) -> list[Program]:
+    stages_of = stages_by_device(placement)
+    return [filling_program(stages, order, ticks, exchange) for stages, order in zip(stages_of, orders, strict=True)]
+
+
+@functools.lru_cache(maxsize=64)
+def _best_orders(
+    placement: tuple[int, ...],
+    forward_costs: tuple[float, ...],
+    backward_costs: tuple[float, ...],
+    ticks: int,
+    exchange: bool,
+) -> Orders:
+    """The orders that are the fastest when tried, or nearly so and keep fewer micro-batches."""
+
+    def costs(weights: float) -> list[Costs]:
+        pairs = zip(forward_costs, backward_costs, strict=True)
+        return [_costs(stage, *pair, weights) for stage, pair in enumerate(pairs)]
+
+    trial = _Trial(placement, costs(WEIGHTS[-1]), ticks, exchange)
+    found: list[tuple[float, Orders]] = []
+    for limits, rule, weights in itertools.product(_limits(len(placement), ticks), RULES, WEIGHTS):
+        orders = _Devices(placement, costs(weights), ticks, limits, rule).run()
+        found.append((trial.span(orders), orders))
     enough = min(span for span, _ in found) * (1 + WORTH)
-    return next(programs for span, programs in found if span <= enough)
+    return next(orders for span, orders in found if span <= enough)
 
 
-def _costs(stage: int, forward: float, backward: float) -> Costs:
-    weights = min(forward, backward / 2) if stage else 0.0
-    return Costs(forward, backward - weights, weights)
+class _Trial:
+    """Some updates in which nothing takes quite as long as it should, the same for all orders.
+
+    Args:
+        placement, ticks, exchange: as of `_best_orders`.
+        costs: of each stage.
+    """
+
+    def __init__(self, placement: Sequence[int], costs: Sequence[Costs], ticks: int, exchange: bool):
+        self._placement, self._costs, self._ticks, self._exchange = placement, costs, ticks, exchange
+        updates = max(2, -(-TRIED // ticks))
+        self._slots = run_slots(len(placement), ticks, updates, synchronous=True)
+        # Products only, which all machines round alike: the processes of a run have to choose alike.
+        drawn = random.Random(0)
+        items = itertools.product(range(ticks * updates), range(len(placement)), Part)
+        self._late = {Item(part, k, t): 1 + 4 * UNEVEN * drawn.random() * drawn.random() for t, k, part in items}
+
+    def span(self, orders: Orders) -> float:
+        """How long they take with these orders."""
+        programs = _programs(self._placement, orders, self._ticks, self._exchange)
+        tasks = [prepare(each(self._slots), d, self._placement, self._duration) for d, each in enumerate(programs)]
+        return max(ends[-1] for ends in run(tasks))
+
+    def _duration(self, instruction: Instruction) -> float:
+        match instruction:
+            case Forward(stage, tick):
+                item = Item(Part.FORWARD, stage, tick)
+            case Backward(stage, tick):
+                item = Item(Part.INPUTS, stage, tick)
+            case WeightGradient(stage, tick):
+                item = Item(Part.WEIGHTS, stage, tick)
+            case _:
+                return 0.0
+        return self._costs[item.stage][item.part] * self._late[item]
+
+
+def _costs(stage: int, forward: float, backward: float, weights: float) -> Costs:
+    later = min(weights * forward, weights * backward / 2) if stage else 0.0
+    return Costs(forward, backward - later, later)

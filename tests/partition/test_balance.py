@@ -42,6 +42,40 @@ def all_splits(layers: int, stages: int) -> list[list[int]]:
 
 @settings(max_examples=150, deadline=None)
 @given(
+    st.lists(st.integers(1, 9), min_size=4, max_size=9),
+    st.integers(2, 3),
+    st.integers(3, 7),
+    st.booleans(),
+    st.integers(0, 9),
+)
+def test_several_stages_per_device(costs: list[int], devices: int, stages: int, tied: bool, head: int) -> None:
+    """Not always the best split, but never a layer away from it."""
+    stages = min(stages, len(costs))
+    placement = default_placement(stages, devices, tied)
+    counts = balanced_counts(costs, placement, head)
+    assert len(counts) == stages and sum(counts) == len(costs)
+    assert all(count > 0 for count in counts[:-1])
+    best = min(bottleneck(c, costs, placement, head, 0) for c in all_splits(len(costs), stages))
+    assert best <= bottleneck(counts, costs, placement, head, 0) <= best + max(costs)
+
+
+@pytest.mark.parametrize(
+    ("layers", "devices", "counts"), [(8, 2, [2, 2, 2, 2]), (12, 3, [2] * 6), (9, 3, [1, 1, 1, 2, 2, 2])]
+)
+def test_there_and_back(layers: int, devices: int, counts: list[int]) -> None:
+    assert balanced_counts([1.0] * layers, default_placement(2 * devices, devices, tied=False)) == counts
+
+
+def test_several_stages_per_device_keep_to_the_limits_of_devices() -> None:
+    """Of both stages of device 0 together."""
+    time, memory = Load([[1.0] * 8] * 4, [0.0] * 4), Load([[10.0] * 8] * 4, [0.0] * 4)
+    assert best_counts([0, 1, 1, 0], time, memory, [20.0, 60.0]) == [1, 3, 3, 1]
+    with pytest.raises(NoSplitError, match="fits into the devices"):
+        best_counts([0, 1, 1, 0], time, memory, [20.0, 50.0])
+
+
+@settings(max_examples=150, deadline=None)
+@given(
     st.lists(st.integers(1, 9), min_size=1, max_size=8),
     st.integers(1, 6),
     st.booleans(),

@@ -76,7 +76,11 @@ def test_default_num_stages(devices: int, tied: bool, stages: int) -> None:
         (3, 3, False, [0, 1, 2]),
         (3, 5, False, [0, 1, 2]),
         (3, 2, False, [0, 1, 0]),
-        (5, 2, True, [0, 0, 1, 1, 0]),
+        (4, 3, True, [0, 1, 2, 0]),
+        (4, 2, False, [0, 1, 1, 0]),
+        (6, 3, True, [0, 1, 2, 2, 1, 0]),
+        (8, 2, False, [0, 1, 1, 0, 0, 1, 1, 0]),
+        (5, 2, True, [0, 1, 1, 0, 0]),
         (4, 1, True, [0, 0, 0, 0]),
     ],
 )
@@ -146,7 +150,7 @@ def test_counts_may_leave_first_or_last_without_layers() -> None:
     assert plan([0, 6, 0]) == [(0, 0), (6, 1), (0, 0)]
     assert plan([6]) == [(6, 0)]
     assert plan([3, 2, 1], THREE, tied=False) == [(3, 0), (2, 1), (1, 2)]
-    assert plan([2, 1, 2, 1], tied=True) == [(2, 0), (1, 0), (2, 1), (1, 0)]
+    assert plan([2, 1, 2, 1], tied=True) == [(2, 0), (1, 1), (2, 1), (1, 0)]
 
 
 INTERLEAVED = [(1, 0), (1, 1), (1, 0), (1, 1), (2, 0)]
