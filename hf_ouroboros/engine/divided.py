@@ -1,30 +1,29 @@
-"""A backward in two parts: the gradient of a stage's input at once, those of most weights when there is time.
+"""A backward in two parts: the gradient of a stage's input at once, those of most matrices when there is time.
 
     x ---> Linear 1 ---> GELU ---> Linear 2 ---> output         the way of the input: nodes that x's gradient passes
               |                       |
-             W1                      W2                         each weight joins that way in a node
+             W1                      W2                         each matrix joins that way in a product
 
-The first part runs the way of the input and keeps, of every node in which a weight joins, the gradient that arrives there. The
-second part starts from each of these nodes with that gradient and computes the weights' only. It is all that one backward
-computes, each product once, each sum in the same order: autograd asks a node for what it is told to, and a weight that joins
-in a single node is a sum of one.
+The first part is one backward, which frees the graph, without these matrices. Of every product in which one of them joins it keeps the
+gradient that arrives there, and what the matrix was multiplied with. The second part computes the gradients of the matrices from them,
+by the formula of autograd's own product, and gives them to autograd where the matrix has come from. It is all that one backward
+computes, each product once, each sum in the same order: a matrix that joins in a single product is a sum of one.
 
-Everything else has its gradient in the first part: weights that join in several nodes (their order of summation is autograd's), and
-those of functions in Python, which may do something else when they are called twice. Not divided at all is a backward with hooks of a
-script on modules or tensors, which would be called twice, and a compiled one, which computes all at once.
+Everything else has its gradient in the first part: biases and norms, which are little work, matrices that join in several products
+(their order of summation is autograd's), and what is multiplied in another way. Not divided at all is a backward with hooks of a
+script on modules or tensors, which may look at gradients of matrices, and a compiled one, which computes all at once.
 
-torch.distributed.pipelining divides likewise (`_backward.py`, private); there, nodes in which a shared weight joins are gone through
-once more, and gradients are summed by hand.
+torch.distributed.pipelining divides likewise (`_backward.py`, private); it keeps the whole graph for the second part, and goes through
+the nodes in which matrices join a second time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..errors import UnsupportedModelError
@@ -32,45 +31,62 @@ from .graph import Node
 
 _COMPILED = "CompiledFunctionBackward"
 
+_PRODUCTS = {"MmBackward0": (1, "_saved_self"), "AddmmBackward0": (2, "_saved_mat1")}
+"""Nodes of products: which of their inputs is the matrix, and how they save what it was multiplied with."""
+
 
 @dataclass(eq=False)
 class Junction:
-    """A node in which weights join the way of the input.
+    """A product in which a matrix joins the way of the input.
 
     Attributes:
-        node: the node.
-        leaves: the weights.
-        gradients: that arrived at the node, one per output of its forward; none before the first part.
-        versions: of their values when they arrived.
+        node: of the product.
+        source: node that gives the matrix to the product.
+        leaf: the matrix, perhaps in another precision, or transposed.
+        kept: the gradient that has arrived, [N, B], and what the matrix [A, B] was multiplied with, [N, A]; none before the first part.
+        versions: of their values then.
+        by_columns: whether the matrix lies in memory column by column, by which autograd chooses between two formulas.
     """
 
-    node: Node
-    leaves: list[torch.Tensor] = field(default_factory=list)
-    gradients: tuple[torch.Tensor | None, ...] = ()
+    node: Node | None
+    source: Node
+    leaf: torch.Tensor
+    kept: tuple[torch.Tensor, ...] = ()
     versions: tuple[int, ...] = ()
+    by_columns: bool = False
 
     def keep(self, gradients: Sequence[torch.Tensor | None]) -> None:
-        """Hook of the node: takes note of what arrives."""
-        self.gradients = tuple(gradients)
+        """Hook of the node: takes note of what arrives, before the node lets go of the rest."""
+        node: Any = self.node
+        self.node = None
+        if gradients[0] is None:
+            return
+        self.kept = gradients[0], getattr(node, _PRODUCTS[node.name()][1]).detach()
         self.versions = self._versions()
+        rows, strides = node._saved_mat2_sym_sizes[0], node._saved_mat2_sym_strides
+        self.by_columns = strides[0] == 1 and strides[1] == rows
 
     def _versions(self) -> tuple[int, ...]:
-        return tuple(-1 if g is None else g._version for g in self.gradients)
+        return tuple(tensor._version for tensor in self.kept)
 
     def run(self) -> None:
-        """Gradients of the weights, added to their `grad`.
+        """The gradient of the matrix, added to its `grad`.
 
         Raises:
-            UnsupportedModelError: what arrived here has been written over.
+            UnsupportedModelError: what arrived here, or what the matrix was multiplied with, has been written over.
         """
+        if not self.kept:
+            return
         if self._versions() != self.versions:
             raise UnsupportedModelError(
-                f"a backward writes into the gradient that it is given ({self.node.name()} got it, too), so that gradients of "
-                "weights can't be computed later; use schedule='1f1b'"
+                "a backward writes into the gradient that it is given, or into what a matrix was multiplied with, so that gradients "
+                "of matrices can't be computed later; use schedule='1f1b'"
             )
-        found = {GradientEdge(self.node, i): g for i, g in enumerate(self.gradients) if g is not None}
-        if found:
-            torch.autograd.backward(tuple(found), tuple(found.values()), inputs=self.leaves)
+        arrived, multiplied = self.kept
+        with torch.no_grad():
+            found = (arrived.t() @ multiplied.conj()).t() if self.by_columns else multiplied.t().conj() @ arrived
+        self.kept = ()
+        torch.autograd.backward((GradientEdge(self.source, 0),), (found,), inputs=[self.leaf])
 
 
 class DividedBackward:
@@ -90,17 +106,16 @@ class DividedBackward:
         graph = _Graph(outputs)
         self._inputs = [each for each in inputs if _node(each) in graph.users]
         self._at_once: list[torch.Tensor] = []
-        self._found: dict[Node, Junction] = {}
+        self._found: list[Junction] = []
         self.junctions: list[Junction] = []
         way = graph.users_of(map(_node, self._inputs))
         for leaf in leaves:
-            node = _node(leaf)
-            if node in graph.users:
-                where = None if graph.is_compiled else graph.junction(node, way)
-                if where is None:
-                    self._at_once.append(leaf)
-                else:
-                    self._found.setdefault(where, Junction(where)).leaves.append(leaf)
+            if _node(leaf) not in graph.users:
+                continue
+            if (junction := None if graph.is_compiled else graph.junction(leaf, way)) is None:
+                self._at_once.append(leaf)
+            else:
+                self._found.append(junction)
 
     @property
     def is_worth_it(self) -> bool:
@@ -108,29 +123,30 @@ class DividedBackward:
         return bool(self._found)
 
     def run_first(self, backward: Callable[..., None], gradients: Sequence[torch.Tensor | None]) -> None:
-        """Gradients of the inputs, and of the weights that are not for later, added to their `grad`.
+        """Gradients of the inputs, and of the weights that are not for later, added to their `grad`; frees the graph.
 
         Args:
             backward: runs a backward; takes outputs, their gradients and arguments of `torch.autograd.backward`.
             gradients: of the loss with respect to the outputs.
         """
-        handles = [self._watch(junction) for junction in self._found.values()]
+        handles = [self._watch(junction) for junction in self._found]
         try:
-            backward(self._outputs, gradients, retain_graph=True, inputs=[*self._inputs, *self._at_once])
+            backward(self._outputs, gradients, inputs=[*self._inputs, *self._at_once])
         finally:
             for handle in handles:
                 handle.remove()
-        self._outputs, self._inputs, self._at_once, self._found = [], [], [], {}
+        self._outputs, self._inputs, self._at_once, self._found = [], [], [], []
 
     def _watch(self, junction: Junction) -> Any:
         def arrived(gradients: tuple[torch.Tensor | None, ...]) -> None:
             junction.keep(gradients)
             self.junctions.append(junction)
 
+        assert junction.node is not None
         return junction.node.register_prehook(arrived)
 
     def run_second(self) -> None:
-        """Gradients of the other weights, added to their `grad`; lets go of the graph on the way."""
+        """Gradients of the other weights, added to their `grad`; lets go of what they are computed from on the way."""
         self.junctions.reverse()
         while self.junctions:
             self.junctions.pop().run()
@@ -148,7 +164,7 @@ class _Graph:
         outputs: where it begins.
 
     Attributes:
-        users: of each node, the nodes that its gradient comes from.
+        users: of each node, the nodes that its gradient comes from, each as often as it comes from there.
         is_compiled: whether there is a node of a compiled function.
     """
 
@@ -178,20 +194,19 @@ class _Graph:
                     waiting.append(user)
         return found
 
-    def junction(self, leaf: Node, way: Collection[Node]) -> Node | None:
-        """Where a leaf joins a way: the only node of it that its gradient comes from; None if there isn't just one."""
-        found: Node | None = None
-        seen, waiting = {leaf}, [leaf]
-        while waiting:
-            node = waiting.pop()
-            if node in self._roots:
+    def junction(self, leaf: torch.Tensor, way: Collection[Node]) -> Junction | None:
+        """The product in which a leaf joins a way, by itself and nowhere else; None if there isn't one."""
+        node = _node(leaf)
+        while node not in self._roots and len(users := self.users[node]) == 1:
+            user = users[0]
+            if user in way:
+                position, _ = _PRODUCTS.get(user.name(), (None, ""))
+                if position is None or user.next_functions[position][0] is not node:
+                    return None
+                if getattr(user, "_saved_alpha", 1) != 1:
+                    return None
+                return Junction(user, node, leaf)
+            if sum(following is not None for following, _ in user.next_functions) != 1:
                 return None
-            for user in self.users[node]:
-                if user in way:
-                    if found not in (None, user):
-                        return None
-                    found = user
-                elif user not in seen:
-                    seen.add(user)
-                    waiting.append(user)
-        return None if isinstance(found, BackwardCFunction) else found
+            node = user
+        return None
