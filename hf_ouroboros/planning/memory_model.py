@@ -11,7 +11,8 @@ computed, and with them those that arrive where weights join; recompute=True mak
 With weights="now" delayed schedules keep inputs, as with recompute=True, and one weight version; of a tied matrix also those that the
 last stage is still to use.
 What a schedule keeps is in its record (`schedules/records.py`). Versions, gradients and optimizer are of the parameters that are
-trained. Under autocast every version of a matrix that is only multiplied by is a copy in bfloat16, beside the newest one in float32.
+trained. Under autocast every version of a matrix that is only multiplied by is a copy in bfloat16, beside the newest one in float32;
+of a frozen one there is one copy for ever. The last stage, and stages that replay, have such copies in the graph of a micro-batch only.
 A single stage has the gradients of a backward besides, as scripts see them. Gradients that come while activations or older weights
 go are counted as far as they are larger than these (`_gradients`).
 
@@ -118,7 +119,9 @@ def stage_memory(
         inputs = 0.0 if stage == 0 else units[0].output_bytes
         kept, flying = kept + flying * inputs, 1
     tied = facts.tied_bytes * ticks_in_flight(0, num_stages, options) if last and num_stages > 1 else 0
-    versions = float(sum(unit.copied_bytes for unit in units))
+    # Who shares no copies has one in every graph.
+    copied = sum(unit.copied_bytes + unit.frozen_copied_bytes for unit in units)
+    versions = float(copied * (1 if _shares_copies(stage, num_stages, options) else flying))
     versions += old_versions(stage, num_stages, options) * sum(_version(unit, options) for unit in units)
     if options.replays_newest and stage == 0:
         versions += facts.tied_bytes * _lent_versions(stage, num_stages, options)
@@ -132,6 +135,11 @@ def stage_memory(
         max(map(_working, units)),
         _messages(units, stage, num_stages, options),
     )
+
+
+def _shares_copies(stage: int, num_stages: int, options: MemoryOptions) -> bool:
+    """Whether the micro-batches of a version have one copy of the weights in lower precision."""
+    return stage < num_stages - 1 and not options.replays
 
 
 def _version(unit: UnitFacts, options: MemoryOptions) -> float:
