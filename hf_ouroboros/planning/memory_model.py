@@ -4,8 +4,10 @@
     micro-batches in flight, at most                            d + 1                min(M, d + 1)    min(M, 2K - 1)
     weight versions, the newest included                        1 + ceil(d / M)      1                1
     gradients: the update's sum, to which a backward adds       1                    1                1
-    output-side gradients of a tied matrix (last stage)         K                    K, at most M     min(M, 2K - 1)
+    output-side gradients of a tied matrix (last stage)         K - 1, lockstep: K   min(M, K - 1)    min(M, K - 1)
 
+With K = 2 it is two output-side gradients (one under zero_bubble), and under zero_bubble often fewer: what waits is what the
+program of the device shared by the first and the last stage makes wait (`Schedule.output_sides`), whatever the stages' costs.
 A divided backward, that of all stages but the first under zero_bubble, keeps activations until the gradients of the weights are
 computed, and with them those that arrive where weights join; recompute=True makes no difference then.
 With weights="now" delayed schedules keep inputs, as with recompute=True, and one weight version; of a tied matrix also those that the
@@ -118,7 +120,8 @@ def stage_memory(
     elif options.replays and not last:
         inputs = 0.0 if stage == 0 else units[0].output_bytes
         kept, flying = kept + flying * inputs, 1
-    tied = facts.tied_bytes * ticks_in_flight(0, num_stages, options) if last and num_stages > 1 else 0
+    waiting = SCHEDULES[options.schedule].output_sides(num_stages, options.micro_batches)
+    tied = facts.tied_bytes * waiting if last and num_stages > 1 else 0
     # Who shares no copies has one in every graph.
     copied = sum(unit.copied_bytes + unit.frozen_copied_bytes for unit in units)
     versions = float(copied * (1 if _shares_copies(stage, num_stages, options) else flying))
