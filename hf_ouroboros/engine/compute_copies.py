@@ -5,7 +5,8 @@ forwards of a weight version convert the same values, so they can share one copy
 converts gradients back as autocast's own does, so that the numbers stay what they are.
 
 A weight that is used in no other way has no older versions in full precision: its leaf gives its memory back as soon as there is the
-copy, and the optimizer steps the parameter where it is.
+copy, and the optimizer steps the parameter where it is. A frozen weight has one version, hence one copy, for as long as nobody else
+may have written (`weights.py`).
 """
 
 from __future__ import annotations
@@ -30,12 +31,19 @@ class ComputeCopies:
     """
 
     def __init__(self, stage: nn.Module, bindings: Sequence[tuple[str, str]], dtype: torch.dtype):
-        self._dtype = dtype
-        found = multiplied(stage)
-        self._places = [(place, source) for place, source in bindings if place in found]
-        self._sources = {s for _, s in self._places} - {s for place, s in bindings if place not in found}
+        self._stage, self._bindings, self._dtype = stage, bindings, dtype
+        self._places: list[tuple[str, str]] = []
         self.proven = False
         """Whether a forward with copies was seen to give what autocast gives."""
+        self.look_again()
+
+    def look_again(self) -> None:
+        """Adapters may have been merged, or taken out again."""
+        found = multiplied(self._stage)
+        places = [(place, source) for place, source in self._bindings if place in found]
+        self.proven &= places == self._places
+        self._places = places
+        self._sources = {s for _, s in places} - {s for place, s in self._bindings if place not in found}
 
     def of(self, leaves: Mapping[str, torch.Tensor], copies: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What is put into the stage's places instead of the leaves.

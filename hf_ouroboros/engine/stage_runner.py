@@ -97,7 +97,8 @@ class StageRunner(StageUpdates):
         self.replays_newest = settings.replays_newest and not self.stage.is_last
         self._buffers = BufferCheck(self.stage, self._replayed_by)
         self._backwards, self._modules = 0, list(self.stage.modules())
-        # The last stage has one micro-batch in flight, and a stage that replays keeps no graph.
+        # The last stage, whose forward a comparison would repeat with the loss, keeps one graph, or those of divided backwards; a
+        # stage that replays keeps none.
         dtype = None if self.stage.is_last or self._replayed_by else settings.autocast_dtype
         self._copies = None if dtype is None else ComputeCopies(self.stage, self._bindings, dtype)
         refuse_on_halves(partition.tied, settings)

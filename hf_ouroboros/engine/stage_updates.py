@@ -14,6 +14,7 @@ from torch.nn.utils import get_total_norm
 
 from ..partition import Boundary, Stage
 from .averaging import BucketedMean
+from .compute_copies import ComputeCopies
 from .divided import DividedBackward
 from .gradient_hooks import accumulated, hooked
 from .in_flight import InFlight
@@ -59,6 +60,7 @@ class StageUpdates:
     _mean: BucketedMean | None
     _noise: StageNoise
     _reads: ReadCheck
+    _copies: ComputeCopies | None
 
     def _add_to_window(self, leaves: Gradients) -> None:
         """Lets a backward add to the open update's gradients, as far as nothing else has to be done with its own before."""
@@ -261,6 +263,8 @@ class StageUpdates:
         self.stage.train()
         self._noise.look_again(self.stage.draws or has_dropout(self.stage))
         self._reads.look_again()
+        if self._copies is not None:
+            self._copies.look_again()
 
     def expose(self) -> None:
         """Hands the open update's gradients over to the parameters."""

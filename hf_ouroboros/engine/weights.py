@@ -41,9 +41,8 @@ class WeightVersions:
         self._lent: set[str] = set()  # parameters on whose storage there may be leaves
         self._moving: set[str] = set()  # those that have been trained
         self.have_views = False  # whether a script had views of some of them when their leaves were made
-        self.copies: dict[
-            str, torch.Tensor
-        ] = {}  # of the newest version, in autocast's precision, as forwards make them
+        # Of the newest version, in autocast's precision, as forwards make them.
+        self.copies: dict[str, torch.Tensor] = {}
 
     def predict(self, predicted: dict[str, torch.Tensor]) -> None:
         """Lets leaves from now on, until the next step or prediction, have other values than their parameters.
@@ -51,7 +50,7 @@ class WeightVersions:
         Args:
             predicted: values by name, in storage of their own; parameters without one keep their real values.
         """
-        self._forget()
+        self._open()
         self._predicted = predicted
 
     def leaves(self) -> dict[str, torch.Tensor]:
@@ -98,7 +97,7 @@ class WeightVersions:
             in_use: names of parameters whose present values a pending forward or backward still needs.
             stepping: names of parameters that the step writes although they may have been frozen since.
         """
-        self._forget()
+        self._open(stepping)
         self._predicted = {}
         lent = self._lent.intersection(in_use)
         self._move([name for name in lent if name in stepping or self.parameters[name].requires_grad])
@@ -120,6 +119,20 @@ class WeightVersions:
 
     def _forget(self) -> None:
         self._leaves, self.copies = None, {}
+
+    def _open(self, stepping: Collection[str] = ()) -> None:
+        """Begins a version; of what stays as it was, the copies go on.
+
+        Args:
+            stepping: names of parameters that will be others although they may have been frozen.
+        """
+        self._leaves = None
+        self.copies = {n: copy for n, copy in self.copies.items() if n not in stepping and self._stays(n, copy)}
+
+    def _stays(self, name: str, copy: torch.Tensor) -> bool:
+        """Whether a parameter is frozen and was when its copy was made, and a script has no view to write it by."""
+        parameter = self.parameters[name]
+        return not (copy.requires_grad or parameter.requires_grad or _has_views(parameter))
 
     def _move(self, names: Collection[str]) -> None:
         for name in names:

@@ -4,14 +4,17 @@
     micro-batches in flight, at most                            d + 1                min(M, d + 1)    min(M, 2K - 1)
     weight versions, the newest included                        1 + ceil(d / M)      1                1
     gradients: the update's sum, to which a backward adds       1                    1                1
-    output-side gradients of a tied matrix (last stage)         K                    K, at most M     min(M, 2K - 1)
+    output-side gradients of a tied matrix (last stage)         K - 1, lockstep: K   min(M, K - 1)    min(M, K - 1)
 
+With K = 2 it is two output-side gradients (one under zero_bubble), and under zero_bubble often fewer: what waits is what the
+program of the device shared by the first and the last stage makes wait (`Schedule.output_sides`), whatever the stages' costs.
 A divided backward, that of all stages but the first under zero_bubble, keeps activations until the gradients of the weights are
 computed, and with them those that arrive where weights join; recompute=True makes no difference then.
 With weights="now" delayed schedules keep inputs, as with recompute=True, and one weight version; of a tied matrix also those that the
 last stage is still to use.
 What a schedule keeps is in its record (`schedules/records.py`). Versions, gradients and optimizer are of the parameters that are
-trained. Under autocast every version of a matrix that is only multiplied by is a copy in bfloat16, beside the newest one in float32.
+trained. Under autocast every version of a matrix that is only multiplied by is a copy in bfloat16, beside the newest one in float32;
+of a frozen one there is one copy for ever. The last stage, and stages that replay, have such copies in the graph of a micro-batch only.
 A single stage has the gradients of a backward besides, as scripts see them. Gradients that come while activations or older weights
 go are counted as far as they are larger than these (`_gradients`).
 
@@ -117,8 +120,11 @@ def stage_memory(
     elif options.replays and not last:
         inputs = 0.0 if stage == 0 else units[0].output_bytes
         kept, flying = kept + flying * inputs, 1
-    tied = facts.tied_bytes * ticks_in_flight(0, num_stages, options) if last and num_stages > 1 else 0
-    versions = float(sum(unit.copied_bytes for unit in units))
+    waiting = SCHEDULES[options.schedule].output_sides(num_stages, options.micro_batches)
+    tied = facts.tied_bytes * waiting if last and num_stages > 1 else 0
+    # Who shares no copies has one in every graph.
+    copied = sum(unit.copied_bytes + unit.frozen_copied_bytes for unit in units)
+    versions = float(copied * (1 if _shares_copies(stage, num_stages, options) else flying))
     versions += old_versions(stage, num_stages, options) * sum(_version(unit, options) for unit in units)
     if options.replays_newest and stage == 0:
         versions += facts.tied_bytes * _lent_versions(stage, num_stages, options)
@@ -132,6 +138,11 @@ def stage_memory(
         max(map(_working, units)),
         _messages(units, stage, num_stages, options),
     )
+
+
+def _shares_copies(stage: int, num_stages: int, options: MemoryOptions) -> bool:
+    """Whether the micro-batches of a version have one copy of the weights in lower precision."""
+    return stage < num_stages - 1 and not options.replays
 
 
 def _version(unit: UnitFacts, options: MemoryOptions) -> float:

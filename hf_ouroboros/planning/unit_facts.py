@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,7 +39,8 @@ class UnitFacts:
         arrival_bytes: gradients that arrive where its weights join; a divided backward keeps them until those of the weights
             are computed.
         working_bytes: what its forward or its backward needs for a moment, besides what is kept.
-        copied_bytes: under autocast, size of the copies in lower precision of the matrices that it multiplies by.
+        copied_bytes: under autocast, size of the copies in lower precision of the trained matrices that it multiplies by.
+        frozen_copied_bytes: the same of frozen ones.
     """
 
     modules: tuple[str, ...]
@@ -57,6 +58,7 @@ class UnitFacts:
     arrival_bytes: float = 0.0
     working_bytes: float = 0.0
     copied_bytes: int = 0
+    frozen_copied_bytes: int = 0
 
     @property
     def trained(self) -> int:
@@ -202,7 +204,7 @@ def model_facts(
         sum(some.idle for name in unit.modules for some in find_experts(model.get_submodule(name), config))
         for unit in plan.units
     ]
-    copied = [_copied_bytes(model, unit.modules) if autocast else 0 for unit in plan.units]
+    copied = [_copied_bytes(model, unit.modules, packed) if autocast else (0, 0) for unit in plan.units]
     try:
         parts = trace(model, [unit.modules[0] for unit in plan.units if unit.kind == "layer"], batch, time, autocast)
     except Exception as error:  # whatever a model does that needs data
@@ -229,7 +231,7 @@ def model_facts(
             max((p.numel() * dtype.itemsize for p in parameters if id(p) in packed), default=0),
             part.arrival_bytes,
             part.working_bytes,
-            lowered,
+            *lowered,
         )
         for unit, parameters, part, idle, lowered in zip(plan.units, owned, counted, asleep, copied, strict=True)
     )
@@ -239,8 +241,11 @@ def model_facts(
     return ModelFacts(type(model).__name__, units, tied_bytes, plan.reason, batch, time, dtype, autocast)
 
 
-def _copied_bytes(model: nn.Module, names: Sequence[str]) -> int:
-    """Size, in lower precision, of the matrices of modules that are only multiplied by."""
+def _copied_bytes(model: nn.Module, names: Sequence[str], packed: Collection[int]) -> tuple[int, int]:
+    """Size, in lower precision, of the matrices of modules that are only multiplied by: of trained ones, and of frozen ones."""
     places = {place for place in multiplied(model) if place.startswith(tuple(f"{name}." for name in names))}
-    found = {id(p): p for p in map(model.get_parameter, places) if p.dtype == torch.float32}
-    return sum(p.numel() * COMPUTED.itemsize for p in found.values())
+    found = {id(p): p for p in map(model.get_parameter, places) if p.dtype == torch.float32 and id(p) not in packed}
+    sizes = {True: 0, False: 0}
+    for parameter in found.values():
+        sizes[parameter.requires_grad] += parameter.numel() * COMPUTED.itemsize
+    return sizes[True], sizes[False]

@@ -26,6 +26,26 @@ def _within_an_update(stage: int, num_stages: int, micro_batches: int) -> int:
     return min(micro_batches, num_stages - stage)
 
 
+def _one_per_stage(num_stages: int, micro_batches: int) -> int:
+    """All stages finish their forwards first, and the last one has its backward before the first one."""
+    return num_stages
+
+
+def _until_the_first_is_done(num_stages: int, micro_batches: int) -> int:
+    """The first stage is through with a tick before the last one is K-1 ticks further; two stages always meet."""
+    return max(2, num_stages - 1)
+
+
+def _within_an_update_until_done(num_stages: int, micro_batches: int) -> int:
+    """The same, but no further than the update goes."""
+    return min(micro_batches, _until_the_first_is_done(num_stages, micro_batches))
+
+
+def _within_an_update_when_asked(num_stages: int, micro_batches: int) -> int:
+    """Gradients of weights come when nothing else is to be done, often one by one."""
+    return min(micro_batches, max(1, num_stages - 1))
+
+
 @dataclass(frozen=True)
 class Schedule:
     """What there is to know of a schedule.
@@ -42,6 +62,8 @@ class Schedule:
             (`tied_gradient="paper"`).
         divides_backward: whether all stages but the first compute gradients of weights later than that of their input.
         in_flight: (stage, K, M) -> most micro-batches that a stage keeps activations of.
+        output_sides: (K, M) -> most micro-batches whose output-side gradients of a tied matrix wait for the first stage, which shares
+            a device with the last one.
     """
 
     name: str
@@ -53,6 +75,7 @@ class Schedule:
     allows_halves: bool = False
     divides_backward: bool = False
     in_flight: Callable[[int, int, int], int] = _until_its_delay
+    output_sides: Callable[[int, int], int] = _until_the_first_is_done
 
     @property
     def uses_devices(self) -> bool:
@@ -78,7 +101,14 @@ SCHEDULES: dict[str, Schedule] = {
             dataflow_programs,
             allows_global_norm=False,
         ),
-        Schedule("lockstep", "the paper's", "#2f2f36", lockstep_programs, allows_halves=True),
+        Schedule(
+            "lockstep",
+            "the paper's",
+            "#2f2f36",
+            lockstep_programs,
+            allows_halves=True,
+            output_sides=_one_per_stage,
+        ),
         Schedule(
             "1f1b",
             "synchronous, exact gradients, with bubbles",
@@ -86,6 +116,7 @@ SCHEDULES: dict[str, Schedule] = {
             drained_programs,
             is_synchronous=True,
             in_flight=_within_an_update,
+            output_sides=_within_an_update_until_done,
         ),
         Schedule(
             "zero_bubble",
@@ -95,6 +126,7 @@ SCHEDULES: dict[str, Schedule] = {
             is_synchronous=True,
             divides_backward=True,
             in_flight=most_kept,
+            output_sides=_within_an_update_when_asked,
         ),
         Schedule("reference", "one device, delays simulated", "#6b6b73", None, allows_halves=True),
     )

@@ -22,8 +22,9 @@ from hf_ouroboros import (
 
 RUN: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "num_stages": 2}
 BEST = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
-# Tied and frozen; with a tied matrix of two sides that is trained; one stage without anything that is trained.
-KINDS = {"lora on gpt2": 2, "lora and tokens": 3, "last layers": 2}
+# Tied and frozen; with a tied matrix of two sides that is trained; one stage without anything that is trained; copies of the base.
+KINDS = {"lora on gpt2": 2, "lora and tokens": 3, "last layers": 2, "lora on llama": 2}
+LOWERED = {"lora on llama": {"bf16": True}}
 
 
 def staged(folder: str, case: str) -> Any:
@@ -46,7 +47,7 @@ def staged(folder: str, case: str) -> Any:
 def train_part(rank: int, folder: str) -> list[dict[str, Any]]:
     found = []
     for case, stages in KINDS.items():
-        options = {**RUN, "num_stages": stages}
+        options = {**RUN, "num_stages": stages, **LOWERED.get(case, {})}
         trainer = trained(
             f"{folder}/{case}",
             {"model": wrapped(case, lora_dropout=0.1) if case != "lora and tokens" else wrapped(case)},
@@ -82,7 +83,7 @@ def test_two_processes(tmp_path: Path) -> None:
     base("lora on gpt2").save_pretrained(tmp_path / "base")
     for case, stages in KINDS.items():
         model = wrapped(case, lora_dropout=0.1) if case != "lora and tokens" else wrapped(case)
-        options = {**RUN, **split_options(stages, 2), "schedule": "reference"}
+        options = {**RUN, **split_options(stages, 2), **LOWERED.get(case, {}), "schedule": "reference"}
         expected[case] = trained(
             tmp_path / ("here" if case == "lora on gpt2" else f"here {case}"), {"model": model}, **options
         )

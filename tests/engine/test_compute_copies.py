@@ -38,7 +38,7 @@ def t5() -> PreTrainedModel:
 def trained(
     kind: type, make: Any, counts: list[int], prepare: Any = None, look: Any = None, **settings: Any
 ) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Engine, with what was found in it, and weights after five updates; its workers are stopped."""
+    """Engine, with what was found in it, and weights after ten micro-batches; its workers are stopped."""
     torch.set_num_threads(1)
     model = make().train()
     if prepare is not None:
@@ -50,7 +50,7 @@ def trained(
     try:
         for tick in range(10):
             engine.submit(make_batch(tick, padded=True))
-            if tick % 2:
+            if (tick + 1) % given["micro_batches"] == 0:
                 engine.step()
         engine.rest()
         return engine, {name: value.clone() for name, value in model.state_dict().items()}

@@ -153,3 +153,38 @@ def test_only_what_is_in_use_moves() -> None:
     versions.leaves()
     versions.let_go(in_use=["0.weight"])
     assert module[0].weight.data_ptr() != before["0.weight"] and module[0].bias.data_ptr() == before["0.bias"]
+
+
+def test_copies_of_frozen_weights_go_on() -> None:
+    module, versions = make(frozen=True)
+
+    def copied() -> dict[str, torch.Tensor]:
+        leaves = versions.leaves()
+        versions.copies.update({n: leaf.bfloat16() for n, leaf in leaves.items() if n not in versions.copies})
+        versions.forgo(versions.copies)
+        return dict(versions.copies)
+
+    def kept(before: dict[str, torch.Tensor]) -> set[str]:
+        return {name for name, copy in versions.copies.items() if copy is before[name]}
+
+    frozen, before = {"0.weight", "0.bias"}, copied()
+    versions.advance(in_use=versions.parameters)
+    assert kept(before) == versions.copies.keys() == frozen
+    assert copied()["0.weight"] is before["0.weight"]
+    versions.predict({"3.weight": torch.zeros(3, 5)})
+    assert kept(before) == versions.copies.keys() == frozen
+    view = module[0].bias.data  # of a script, which may write by it
+    versions.advance(in_use=())
+    assert kept(before) == versions.copies.keys() == {"0.weight"}
+    del view
+    before = copied()
+    versions.advance(in_use=(), stepping=["0.bias"])  # trained until a moment ago
+    assert kept(before) == {"0.weight"}
+    before = copied()
+    module[3].weight.requires_grad_(False)  # whose copy has a graph
+    versions.advance(in_use=())
+    assert kept(before) == frozen
+    for somebody_else_writes in (lambda: versions.let_go(in_use=versions.parameters), versions.look_again):
+        copied()
+        somebody_else_writes()
+        assert not versions.copies

@@ -89,7 +89,7 @@ def test_a_stage_by_hand() -> None:
     assert found.total == 5 * 41 + 4 * 204 + 42
     found = stage_memory(facts, last, 3, 4, MemoryOptions("pipelined", 2, optimizer="sgd"))
     assert (found.weights, found.versions, found.optimizer) == (14 + 15 + 1, 0, 0)
-    assert found.gradients == 30 + 4 * 20  # the tied matrix's, waiting for the first stage
+    assert found.gradients == 30 + 3 * 20  # the tied matrix's, waiting for the first stage
     assert found.activations == 104 + 105 + 50
     assert found.messages == 7 * 7  # gradients sent, and one received
     recomputed = stage_memory(facts, facts.units[3:5], 1, 4, MemoryOptions("pipelined", 2, recompute=True))
@@ -121,6 +121,25 @@ def test_copies_of_autocast_by_hand() -> None:
     replayed = stage_memory(facts, units[:3], 0, 4, MemoryOptions("pipelined", 2, recompute=True))
     assert replayed.versions == 2 * 41 + 8  # a replay makes a copy of the old weights
     assert stage_memory(facts, units[:3], 0, 4, MemoryOptions("1f1b", 2)).versions == 8
+    assert stage_memory(facts, units[5:], 3, 4, MemoryOptions("pipelined", 2)).versions == 8
+    divided = MemoryOptions("zero_bubble", 5)
+    assert stage_memory(facts, units[:3], 0, 4, divided).versions == 8
+    assert stage_memory(facts, units[5:], 3, 4, divided).versions == 5 * 8  # the last stage shares no copies
+
+
+def test_copies_of_frozen_weights_by_hand() -> None:
+    """One for ever, besides the older versions of what is trained."""
+    facts = toy()
+    units = [
+        replace(unit, trained_bytes=2, copied_bytes=1, frozen_copied_bytes=4) if unit.kind == "layer" else unit
+        for unit in facts.units
+    ]
+    for micro_batches, old in ((1, 2), (2, 1)):
+        found = stage_memory(facts, units[3:5], 1, 4, MemoryOptions("pipelined", micro_batches))
+        assert found.versions == 2 * (4 + 1 + old * (2 - 1))
+    replayed = stage_memory(facts, units[3:5], 1, 4, MemoryOptions("pipelined", 1, recompute=True))
+    assert replayed.versions == 2 * (4 + 1 + 2 * 2)
+    assert stage_memory(facts, units[3:5], 1, 4, MemoryOptions("pipelined", 1, weights="now")).versions == 2 * 5
 
 
 def test_a_single_stage_keeps_what_scripts_see() -> None:

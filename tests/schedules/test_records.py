@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from hf_ouroboros import OuroborosArguments, UnsupportedOptionError
 from hf_ouroboros.cli import main
 from hf_ouroboros.hub.card import CardFacts, build_card
 from hf_ouroboros.schedules import DEFAULT, SCHEDULES, Schedule, schedule_named
-from hf_ouroboros.schedules.interleave import lockstep_programs
+from hf_ouroboros.schedules.instructions import Backward, InputGradient, WeightGradient
+from hf_ouroboros.schedules.interleave import lockstep_programs, sample_slots
+from hf_ouroboros.schedules.records import device_programs
 
 
 @pytest.fixture
@@ -86,3 +89,34 @@ def test_the_default_is_the_first() -> None:
     assert DEFAULT == OuroborosArguments.schedule == "pipelined"
     with pytest.raises(ValueError, match="schedule 'fast' is unknown; use one of pipelined, lockstep"):
         schedule_named("fast")
+
+
+def most_waiting(schedule: str, placement: list[int], costs: list[float], micro_batches: int) -> int:
+    """Most output-side gradients that wait for the first stage, in the order of the device that has it and the last one."""
+    last, record = len(placement) - 1, SCHEDULES[schedule]
+    programs = device_programs(schedule, placement, costs, [2 * cost for cost in costs], micro_batches)
+    waiting = most = 0
+    for instruction in programs[placement[0]](sample_slots(last + 1, micro_batches, record.is_synchronous)):
+        match instruction:
+            case WeightGradient(stage) if stage == last:
+                waiting += 1
+            case InputGradient():
+                pass
+            case Backward(stage) if stage in (0, last):
+                waiting += 1 if stage else -1
+        most = max(most, waiting)
+    assert waiting == 0 or not record.is_synchronous
+    return most
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 3, 8])
+@pytest.mark.parametrize("stages", [2, 3, 4, 6, 9])
+@pytest.mark.parametrize("schedule", ["pipelined", "lockstep", "1f1b", "zero_bubble"])
+def test_output_sides_wait_as_the_record_says(schedule: str, stages: int, micro_batches: int) -> None:
+    """Whatever the stages cost, and with other stages beside the first and the last one."""
+    generator, said = random.Random(0), SCHEDULES[schedule].output_sides(stages, micro_batches)
+    for devices in {stages - 1, max(1, stages // 2)}:
+        placement = [k % devices for k in range(stages - 1)] + [0]
+        for costs in ([1.0] * stages, [generator.choice((0.2, 0.5, 1.0, 3.0)) for _ in range(stages)]):
+            found = most_waiting(schedule, placement, costs, micro_batches)
+            assert found == said if schedule in ("pipelined", "lockstep") else 1 <= found <= said
