@@ -33,9 +33,8 @@ def stage_costs(plan: SplitPlan, schedule: str | None = None) -> list[StageCost]
             sum(unit.parameter_bytes for unit in stage.units),
             weight_share=_weight_share(plan, stage, saved),
             plan_cost=sum(unit.plan_cost for unit in stage.units),
-            divided_bytes=_whole_bytes(stage)
-            - (_whole_bytes(stage) if saved else _kept_bytes(plan, stage))
-            + sum(unit.arrival_bytes for unit in stage.units),
+            divided_bytes=sum(unit.later_bytes for unit in stage.units)
+            - (_whole_bytes(stage) if saved else _kept_bytes(plan, stage)),
         )
         for stage in plan.stages
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-_MULTIPLYING = (nn.Linear, Conv1D)
+MULTIPLYING = (nn.Linear, Conv1D)
 """Modules that only multiply by their weights, which is what autocast does in its lower precision."""
 
 _LOOKING = ("peft",)
@@ -33,7 +33,7 @@ def multiplied(module: nn.Module) -> set[str]:
     return {
         f"{name}.{parameter}"
         for name, part in parts.items()
-        if type(part) in _MULTIPLYING and not f"{name}.".startswith(looked_at)
+        if type(part) in MULTIPLYING and not f"{name}.".startswith(looked_at)
         for parameter, value in part._parameters.items()
         if type(value) is nn.Parameter
     }

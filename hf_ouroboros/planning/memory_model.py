@@ -8,8 +8,9 @@
 
 With K = 2 it is two output-side gradients (one under zero_bubble), and under zero_bubble often fewer: what waits is what the
 program of the device shared by the first and the last stage makes wait (`Schedule.output_sides`), whatever the stages' costs.
-A divided backward, that of all stages but the first under zero_bubble, keeps activations until the gradients of the weights are
-computed, and with them those that arrive where weights join; recompute=True makes no difference then.
+A divided backward, that of all stages but the first under zero_bubble, keeps what the gradients of matrices are computed from: what
+they were multiplied with, and the gradients that arrive there. Either that or activations are counted, whichever is more; the last
+stage has activations of one micro-batch only.
 With weights="now" delayed schedules keep inputs, as with recompute=True, and one weight version; of a tied matrix also those that the
 last stage is still to use.
 What a schedule keeps is in its record (`schedules/records.py`). Versions, gradients and optimizer are of the parameters that are
@@ -112,19 +113,13 @@ def stage_memory(
     """
     weights = float(sum(unit.parameter_bytes for unit in units))
     trained = float(sum(unit.trained for unit in units))
-    kept = sum(unit.activation_bytes for unit in units)
-    flying = ticks_in_flight(stage, num_stages, options)
     last = stage == num_stages - 1
-    if SCHEDULES[options.schedule].divides_backward and stage > 0:
-        kept += sum(unit.arrival_bytes for unit in units)
-    elif options.replays and not last:
-        inputs = 0.0 if stage == 0 else units[0].output_bytes
-        kept, flying = kept + flying * inputs, 1
+    graphs, activations = _kept(units, stage, num_stages, options)
     waiting = SCHEDULES[options.schedule].output_sides(num_stages, options.micro_batches)
     tied = facts.tied_bytes * waiting if last and num_stages > 1 else 0
     # Who shares no copies has one in every graph.
     copied = sum(unit.copied_bytes + unit.frozen_copied_bytes for unit in units)
-    versions = float(copied * (1 if _shares_copies(stage, num_stages, options) else flying))
+    versions = float(copied * (1 if _shares_copies(stage, num_stages, options) else graphs))
     versions += old_versions(stage, num_stages, options) * sum(_version(unit, options) for unit in units)
     if options.replays_newest and stage == 0:
         versions += facts.tied_bytes * _lent_versions(stage, num_stages, options)
@@ -134,10 +129,25 @@ def stage_memory(
         versions,
         sets * sum(_gradients(unit, stage, num_stages, options) for unit in units) + tied,
         trained * OPTIMIZERS[options.optimizer],
-        kept * flying,
+        activations,
         max(map(_working, units)),
         _messages(units, stage, num_stages, options),
     )
+
+
+def _kept(units: Sequence[UnitFacts], stage: int, num_stages: int, options: MemoryOptions) -> tuple[int, float]:
+    """Of how many micro-batches a stage has a graph at a time, and the bytes that it keeps of all."""
+    flying, last = ticks_in_flight(stage, num_stages, options), stage == num_stages - 1
+    is_divided = SCHEDULES[options.schedule].divides_backward and stage > 0
+    laters = [unit.later_bytes if is_divided else 0.0 for unit in units]
+    # While the first part of a backward goes through a unit, one comes and the other one goes.
+    graph = sum(max(unit.activation_bytes, later) for unit, later in zip(units, laters, strict=True))
+    if options.replays and not last:
+        inputs = 0.0 if stage == 0 else units[0].output_bytes
+        return 1, graph + flying * inputs + (flying - 1) * sum(laters)
+    if is_divided and last:  # the gradient of its input comes right after its forward
+        return 1, graph + (flying - 1) * sum(laters)
+    return flying, flying * graph
 
 
 def _shares_copies(stage: int, num_stages: int, options: MemoryOptions) -> bool:

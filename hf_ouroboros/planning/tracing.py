@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from ..partition.late_logits import LARGE_VOCABULARY, LateLogits, only_counted, only_one_chunk
 from ..partition.meta import Answers, batched_experts, call_options
-from .autocasting import Autocasting
+from ..partition.multiplied import MULTIPLYING
+from .autocasting import DTYPE, Autocasting
 from .kinds import layer_kinds
 from .working import Living, needed_bytes
 
@@ -32,14 +33,14 @@ class Part:
     Args:
         flops: of its forward.
         kept_bytes: from its forward to its backward.
-        arrival_bytes: gradients that arrive where its weights join, in the backward.
+        later_bytes: what a divided backward keeps of its matrices' products: the gradients that arrive, and the inputs.
         working_bytes: what its forward or its backward needs for a moment, besides what is kept.
         output_size: elements of the hidden state that a layer returns.
     """
 
     flops: float = 0.0
     kept_bytes: float = 0.0
-    arrival_bytes: float = 0.0
+    later_bytes: float = 0.0
     working_bytes: float = 0.0
     output_size: int = 0
 
@@ -103,20 +104,19 @@ class _Tracer:
         self._running = 0
         self._counter = FlopCounterMode(display=False)
         self._counted = 0.0
-        self._kept_before: dict[nn.Module, float] = {}
+        self._inputs: dict[int, Any] = {}  # storages of what matrices were multiplied with
         self._known = {p.untyped_storage()._cdata: p.untyped_storage() for p in model.parameters()}
 
     def run(self, batch: int, time: int) -> list[Part]:
         """One forward with the loss."""
         handles = [layer.register_forward_pre_hook(self._enter(i + 1)) for i, layer in enumerate(self.layers)]
         handles += [layer.register_forward_hook(self._leave) for layer in self.layers]
-        for module in filter(_has_trained, self.model.modules()):
-            handles += [module.register_forward_pre_hook(self._begin), module.register_forward_hook(self._join)]
+        self._let_head_be_late()
+        handles += [module.register_forward_hook(self._join) for module in filter(_is_for_later, self.model.modules())]
         ids = torch.zeros(batch, time, dtype=torch.long, device="meta")
         self.model.train()
         self.model.loss_type = "ForCausalLM"  # some configurations name none and would be warned of
         saving = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
-        self._let_head_be_late()
         try:
             with only_counted(), self._counter, self._scopes(self._know, self._book), saving:
                 self._loss(ids)
@@ -165,17 +165,14 @@ class _Tracer:
     def _enter(self, part: int) -> Callable[[nn.Module, Any], None]:
         return lambda module, inputs: self._go_on_to(part)
 
-    def _begin(self, module: nn.Module, inputs: Any) -> None:
-        self._kept_before[module] = self.parts[self._running].kept_bytes
-
-    def _join(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        part, before = self.parts[self._running], self._kept_before.pop(module)
-        if any(parameter.dim() > 2 for parameter in module.parameters(recurse=False)):
-            part.arrival_bytes += (
-                part.kept_bytes - before
-            )  # experts in one module join inside: hardly more than is kept
-        elif isinstance(output, torch.Tensor):
-            part.arrival_bytes += output.nbytes
+    def _join(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        part, given = self.parts[self._running], inputs[0]
+        part.later_bytes += output.nbytes
+        if self._autocasting is not None:
+            part.later_bytes += given.numel() * DTYPE.itemsize  # converted for every product anew
+        elif (storage := given.untyped_storage())._cdata not in self._inputs:
+            self._inputs[storage._cdata] = storage
+            part.later_bytes += given.nbytes
 
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
         values = output if isinstance(output, (tuple, list)) else (output,)
@@ -202,9 +199,9 @@ class _Tracer:
         return tensor
 
 
-def _has_trained(module: nn.Module) -> bool:
-    """Whether a module has trained parameters of its own."""
-    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+def _is_for_later(module: nn.Module) -> bool:
+    """Whether a module multiplies by a trained matrix, whose gradient a divided backward leaves for later."""
+    return isinstance(module, MULTIPLYING) and type(module) is not _LateHead and module.weight.requires_grad
 
 
 class _FusedAttention(TorchFunctionMode):

@@ -36,8 +36,7 @@ class UnitFacts:
         trained_bytes: size of the parameters that are trained; None for all.
         unpacked_bytes: size that its packed matrices have when they are unpacked for a product, one after the other.
         largest_unpacked: of these, the largest.
-        arrival_bytes: gradients that arrive where its weights join; a divided backward keeps them until those of the weights
-            are computed.
+        later_bytes: what a divided backward keeps until it computes the gradients of matrices.
         working_bytes: what its forward or its backward needs for a moment, besides what is kept.
         copied_bytes: under autocast, size of the copies in lower precision of the trained matrices that it multiplies by.
         frozen_copied_bytes: the same of frozen ones.
@@ -55,7 +54,7 @@ class UnitFacts:
     trained_bytes: int | None = None
     unpacked_bytes: int = 0
     largest_unpacked: int = 0
-    arrival_bytes: float = 0.0
+    later_bytes: float = 0.0
     working_bytes: float = 0.0
     copied_bytes: int = 0
     frozen_copied_bytes: int = 0
@@ -128,7 +127,7 @@ class ModelFacts:
                 unit,
                 flops=unit.flops * factor,
                 activation_bytes=unit.activation_bytes * factor,
-                arrival_bytes=unit.arrival_bytes * factor,
+                later_bytes=unit.later_bytes * factor,
                 working_bytes=unit.working_bytes * factor,
                 output_bytes=unit.output_bytes * factor,
             )
@@ -229,7 +228,7 @@ def model_facts(
             None if lora_rank is None else sum(p.numel() * p.element_size() for p in parameters if p.requires_grad),
             sum(p.numel() * dtype.itemsize for p in parameters if id(p) in packed),
             max((p.numel() * dtype.itemsize for p in parameters if id(p) in packed), default=0),
-            part.arrival_bytes,
+            part.later_bytes,
             part.working_bytes,
             *lowered,
         )

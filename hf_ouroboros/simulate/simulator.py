@@ -37,7 +37,8 @@ class StageCost:
         step: seconds of its optimizer step, once per update.
         boundary_bytes: size of its output for the next stage; the gradient that comes back is as large.
         activation_bytes: what is kept between its forward and its backward.
-        divided_bytes: what is kept besides from the gradient of its input to those of its weights, where they are apart.
+        divided_bytes: how much more is kept from the gradient of its input to those of its weights, where they are apart; less than 0
+            where that takes less than `activation_bytes`.
         gradient_bytes: what replicas average in every update.
         weight_share: part of the backward that the stage before does not wait for, where it is done on its own.
         plan_cost: relative cost by which the engine chooses how stages of one device are interleaved; None for

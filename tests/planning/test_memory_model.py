@@ -24,7 +24,7 @@ def toy(layers: int = 6, tied: int = 20) -> ModelFacts:
     """Layers of growing size."""
     units = [UnitFacts(("wte",), "embedding", 20, 20, 0.0, 3.0, 7.0, 0.0)]
     units += [
-        UnitFacts((f"h.{i}",), "layer", 10 + i, 10 + i, 1.0, 100.0 + i, 7.0, 1.0, arrival_bytes=11.0)
+        UnitFacts((f"h.{i}",), "layer", 10 + i, 10 + i, 1.0, 100.0 + i, 7.0, 1.0, later_bytes=211.0)
         for i in range(layers)
     ]
     units += [UnitFacts(("ln_f",), "head", 1, 1, 0.0, 0.0, 7.0, 0.0)]
@@ -60,8 +60,8 @@ def test_a_divided_backward_keeps_no_more_than_is_planned(micro_batches: int) ->
     facts, options = toy(8), MemoryOptions("zero_bubble", micro_batches)
     units = [facts.units[:3], facts.units[3:5], facts.units[5:7], facts.units[7:]]
     kept = [sum(unit.activation_bytes for unit in own) for own in units]
-    arriving = [sum(unit.arrival_bytes for unit in own) for own in units]
-    costs = [StageCost(1.0, 2.0, activation_bytes=a, divided_bytes=b) for a, b in zip(kept, arriving, strict=True)]
+    later = [sum(unit.later_bytes for unit in own) for own in units]
+    costs = [StageCost(1.0, 2.0, activation_bytes=a, divided_bytes=b - a) for a, b in zip(kept, later, strict=True)]
     found = simulate("zero_bubble", range(4), costs, micro_batches)
     for stage, own in enumerate(units):
         assert found.ticks_in_flight[stage] <= ticks_in_flight(stage, 4, options)
@@ -71,10 +71,12 @@ def test_a_divided_backward_keeps_no_more_than_is_planned(micro_batches: int) ->
 
 def test_a_divided_backward_by_hand() -> None:
     facts = toy()
-    for recompute in (False, True):
+    for recompute, kept in ((False, 5 * 2 * 211), (True, 5 * (7 + 2 * 211))):
         options = MemoryOptions("zero_bubble", 16, recompute)
         found = stage_memory(facts, facts.units[3:5], 1, 3, options)
-        assert found.activations == 5 * (102 + 103 + 2 * 11)  # 2K - 1 micro-batches
+        assert found.activations == kept  # of 2K - 1 micro-batches
+        last = stage_memory(facts, facts.units[5:], 2, 3, options)
+        assert last.activations == 211 + 211 + 50 + 4 * 2 * 211
         first = stage_memory(facts, facts.units[:3], 0, 3, options)
         assert first.activations == (3 + 100 + 101) * (1 if recompute else 5)
 
@@ -124,7 +126,7 @@ def test_copies_of_autocast_by_hand() -> None:
     assert stage_memory(facts, units[5:], 3, 4, MemoryOptions("pipelined", 2)).versions == 8
     divided = MemoryOptions("zero_bubble", 5)
     assert stage_memory(facts, units[:3], 0, 4, divided).versions == 8
-    assert stage_memory(facts, units[5:], 3, 4, divided).versions == 5 * 8  # the last stage shares no copies
+    assert stage_memory(facts, units[5:], 3, 4, divided).versions == 8  # of one graph at a time
 
 
 def test_copies_of_frozen_weights_by_hand() -> None:

@@ -128,7 +128,8 @@ def test_copies_of_divided_backwards() -> None:
         units = facts.units[1 + sum(COUNTS[:last]) :]
         memory = stage_memory(facts, units, last, STAGES, MemoryOptions("zero_bubble", 4))
         ratios.append((memory.total - memory.messages) / most_alive(llama(), last, 4, schedule="zero_bubble", **given))
-    assert 1 < ratios[0] < 1.2  # gradients that arrive are counted as if all were kept
+    print(ratios)
+    assert 1 < ratios[0] < 1.2
     assert ratios[1] == pytest.approx(ratios[0], rel=0.02)
 
 

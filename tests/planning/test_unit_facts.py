@@ -247,12 +247,14 @@ def test_what_cannot_be_counted(config: PretrainedConfig, message: str) -> None:
         model_facts(config, 1, 8)
 
 
-def test_arrivals_are_those_of_a_real_backward() -> None:
-    """Gradients that a divided backward keeps; of all weights but those of the embeddings."""
+def test_what_is_left_for_later_is_that_of_a_real_backward() -> None:
+    """What a divided backward keeps; of all weights but those of the embeddings."""
     model = tiny_gpt2().train()
     embedded = torch.randn(2, 7, 8).requires_grad_()
     weights = [p for name, p in model.named_parameters() if "wpe" not in name]
     divided = DividedBackward([model(inputs_embeds=embedded, labels=torch.ones(2, 7).long()).loss], [embedded], weights)
     divided.run_first(torch.autograd.backward, [None])
-    kept = {id(g): g.nbytes for junction in divided.junctions for g in junction.gradients if g is not None}
-    assert sum(kept.values()) == sum(unit.arrival_bytes for unit in model_facts(model.config, 2, 7).units[1:])
+    kept = [tensor.untyped_storage() for junction in divided.junctions for tensor in junction.kept]
+    assert sum({s.data_ptr(): s.nbytes() for s in kept}.values()) == sum(
+        unit.later_bytes for unit in model_facts(model.config, 2, 7).units[1:]
+    )
