@@ -124,6 +124,7 @@ class _Visit:
         if self._begun:
             return
         self._begun = True
+        self._trainer._take_settings()  # what was changed before is not the callback's
         engine = self._trainer._running_engine
         if self._event == "on_pre_optimizer_step" and self._trainer._processes.alone:
             with unwatched():
