@@ -50,11 +50,11 @@ from .staged import StagedModel, refuse_forward
 class OuroborosTrainer(
     ChangeHooks,
     CallbackHooks,
+    CheckpointHooks,  # decides whether a save is due now, before LogHooks asks
     LogHooks,
     BatchHooks,
     OptimizerHooks,
     EvaluationHooks,
-    CheckpointHooks,
     TimelineHooks,
     CardHooks,
     Trainer,
@@ -104,8 +104,6 @@ class OuroborosTrainer(
         self._processes = processes_of(options, lambda: facts_of_creation(options, callbacks, **functions))
         self.engine = None
         self.timeline = None
-        self._counts_all_replicas = False
-        self._own_optimizer = optimizers[0] is not None or optimizer_cls_and_kwargs is not None
         if model is not None:
             self._split(model, options)
         if optimizers[0] is not None:
@@ -129,15 +127,12 @@ class OuroborosTrainer(
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         args.enable_jit_checkpoint = save_on_sigterm
-        # Releases of Trainer differ in how they scale a loss for that; here the stage's loss does it.
-        self._counts_all_replicas = self._processes.replicas > 1 and args.average_tokens_across_devices
-        if not self._processes.alone:
-            args.average_tokens_across_devices = False
+        self._take_over_counting()
         if save_on_sigterm:
             self.add_callback(SaveOnSigterm(self))
         if model is None:
             self._split(self.model, options)
-        self._check_compensation()
+        self._look_at_given_optimizer()
         self._remember_model()
         self.callback_handler = ScriptCallbacks(self.callback_handler, self)
 
@@ -275,7 +270,6 @@ class OuroborosTrainer(
             self.engine = reference_of(settings)(*common)
         staged.engine = self._staged.engine = self.engine
         self._start_ledger()
-        self._save_due = False
 
     def _make_loss(self) -> LossAtItsStep:
         """What the last stage does with its logits."""
@@ -303,10 +297,10 @@ class OuroborosTrainer(
         self._take_settings()
         with unwatched():  # of the reference, whose stages compute in this thread
             tick = self.engine.submit(inputs, context)
-        if self._step_is_own:
+        if self._script.has_training_step:
             self.engine.account_for_open()
             return torch.tensor(float(self._collect()[-1].loss), device=self.args.device)
-        if self._rests_each_time:
+        if self._script.rests_each_time:
             self.engine.rest()
         if self._tr_loss.device != self._nothing.device:  # Trainer looks at every loss that it is given
             self._tr_loss = self._tr_loss.to(self._nothing.device)
@@ -319,12 +313,3 @@ class OuroborosTrainer(
         started = super()._init_training_state(*args, **kwargs)
         self.state.__class__ = LateState
         return started
-
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        control = self.control
-        if self._running_engine.update_open:  # an epoch of data without a length may end within an update
-            self._save_due |= control.should_save
-            control.should_save = False
-        elif self._save_due:
-            control.should_save, self._save_due = True, False
-        super()._maybe_log_save_evaluate(*args, **kwargs)

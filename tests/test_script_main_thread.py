@@ -10,7 +10,9 @@ import torch
 from script_runs import Script, assert_equal, assert_refused
 from torch import nn
 from trainer_helpers import differing, tiny_model
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
+
+from hf_ouroboros import UnsupportedOptionError
 
 EVALUATES = {"eval_strategy": "steps", "eval_steps": 1}
 SAVES = {"save_strategy": "steps", "save_steps": 1}
@@ -173,6 +175,39 @@ def test_settings_changed_outside_of_callbacks(tmp_path: Path) -> None:
         differing(script.run(tmp_path, "reference"), Script(model=model, max_steps=4).run(tmp_path, "reference")) != []
     )
     assert_refused(tmp_path, Script(model=model, mixin=AnnealsInTheLoss), "dropout.p was changed", ("pipelined",))
+
+
+class AnnealsBefore:
+    """Dropout grows with the steps, before a callback has its turn."""
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """See `Trainer.get_batch_samples`."""
+        for layer in self.model.transformer.h:
+            layer.mlp.dropout.p = 0.1 * self.state.global_step
+        return super().get_batch_samples(*args, **kwargs)
+
+
+class Looks(TrainerCallback):
+    """Looks at a weight, and changes nothing."""
+
+    def on_step_begin(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+        """See `TrainerCallback.on_step_begin`."""
+        self.seen = model.lm_head.weight.norm().item()
+
+
+def test_settings_changed_before_a_callback_looks(tmp_path: Path) -> None:
+    def model() -> Any:
+        return tiny_model(tied=False, dropout=0.1)
+
+    def looked_at(trainer: Trainer) -> None:
+        trainer.add_callback(Looks())
+
+    expected = Script(model=model, mixin=AnnealsBefore).run(tmp_path, "pipelined")
+    assert differing(expected, Script(looked_at, model, AnnealsBefore).run(tmp_path, "pipelined")) == []
+    trainer = Script(model=model, mixin=AnnealsInTheLoss, gradient_accumulation_steps=1).trainer(tmp_path, "pipelined")
+    looked_at(trainer)
+    with pytest.raises(UnsupportedOptionError, match="dropout.p was changed"):
+        trainer.train()
 
 
 class OfNow:

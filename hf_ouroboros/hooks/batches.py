@@ -21,6 +21,7 @@ class BatchHooks(AgreementHooks):
 
     current_flos: float  # type: ignore[assignment]  # Trainer begins with a whole number, and goes on with any
     _signature_columns: list[str] | None  # type: ignore[assignment]  # mypy has only seen that Trainer begins with None
+    _counts_all_replicas: bool = False
     _counted_for: Any = None
     _operations_each: float = 0.0
 
@@ -35,13 +36,22 @@ class BatchHooks(AgreementHooks):
         elif has_queues(self.args.device.type):
             self.accelerator.device_placement = False  # each stage fetches what it needs from the host's memory
 
+    def _take_over_counting(self) -> None:
+        """When the trainer was made: the target tokens of all replicas are counted here.
+
+        Releases of Trainer differ in how they scale a loss for that; here the stage's loss does it.
+        """
+        self._counts_all_replicas = self._processes.replicas > 1 and self.args.average_tokens_across_devices
+        if not self._processes.alone:
+            self.args.average_tokens_across_devices = False
+
     def get_tp_size(self) -> int:
         """How many processes share a batch: Trainer divides its count of processes by this."""
         return self._processes.processes_per_replica
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         """Number of target tokens of an update over all replicas: labels after the shift that are not -100."""
-        if self._eval_sums is None and self.is_in_train:
+        if self.is_in_train and not self._evaluates:
             self._processes.check_batches(batch_samples, f"update {self.state.global_step + 1}")
         if not batch_samples or batch_samples[0].get("labels") is None:
             return None
@@ -51,7 +61,7 @@ class BatchHooks(AgreementHooks):
         ]
         first, *others = (target.ne(-100).sum() for target in targets)
         count = sum(others, first)
-        alone, trains = self._processes.alone, self._eval_sums is None
+        alone, trains = self._processes.alone, not self._evaluates
         if alone and trains and count.device.type == "cpu" and has_queues(device.type):
             return count.pin_memory()  # where the last stage fetches it
         count = count.to(device)

@@ -17,25 +17,9 @@ from transformers.trainer_callback import CallbackHandler
 from ..errors import UnsupportedOptionError
 from ..main_thread import unwatched
 from .interfaces import SplitTrainer
-from .shared_state import shares_state
+from .script import Script
 from .structure import Structure
-from .touching import Watching, is_foreign, names_model, sets_attributes, speaks_of
-
-_READ_BY_A_LOSS = ("_prepare_inputs", "_prepare_input", "get_batch_samples")
-_OF_NOW = frozenset(
-    "optimizer lr_scheduler param_groups get_last_lr _last_lr _get_learning_rate log_history best_metric num_input_tokens_seen "
-    "total_flos control".split()
-)
-_MODEL = frozenset({"model", "model_wrapped"})
-_MAIN_THREAD = (
-    *_READ_BY_A_LOSS,
-    "training_step",
-    "log",
-    "evaluate",
-    "prediction_step",
-    "_maybe_log_save_evaluate",
-    "save_model",
-)
+from .touching import Watching, is_foreign, names_model
 
 
 class ScriptCallbacks(CallbackHandler):
@@ -67,10 +51,7 @@ class ScriptCallbacks(CallbackHandler):
 class CallbackHooks(SplitTrainer):
     """Lets a script's callbacks look at the model, write, freeze and add to it between micro-batches."""
 
-    _loss_is_own: bool = False
-    _rests_each_time: bool = False
-    _sets: bool = False
-    _loss_sets: bool = False
+    _settings: Structure  # of the model, as the stages know them
 
     @property
     def _pipeline_runs(self) -> bool:
@@ -78,36 +59,8 @@ class CallbackHooks(SplitTrainer):
 
     def _look_at_script(self) -> None:
         """When training begins: what of the script's code meets the pipeline at work."""
-        self._loss_is_own = self.compute_loss_func is not None or is_foreign(self, "compute_loss")
-        losses = [self.compute_loss, self.compute_loss_func]
-        self._rests_each_time = self._loss_is_own and (
-            any(is_foreign(self, name) for name in _READ_BY_A_LOSS)
-            or any(speaks_of(loss, self, _OF_NOW) for loss in losses)
-        )
-        if self.stage_plan.num_stages > 1 and shares_state(self._partition.stages, self):
-            self._refuse_shared_state()
-            self._rests_each_time = True
-        self._loss_sets = any(speaks_of(loss, self, _MODEL) and sets_attributes(loss, self) for loss in losses)
-        methods = [getattr(self, name) for name in _MAIN_THREAD]
-        self._sets = self._loss_sets or any(speaks_of(m, self, _MODEL) and sets_attributes(m, self) for m in methods)
-        self._settings = Structure.of(self.model) if self._sets else None
-        callbacks = self.callback_handler.callbacks
-        # Each process has the gradients of its own stages only.
-        self._shows_gradients = self._processes.alone and any(is_foreign(c, "on_optimizer_step") for c in callbacks)
-
-    def _refuse_shared_state(self) -> None:
-        """Raises UnsupportedOptionError if stages can't share what a script keeps, however long each waits for the others."""
-        what = "code of the script in one stage (a hook, for instance) keeps something that its loss, or another stage, can reach"
-        if not self._processes.alone:
-            raise UnsupportedOptionError(
-                f"{what}, but each of the {self._processes.world_size} processes has an object of its own; start the script as one process "
-                "(python script.py), or train with num_stages=1"
-            )
-        option = self.options.engine_settings(1).replayed_by
-        if option is not None:
-            raise UnsupportedOptionError(
-                f"{what}, which a replay overwrites; train without {option}, or with num_stages=1"
-            )
+        self._script = Script.of(self)
+        self._settings = Structure.of(self.model)
 
     def _take_settings(self) -> None:
         """Before a micro-batch: settings of modules that were changed outside of callbacks are the stages', too.
@@ -115,15 +68,15 @@ class CallbackHooks(SplitTrainer):
         Raises:
             UnsupportedOptionError: the loss may have changed them, while other stages are at other micro-batches.
         """
-        if not self._sets or (before := self._settings) is None:
+        if not self._script.sets:
             return
         engine = self._running_engine
         engine.rest()
-        now = self._settings = Structure.of(self.model)
-        changed = now.settings_since(before)
+        before, self._settings = self._settings, Structure.of(self.model)
+        changed = self._settings.settings_since(before)
         if not changed:
             return
-        if self._loss_sets:
+        if self._script.loss_sets:
             name, attribute, _ = changed[0]
             raise UnsupportedOptionError(
                 f"{name}.{attribute} was changed while the stages are training, by the loss perhaps, which is computed when other "
@@ -146,7 +99,7 @@ class CallbackHooks(SplitTrainer):
         # A loss of the script's own may read what the callback writes, so earlier losses come first; and a view of weights
         # may be another library's (NumPy's), which nobody notices.
         if (
-            self._loss_is_own
+            self._script.has_loss
             or self.compute_loss_func is not None
             or self._running_engine.has_views
             or names_model(callback, event)
@@ -160,7 +113,7 @@ class CallbackHooks(SplitTrainer):
 class _Visit:
     """One call of a callback."""
 
-    def __init__(self, trainer: SplitTrainer, callback: TrainerCallback, event: str):
+    def __init__(self, trainer: CallbackHooks, callback: TrainerCallback, event: str):
         self._trainer, self._event = trainer, event
         self._who = f"{type(callback).__name__}.{event}"
         self._begun = False
@@ -171,6 +124,7 @@ class _Visit:
         if self._begun:
             return
         self._begun = True
+        self._trainer._take_settings()  # what was changed before is not the callback's
         engine = self._trainer._running_engine
         if self._event == "on_pre_optimizer_step" and self._trainer._processes.alone:
             with unwatched():

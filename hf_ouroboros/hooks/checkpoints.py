@@ -54,7 +54,7 @@ class CheckpointHooks(AgreementHooks, ResumeHooks):
         """
         args = self.args
         saves = args.save_strategy != SaveStrategy.NO or args.enable_jit_checkpoint or resume_from_checkpoint is True
-        self._resumed, self._run_dir = None, self._get_output_dir(trial)
+        self._resumed, self._run_dir, self._save_due = None, self._get_output_dir(trial), False
         with ExitStack() as stack:
             if saves:
                 stack.enter_context(self._holding(self._run_dir))
@@ -83,6 +83,16 @@ class CheckpointHooks(AgreementHooks, ResumeHooks):
             yield
 
     # ---- saving ----
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """As in Trainer; a save that is due within an update is put off to its end."""
+        control = self.control
+        if self._running_engine.update_open:  # an epoch of data without a length may end within an update
+            self._save_due |= control.should_save
+            control.should_save = False
+        elif self._save_due:
+            control.should_save, self._save_due = True, False
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         engine = self._running_engine

@@ -66,10 +66,25 @@ class EvaluationHooks(AgreementHooks):
             self._staged.loss_only = False
         # A custom loss need not be a mean over tokens; then Trainer's mean over rows stays.
         stock = self.compute_loss_func is None and type(self).compute_loss is Trainer.compute_loss
-        if stock and self._eval_sums is not None and count is not None and result[0] is not None:
+        if stock and result[0] is not None:
             if torch.isfinite(result[0]) or not self.args.logging_nan_inf_filter:
-                self._eval_sums.append((result[0].item(), count))
+                self._count_in(result[0], count)
         return result
+
+    @property
+    def _evaluates(self) -> bool:
+        """Whether an evaluation runs."""
+        return self._eval_sums is not None
+
+    def _count_in(self, loss: torch.Tensor, count: int | None) -> None:
+        """Takes a batch's loss into that of the evaluation, if one runs.
+
+        Args:
+            loss: mean over the batch's target tokens.
+            count: how many there are; None if nobody knows.
+        """
+        if self._eval_sums is not None and count is not None:
+            self._eval_sums.append((loss.item(), count))
 
     def _get_target_count(self, inputs: dict[str, Any]) -> int | None:
         if inputs.get("shift_labels") is not None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..processes.processes import Processes
     from ..simulate.timeline import Timeline
     from ..staged import StagedModel, StagedOptimizer
-    from .structure import Structure
+    from .script import Script
 
 
 class RunningEngine(Protocol):
@@ -140,6 +140,7 @@ class SplitTrainer(Trainer):
         timeline: what the workers of the last `train()` have executed; None without `timeline=...`.
         _partition: the stages; with it, the model as one of all stages.
         _processes: of the run; one or several.
+        _script: what was found of the script's code when the last `train()` began.
     """
 
     model: PreTrainedModel
@@ -148,14 +149,8 @@ class SplitTrainer(Trainer):
     _partition: Partition
     _staged: StagedModel
     _processes: Processes
-    _counts_all_replicas: bool
-    _own_optimizer: bool
     _ledger: LossLedger
-    _save_due: bool
-    _eval_sums: list[tuple[float, float]] | None
-    _shows_gradients: bool
-    _rests_each_time: bool
-    _settings: Structure | None
+    _script: Script
 
     if TYPE_CHECKING:
 
@@ -182,7 +177,11 @@ class SplitTrainer(Trainer):
 
         def _face_optimizer(self) -> None: ...  # OptimizerHooks
 
-        def _tell_stages(self, changed: list[tuple[str, str, Any]]) -> None: ...  # CallbackHooks
+        @property
+        def _evaluates(self) -> bool: ...  # EvaluationHooks
+
+        @property
+        def _counts_all_replicas(self) -> bool: ...  # BatchHooks
 
     @property
     def _running_engine(self) -> RunningEngine:

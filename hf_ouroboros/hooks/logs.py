@@ -13,7 +13,6 @@ from transformers.trainer_utils import TrainOutput
 from ..engine.settings import FinishedLoss
 from ..ledger import DueLog, LossLedger
 from .interfaces import SplitTrainer
-from .touching import is_foreign
 
 
 class Moment(NamedTuple):
@@ -33,10 +32,6 @@ class LogHooks(SplitTrainer):
     script has callbacks of its own (`on_log`) or a `log` of its own: these may decide by what they are told.
     """
 
-    _logs_wait: bool = False
-    _rests_each_time: bool = False
-    _step_is_own: bool = False
-
     def _start_ledger(self) -> None:
         """When the engine was made."""
         self._ledger = LossLedger(self.state.global_step, self.args.logging_nan_inf_filter)
@@ -44,9 +39,6 @@ class LogHooks(SplitTrainer):
         self._skipped: list[
             int
         ] = []  # updates since the last log in which stages have dropped gradients that had overflowed
-        own = any(is_foreign(callback, "on_log") for callback in self.callback_handler.callbacks)
-        self._logs_wait = own or is_foreign(self, "log") or self._rests_each_time
-        self._step_is_own = is_foreign(self, "training_step")
 
     def _take_reports(self) -> None:
         """Takes in what is known of losses and norms."""
@@ -83,7 +75,7 @@ class LogHooks(SplitTrainer):
             last = log.before - 1
             if wait or engine.updates - 1 >= last + engine.updates_behind(last):
                 engine.account_for(log.before)
-            elif not self._logs_wait:
+            elif not self._script.logs_wait:
                 return
             self._take_reports()
             found = self._ledger.next_log()
@@ -131,7 +123,7 @@ class LogHooks(SplitTrainer):
     ) -> None:
         """As in Trainer; its logs come before whatever else is to be done."""
         control = self.control
-        if self._step_is_own:  # its losses are in tr_loss
+        if self._script.has_training_step:  # its losses are in tr_loss
             if control.should_log and grad_norm is not None:
                 self._running_engine.account_for(grad_norm + 1)
                 self._take_reports()
@@ -145,7 +137,7 @@ class LogHooks(SplitTrainer):
         looks = control.should_evaluate or control.should_save or control.should_training_stop
         if looks:
             self._running_engine.synchronize()
-        self._write_logs(wait=bool(looks) or self._logs_wait)
+        self._write_logs(wait=bool(looks) or self._script.logs_wait)
         super()._maybe_log_save_evaluate(
             tr_loss, None, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=learning_rate
         )
@@ -153,7 +145,7 @@ class LogHooks(SplitTrainer):
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
         engine = self._running_engine
         engine.finish()  # so that nothing stays on its way between devices
-        if not self._step_is_own:
+        if not self._script.has_training_step:
             self._write_logs(wait=True)
             engine.account_for(engine.updates)
             self._take_reports()

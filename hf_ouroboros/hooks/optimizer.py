@@ -29,6 +29,9 @@ logger = logging.get_logger(__name__)
 class OptimizerHooks(SplitTrainer):
     """Makes the optimizer whose stages step on their own, and says what is done about delays."""
 
+    _own_optimizer: bool = False
+    _shows_gradients: bool = False
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The complete optimizer, as Trainer makes it, or that of the delay compensation."""
         if self._staged_optimizer is not None:
@@ -57,11 +60,16 @@ class OptimizerHooks(SplitTrainer):
             self.optimizer = StagedOptimizer(optimizer, str(self.delay_compensation))
 
     def _look_at_optimizer(self) -> None:
-        """When training begins: whether the optimizer steps each parameter by itself, so that the stages can.
+        """When training begins: whether somebody wants all gradients of an update at once.
+
+        That is a callback that looks at them, or an optimizer that does not step each parameter by itself, as the stages do.
 
         Raises:
-            UnsupportedOptionError: it does not, and can't be given all gradients at once either.
+            UnsupportedOptionError: the optimizer does, and can't be given them.
         """
+        callbacks = self.callback_handler.callbacks
+        # Each process has the gradients of its own stages only.
+        self._shows_gradients = self._processes.alone and any(is_foreign(c, "on_optimizer_step") for c in callbacks)
         trusted = not self._own_optimizer and not is_foreign(self, "create_optimizer")
         reason = why_at_once(self._face.optimizer, self.lr_scheduler, trusted)
         if reason is None:
@@ -94,7 +102,9 @@ class OptimizerHooks(SplitTrainer):
         stages = 1 if SCHEDULES[self.options.schedule].is_synchronous else self.stage_plan.num_stages
         return stages, self.args.gradient_accumulation_steps
 
-    def _check_compensation(self) -> None:
+    def _look_at_given_optimizer(self) -> None:
+        """When the trainer was made: whether it was given an optimizer, which has to fit the delay compensation."""
+        self._own_optimizer = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
         choice = self.delay_compensation
         choice.check_weights(self.options.weights, self.options.delay_compensation)
         if self._own_optimizer and choice.optimizer is not None:

@@ -19,8 +19,10 @@ from torch import nn
 from transformers import Trainer
 
 from ..engine.reads import is_of_script
+from ..errors import UnsupportedOptionError
 from ..partition import Stage
 from ..partition.module_hooks import OURS
+from .interfaces import SplitTrainer
 from .touching import is_foreign
 
 _WRITING = frozenset({"STORE_ATTR", "STORE_SUBSCR", "STORE_DEREF", "STORE_GLOBAL"})
@@ -48,6 +50,19 @@ def shares_state(stages: Sequence[Stage], trainer: Trainer) -> bool:
         for k, (mine, i_write) in enumerate(reached)
         for others, they_write in reached[:k]
     )
+
+
+def check_sharing(trainer: SplitTrainer) -> None:
+    """Raises UnsupportedOptionError if stages can't share what a script keeps, however long each waits for the others."""
+    what = "code of the script in one stage (a hook, for instance) keeps something that its loss, or another stage, can reach"
+    if not trainer._processes.alone:
+        raise UnsupportedOptionError(
+            f"{what}, but each of the {trainer._processes.world_size} processes has an object of its own; start the script as one process "
+            "(python script.py), or train with num_stages=1"
+        )
+    option = trainer.options.engine_settings(1).replayed_by
+    if option is not None:
+        raise UnsupportedOptionError(f"{what}, which a replay overwrites; train without {option}, or with num_stages=1")
 
 
 def _code_of(stage: Stage) -> Iterator[Any]:

@@ -120,7 +120,7 @@ class MetricsHooks(OuroborosTrainer):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """As in OuroborosTrainer; where a script has a training step of its own, Trainer writes the log at once."""
-        if self._step_is_own and self.control.should_log:
+        if self._script.has_training_step and self.control.should_log:
             self._take_metrics()
             self._share_metrics("train")
         super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -140,7 +140,7 @@ class MetricsHooks(OuroborosTrainer):
 
     def _take_what_is_left(self) -> None:
         self._running_engine.synchronize()
-        if not self._step_is_own:
+        if not self._script.has_training_step:
             self._write_logs(wait=True)  # which take their own
         self._take_metrics()
 

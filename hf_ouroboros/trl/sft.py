@@ -73,6 +73,5 @@ class OuroborosSFTTrainer(TickHooks, SFTTrainer, OuroborosTrainer):
         inputs = self._without_repeated_rows(inputs)
         count = self._get_target_count(inputs)
         result: tuple = SFTTrainer.prediction_step(self, model, inputs, prediction_loss_only, *args, **kwargs)
-        if self._eval_sums is not None and count is not None:
-            self._eval_sums.append((result[0].item(), count))
+        self._count_in(result[0], count)
         return result
