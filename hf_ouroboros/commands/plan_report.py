@@ -87,11 +87,8 @@ def device_table(plan: SplitPlan, chosen: Simulation) -> str:
     name, unit = byte_unit(max(plan.bytes_on(device) for device in devices))
     rows = []
     for device in devices:
-        memory = [stage.memory for stage in plan.stages if stage.device == device]
-        parts = [
-            sum(getattr(m, part) for m in memory)
-            for part in ("weights", "versions", "gradients", "optimizer", "activations", "working", "messages", "total")
-        ]
+        memory = plan.memory_on(device)
+        parts = [*vars(memory).values(), memory.total]
         limit = plan.devices[device].memory
         rows.append(
             (

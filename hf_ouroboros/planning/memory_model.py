@@ -20,12 +20,13 @@ A single stage has the gradients of a backward besides, as scripts see them. Gra
 go are counted as far as they are larger than these (`_gradients`).
 
 Working memory is there for a moment: what the largest part of a stage computes with in its forward or backward beside what is
-kept, and the largest of the packed matrices, unpacked. Messages between processes stay until it is known that they have arrived
+kept, and the largest of the packed matrices, unpacked; of the stages of one device, one at a time. Messages between processes stay until it is known that they have arrived
 (`processes/channels.py`). Buffers inside of kernels and of the allocator are not counted: leave a margin.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -82,6 +83,12 @@ class StageMemory:
     def total(self) -> float:
         """All together."""
         return sum(vars(self).values())
+
+
+def together(stages: Sequence[StageMemory]) -> StageMemory:
+    """What stages on one device need; working memory is for the one that is at work."""
+    sums = {part: math.fsum(getattr(stage, part) for stage in stages) for part in StageMemory.__annotations__}
+    return StageMemory(**(sums | {"working": max((stage.working for stage in stages), default=0.0)}))
 
 
 def ticks_in_flight(stage: int, num_stages: int, options: MemoryOptions) -> int:

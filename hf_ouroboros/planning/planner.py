@@ -14,7 +14,7 @@ from ..partition.balance import Load, NoSplitError, best_counts
 from ..partition.device_map import default_num_stages, default_placement
 from ..schedules import SCHEDULES
 from .hardware import GIB, DeviceKind
-from .memory_model import MemoryOptions, StageMemory, memory_load, stage_memory
+from .memory_model import MemoryOptions, StageMemory, memory_load, stage_memory, together
 from .unit_facts import ModelFacts, UnitFacts
 
 
@@ -80,9 +80,13 @@ class SplitPlan:
         """Layers of every stage."""
         return tuple(stage.layers for stage in self.stages)
 
+    def memory_on(self, device: int) -> StageMemory:
+        """What the stages of a device need, of which one is at work at a time."""
+        return together([stage.memory for stage in self.stages if stage.device == device])
+
     def bytes_on(self, device: int) -> float:
-        """What the stages of a device need."""
-        return sum(stage.memory.total for stage in self.stages if stage.device == device)
+        """The same, all in all."""
+        return self.memory_on(device).total
 
     def device_map(self) -> dict[str, int]:
         """{module name: device index} in execution order, as `device_map` takes it."""

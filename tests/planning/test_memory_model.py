@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 from hf_ouroboros.planning.memory_model import (
     MemoryOptions,
+    StageMemory,
     memory_load,
     old_versions,
     stage_memory,
     ticks_in_flight,
+    together,
 )
 from hf_ouroboros.planning.unit_facts import ModelFacts, UnitFacts
 from hf_ouroboros.simulate.simulator import StageCost, simulate
@@ -96,6 +98,12 @@ def test_a_stage_by_hand() -> None:
     assert found.messages == 7 * 7  # gradients sent, and one received
     recomputed = stage_memory(facts, facts.units[3:5], 1, 4, MemoryOptions("pipelined", 2, recompute=True))
     assert recomputed.activations == 102 + 103 + 3 * 7  # one replayed, three inputs
+
+
+def test_stages_of_one_device_work_in_turn() -> None:
+    one, other = (StageMemory(1, 2, 3, 4, 5, working, 7) for working in (60, 6))
+    assert together([one, other]) == StageMemory(2, 4, 6, 8, 10, 60, 14)
+    assert together([one]) == one
 
 
 def test_working_memory_is_that_of_the_largest_part() -> None:
