@@ -297,9 +297,7 @@ class StageRunner(StageUpdates):
             first_part(divided, output_gradients, watched, hooks)
         item.gradients, item.output = item.taken(), None
         self._divided_backwards[tick] = item, divided, watched
-        upstream = item.upstream()
-        for tensor in (item.received or {}).values():
-            tensor.grad = None  # the graph, and with it what was received, is kept
+        upstream, item.received = item.upstream(), None
         return upstream
 
     def _divided(
