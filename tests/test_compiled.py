@@ -61,14 +61,11 @@ class Lengths(Dataset):
 @pytest.mark.parametrize("make", [llama, gpt2] if EVERY else [gpt2])
 def test_schedules_agree(make: Any, tmp_path: Path) -> None:
     """No operation is left out of the graphs, not even dropout, and none is computed otherwise by a backend that fuses nothing."""
-    compiled = {**RUN, "torch_compile_backend": "aot_eager"}
-    expected = trained(tmp_path / "reference", {"model": make()}, schedule="reference", **compiled)
-    found = trained(tmp_path / "pipelined", {"model": make()}, **compiled)
-    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] >= 4
-    assert differing(outcome(expected), outcome(found)) == []
-    assert found.evaluate()["eval_loss"] == expected.evaluate()["eval_loss"]
-    plain = trained(tmp_path / "plain", {"model": make()}, **RUN)
+    found = trained(tmp_path / "pipelined", {"model": make()}, **RUN, torch_compile_backend="aot_eager")
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] >= 2
+    plain = trained(tmp_path / "plain", {"model": make()}, schedule="reference", **RUN)
     assert differing(outcome(plain), outcome(found)) == []
+    assert found.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
 
 
 @pytest.mark.slow
