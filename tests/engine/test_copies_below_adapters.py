@@ -84,6 +84,7 @@ def test_one_copy_for_all_versions(make: Any, micro_batches: int, monkeypatch: p
 
 
 @pytest.mark.slow
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("case", CALLED)
 @pytest.mark.parametrize(
     ("schedule", "stages"), [("pipelined", 3), ("pipelined", 2), ("lockstep", 3), ("zero_bubble", 3)]
