@@ -37,37 +37,33 @@ _PRODUCTS = {"MmBackward0": (1, "_saved_self"), "AddmmBackward0": (2, "_saved_ma
 
 @dataclass(eq=False)
 class Junction:
-    """A product in which a matrix joins the way of the input.
+    """A product in which a matrix joined the way of the input, after the first part has been there.
 
     Attributes:
-        node: of the product.
         source: node that gives the matrix to the product.
         leaf: the matrix, perhaps in another precision, or transposed.
-        kept: the gradient that has arrived, [N, B], and what the matrix [A, B] was multiplied with, [N, A]; none before the first part.
-        versions: of their values then.
+        kept: the gradient that has arrived, [N, B], and what the matrix [A, B] was multiplied with, [N, A].
         by_columns: whether the matrix lies in memory column by column, by which autograd chooses between two formulas.
     """
 
-    node: Node | None
     source: Node
     leaf: torch.Tensor
-    kept: tuple[torch.Tensor, ...] = ()
-    versions: tuple[int, ...] = ()
-    by_columns: bool = False
+    kept: tuple[torch.Tensor, torch.Tensor]
+    by_columns: bool
 
-    def keep(self, gradients: Sequence[torch.Tensor | None]) -> None:
-        """Hook of the node: takes note of what arrives, before the node lets go of the rest."""
-        node: Any = self.node
-        self.node = None
-        if gradients[0] is None:
-            return
-        self.kept = gradients[0], getattr(node, _PRODUCTS[node.name()][1]).detach()
-        self.versions = self._versions()
-        rows, strides = node._saved_mat2_sym_sizes[0], node._saved_mat2_sym_strides
-        self.by_columns = strides[0] == 1 and strides[1] == rows
+    def __post_init__(self) -> None:
+        self._versions = self._versions_now()
 
-    def _versions(self) -> tuple[int, ...]:
-        return tuple(tensor._version for tensor in self.kept)
+    @classmethod
+    def of(cls, product: Any, source: Node, leaf: torch.Tensor, arrived: torch.Tensor) -> Junction:
+        """Takes note of what arrives, before the node of the product lets go of the rest."""
+        _, multiplied = _PRODUCTS[product.name()]
+        rows, strides = product._saved_mat2_sym_sizes[0], product._saved_mat2_sym_strides
+        by_columns = strides[0] == 1 and strides[1] == rows
+        return cls(source, leaf, (arrived, getattr(product, multiplied).detach()), by_columns)
+
+    def _versions_now(self) -> list[int]:
+        return [tensor._version for tensor in self.kept]
 
     def run(self) -> None:
         """The gradient of the matrix, added to its `grad`.
@@ -75,9 +71,7 @@ class Junction:
         Raises:
             UnsupportedModelError: what arrived here, or what the matrix was multiplied with, has been written over.
         """
-        if not self.kept:
-            return
-        if self._versions() != self.versions:
+        if self._versions_now() != self._versions:
             raise UnsupportedModelError(
                 "a backward writes into the gradient that it is given, or into what a matrix was multiplied with, so that gradients "
                 "of matrices can't be computed later; use schedule='1f1b'"
@@ -85,7 +79,6 @@ class Junction:
         arrived, multiplied = self.kept
         with torch.no_grad():
             found = (arrived.t() @ multiplied.conj()).t() if self.by_columns else multiplied.t().conj() @ arrived
-        self.kept = ()
         torch.autograd.backward((GradientEdge(self.source, 0),), (found,), inputs=[self.leaf])
 
 
@@ -106,16 +99,16 @@ class DividedBackward:
         graph = _Graph(outputs)
         self._inputs = [each for each in inputs if _node(each) in graph.users]
         self._at_once: list[torch.Tensor] = []
-        self._found: list[Junction] = []
+        self._found: list[tuple[Node, Node, torch.Tensor]] = []  # products, what gives them a matrix, and the matrix
         self.junctions: list[Junction] = []
         way = graph.users_of(map(_node, self._inputs))
         for leaf in leaves:
             if _node(leaf) not in graph.users:
                 continue
-            if (junction := None if graph.is_compiled else graph.junction(leaf, way)) is None:
+            if (nodes := None if graph.is_compiled else graph.joining(leaf, way)) is None:
                 self._at_once.append(leaf)
             else:
-                self._found.append(junction)
+                self._found.append((*nodes, leaf))
 
     @property
     def is_worth_it(self) -> bool:
@@ -129,7 +122,7 @@ class DividedBackward:
             backward: runs a backward; takes outputs, their gradients and arguments of `torch.autograd.backward`.
             gradients: of the loss with respect to the outputs.
         """
-        handles = [self._watch(junction) for junction in self._found]
+        handles = [self._watch(*each) for each in self._found]
         try:
             backward(self._outputs, gradients, inputs=[*self._inputs, *self._at_once])
         finally:
@@ -137,13 +130,12 @@ class DividedBackward:
                 handle.remove()
         self._outputs, self._inputs, self._at_once, self._found = [], [], [], []
 
-    def _watch(self, junction: Junction) -> Any:
+    def _watch(self, product: Node, source: Node, leaf: torch.Tensor) -> Any:
         def arrived(gradients: tuple[torch.Tensor | None, ...]) -> None:
-            junction.keep(gradients)
-            self.junctions.append(junction)
+            if gradients[0] is not None:
+                self.junctions.append(Junction.of(product, source, leaf, gradients[0]))
 
-        assert junction.node is not None
-        return junction.node.register_prehook(arrived)
+        return product.register_prehook(arrived)
 
     def run_second(self) -> None:
         """Gradients of the other weights, added to their `grad`; lets go of what they are computed from on the way."""
@@ -194,8 +186,8 @@ class _Graph:
                     waiting.append(user)
         return found
 
-    def junction(self, leaf: torch.Tensor, way: Collection[Node]) -> Junction | None:
-        """The product in which a leaf joins a way, by itself and nowhere else; None if there isn't one."""
+    def joining(self, leaf: torch.Tensor, way: Collection[Node]) -> tuple[Node, Node] | None:
+        """The product in which a leaf joins a way, by itself and nowhere else, and what gives the leaf to it; None if there is none."""
         node = _node(leaf)
         while node not in self._roots and len(users := self.users[node]) == 1:
             user = users[0]
@@ -205,7 +197,7 @@ class _Graph:
                     return None
                 if getattr(user, "_saved_alpha", 1) != 1:
                     return None
-                return Junction(user, node, leaf)
+                return user, node
             if sum(following is not None for following, _ in user.next_functions) != 1:
                 return None
             node = user
