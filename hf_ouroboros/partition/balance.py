@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..schedules.programs import has_simple_devices, stages_by_device
+
 
 @dataclass(frozen=True)
 class Load:
@@ -69,7 +71,7 @@ def best_counts(
     stages, layers = len(placement), len(time.layers[0])
     if stages > layers + 1:
         raise ValueError(f"{stages} stages need at least {stages - 1} layers, not {layers}")
-    if not _are_simple(placement):
+    if not has_simple_devices(stages_by_device(placement)):
         return _counts_of_many(placement, time, memory, limits)
     room = [np.inf if memory is None or limits is None else limits[d] for d in placement]
 
@@ -115,12 +117,6 @@ def best_counts(
         cuts.append(int(options.argmin()))
     bounds = [0, *reversed(cuts), layers]
     return [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
-
-
-def _are_simple(placement: Sequence[int]) -> bool:
-    """Whether devices have a stage each, but for one that may have the first and the last one."""
-    inner = placement[1:-1] if placement[0] == placement[-1] else placement[1:]
-    return len({placement[0], *inner}) == 1 + len(inner)
 
 
 def _counts_of_many(

@@ -55,9 +55,8 @@ def default_placement(num_stages: int, num_devices: int, tied: bool) -> list[int
         return list(range(num_stages))
     there = list(range(min(num_devices, num_stages - 1)))
     cycle = there if num_stages == len(there) + 1 else [*there, *reversed(there)]
-    return [cycle[k % len(cycle)] for k in range(num_stages - 1)] + [
-        0 if tied else cycle[(num_stages - 1) % len(cycle)]
-    ]
+    placement = [cycle[k % len(cycle)] for k in range(num_stages)]
+    return [*placement[:-1], 0] if tied else placement
 
 
 def parse_device_map(device_map: Any) -> Any:

@@ -292,15 +292,12 @@ def _best_orders(
     exchange: bool,
 ) -> Orders:
     """The orders that are the fastest when tried, or nearly so and keep fewer micro-batches."""
-
-    def costs(weights: float) -> list[Costs]:
-        pairs = zip(forward_costs, backward_costs, strict=True)
-        return [_costs(stage, *pair, weights) for stage, pair in enumerate(pairs)]
-
-    trial = _Trial(placement, costs(WEIGHTS[-1]), ticks, exchange)
+    pairs = list(zip(forward_costs, backward_costs, strict=True))
+    lengths = [[_costs(stage, *pair, weights) for stage, pair in enumerate(pairs)] for weights in WEIGHTS]
+    trial = _Trial(placement, lengths[-1], ticks, exchange)
     found: list[tuple[float, Orders]] = []
-    for limits, rule, weights in itertools.product(_limits(len(placement), ticks), RULES, WEIGHTS):
-        orders = _Devices(placement, costs(weights), ticks, limits, rule).run()
+    for limits, rule, costs in itertools.product(_limits(len(placement), ticks), RULES, lengths):
+        orders = _Devices(placement, costs, ticks, limits, rule).run()
         found.append((trial.span(orders), orders))
     enough = min(span for span, _ in found) * (1 + WORTH)
     return next(orders for span, orders in found if span <= enough)
@@ -343,5 +340,5 @@ class _Trial:
 
 
 def _costs(stage: int, forward: float, backward: float, weights: float) -> Costs:
-    later = min(weights * forward, weights * backward / 2) if stage else 0.0
+    later = weights * min(forward, backward / 2) if stage else 0.0
     return Costs(forward, backward - later, later)

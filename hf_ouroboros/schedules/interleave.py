@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from .beats import found_beats
 from .clock import Clock, Pause, Slot
 from .instructions import Backward, Forward, Instruction, Program
-from .programs import Beat, beat_program, lockstep_program, stages_by_device
+from .programs import Beat, beat_program, has_simple_devices, lockstep_program, stages_by_device
 from .replay import Deadlock, Task, prepare, run
 
 
@@ -53,7 +53,8 @@ def dataflow_programs(
         [_late_first(offsets, stages) for stages in stages_of]
         for offsets in candidate_offsets(num_stages, most=max(len(stages) for stages in stages_of))
     )
-    listed = () if _has_simple_devices(stages_of) else found_beats(placement, forward_costs, backward_costs)
+    # Offsets are enough for simple devices.
+    listed = () if has_simple_devices(stages_of) else found_beats(placement, forward_costs, backward_costs)
     best: tuple[float, list[Program]] | None = None
     for beats in itertools.chain(spread, listed):
         chosen = [program_and_tasks(device, beat) for device, beat in enumerate(beats)]
@@ -96,12 +97,6 @@ def _late_first(offsets: Sequence[int], stages: Sequence[int]) -> Beat:
     """The beat of a device whose late stages come first; only what its stages stay behind each other matters."""
     base = 0 if 0 in stages else min((offsets[k] for k in stages), default=0)
     return [(k, offsets[k] - base) for k in reversed(stages)]
-
-
-def _has_simple_devices(stages_of: Sequence[Sequence[int]]) -> bool:
-    """Whether devices have a stage each, but for one that may have the first and the last one, too: offsets are enough for these."""
-    last = sum(map(len, stages_of)) - 1
-    return all(len(stages) == 1 or list(stages) == [0, last] for stages in stages_of)
 
 
 def candidate_offsets(num_stages: int, most: int) -> list[list[int]]:

@@ -117,3 +117,9 @@ def lockstep_program(stages: Sequence[int], num_stages: int, exchange: bool = Fa
 def stages_by_device(placement: Sequence[int]) -> list[list[int]]:
     """[stages of device 0, stages of device 1, ...]."""
     return [[k for k, d in enumerate(placement) if d == device] for device in range(max(placement) + 1)]
+
+
+def has_simple_devices(stages_of: Sequence[Sequence[int]]) -> bool:
+    """Whether devices have a stage each, but for one that may have the first and the last one, too."""
+    last = sum(map(len, stages_of)) - 1
+    return all(len(stages) == 1 or list(stages) == [0, last] for stages in stages_of)
