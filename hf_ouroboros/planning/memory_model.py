@@ -20,8 +20,8 @@ A single stage has the gradients of a backward besides, as scripts see them. Gra
 go are counted as far as they are larger than these (`_gradients`).
 
 Working memory is there for a moment: what the largest part of a stage computes with in its forward or backward beside what is
-kept, and the largest of the packed matrices, unpacked; of the stages of one device, one at a time. Messages between processes stay until it is known that they have arrived
-(`processes/channels.py`). Buffers inside of kernels and of the allocator are not counted: leave a margin.
+kept, and the largest of the packed matrices, unpacked; of the stages of one device, one at a time. Messages between processes stay
+until it is known that they have arrived (`processes/channels.py`). Buffers inside of kernels and of the allocator are not counted: leave a margin.
 """
 
 from __future__ import annotations
@@ -121,12 +121,10 @@ def stage_memory(
     weights = float(sum(unit.parameter_bytes for unit in units))
     trained = float(sum(unit.trained for unit in units))
     last = stage == num_stages - 1
-    graphs, activations = _kept(units, stage, num_stages, options)
     waiting = SCHEDULES[options.schedule].output_sides(num_stages, options.micro_batches)
     tied = facts.tied_bytes * waiting if last and num_stages > 1 else 0
-    # Who shares no copies has one in every graph.
-    copied = sum(unit.copied_bytes + unit.frozen_copied_bytes for unit in units)
-    versions = float(copied * (1 if _shares_copies(stage, num_stages, options) else graphs))
+    # Who shares no copies has one graph at a time.
+    versions = float(sum(unit.copied_bytes + unit.frozen_copied_bytes for unit in units))
     versions += old_versions(stage, num_stages, options) * sum(_version(unit, options) for unit in units)
     if options.replays_newest and stage == 0:
         versions += facts.tied_bytes * _lent_versions(stage, num_stages, options)
@@ -136,14 +134,14 @@ def stage_memory(
         versions,
         sets * sum(_gradients(unit, stage, num_stages, options) for unit in units) + tied,
         trained * OPTIMIZERS[options.optimizer],
-        activations,
+        _kept(units, stage, num_stages, options),
         max(map(_working, units)),
         _messages(units, stage, num_stages, options),
     )
 
 
-def _kept(units: Sequence[UnitFacts], stage: int, num_stages: int, options: MemoryOptions) -> tuple[int, float]:
-    """Of how many micro-batches a stage has a graph at a time, and the bytes that it keeps of all."""
+def _kept(units: Sequence[UnitFacts], stage: int, num_stages: int, options: MemoryOptions) -> float:
+    """What a stage keeps of the micro-batches in flight."""
     flying, last = ticks_in_flight(stage, num_stages, options), stage == num_stages - 1
     is_divided = SCHEDULES[options.schedule].divides_backward and stage > 0
     laters = [unit.later_bytes if is_divided else 0.0 for unit in units]
@@ -151,15 +149,10 @@ def _kept(units: Sequence[UnitFacts], stage: int, num_stages: int, options: Memo
     graph = sum(max(unit.activation_bytes, later) for unit, later in zip(units, laters, strict=True))
     if options.replays and not last:
         inputs = 0.0 if stage == 0 else units[0].output_bytes
-        return 1, graph + flying * inputs + (flying - 1) * sum(laters)
+        return graph + flying * inputs + (flying - 1) * sum(laters)
     if is_divided and last:  # the gradient of its input comes right after its forward
-        return 1, graph + (flying - 1) * sum(laters)
-    return flying, flying * graph
-
-
-def _shares_copies(stage: int, num_stages: int, options: MemoryOptions) -> bool:
-    """Whether the micro-batches of a version have one copy of the weights in lower precision."""
-    return stage < num_stages - 1 and not options.replays
+        return graph + (flying - 1) * sum(laters)
+    return flying * graph
 
 
 def _version(unit: UnitFacts, options: MemoryOptions) -> float:
