@@ -51,7 +51,7 @@ class ScriptCallbacks(CallbackHandler):
 class CallbackHooks(SplitTrainer):
     """Lets a script's callbacks look at the model, write, freeze and add to it between micro-batches."""
 
-    _settings: Structure  # of the model, as the stages know them
+    _settings: Structure  # of the model, as the stages know them; only where a script sets some
 
     @property
     def _pipeline_runs(self) -> bool:
@@ -60,7 +60,8 @@ class CallbackHooks(SplitTrainer):
     def _look_at_script(self) -> None:
         """When training begins: what of the script's code meets the pipeline at work."""
         self._script = Script.of(self)
-        self._settings = Structure.of(self.model)
+        if self._script.sets:
+            self._settings = Structure.of(self.model)
 
     def _take_settings(self) -> None:
         """Before a micro-batch: settings of modules that were changed outside of callbacks are the stages', too.
